@@ -1,0 +1,142 @@
+"""The model card of an output: README.md for the Hub, YAML front matter included.
+
+Names come from files that others wrote. In YAML they are double-quoted scalars, in Markdown they stand in code spans,
+where neither markup, HTML nor links are interpreted.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import PurePath
+from typing import Literal
+
+from safeshard.manifests.errors import printable
+from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text
+from safeshard.manifests.schema import MANIFEST_NAME, Input, Manifest, ModuleEntry
+
+Kind = Literal["adapter", "checkpoint"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_PLAIN_LINK = re.compile(r"https://[\w./-]+", re.ASCII)
+
+_LOADING = {
+    "adapter": """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")""",
+    "checkpoint": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")""",
+}
+
+
+def card(manifest: Manifest, base_model: str | None, kind: Kind) -> str:
+    """The text of README.md. `base_model` enters the metadata only if it is a Hub id (`org/name`).
+
+    Nothing of `manifest.files`, `tensors` and `run` is used, so the card can be written, and hashed into the manifest,
+    before those are complete.
+    """
+    base = base_model if base_model is not None and _HUB_ID.fullmatch(base_model) else None
+    blocks = [
+        _front_matter(manifest, base, kind),
+        f"# {_code(manifest.method.name)} {kind}",
+        _opening(manifest, kind),
+        "## Method",
+        f"{_code(manifest.method.name)}, {_link(manifest.method.paper)}. Options as resolved, defaults included:",
+        _options(manifest),
+        "## Inputs",
+        _table(["role", "source", "revision"], (_input_row(*item) for item in manifest.inputs.items())),
+        "## Decisions",
+        *_decisions(manifest.modules),
+        "## Loading",
+        f"```python\n{_LOADING[kind].format(base=json.dumps(base or 'path/to/the/aligned/model'))}\n```",
+        "## Verification",
+        f"`{MANIFEST_NAME}` records every decision and the hash of every tensor. To compare this folder with it:",
+        "```\nsafeshard verify path/to/this/folder\n```",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _front_matter(manifest: Manifest, base: str | None, kind: Kind) -> str:
+    tags = ["safeshard", manifest.method.name, *(["lora"] if kind == "adapter" else [])]
+    lines = [f"library_name: {'peft' if kind == 'adapter' else 'transformers'}", "tags:"]
+    lines += [f"- {_yaml(tag)}" for tag in tags]
+    if base is not None:
+        lines.insert(0, f"base_model: {_yaml(base)}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _opening(manifest: Manifest, kind: Kind) -> str:
+    return (
+        f"This {kind} was written by safeshard {_code(manifest.tool.safeshard)}, which applied the method "
+        f"{_code(manifest.method.name)} to a fine-tuned model. It implements the published method; it does not claim "
+        "that the model is safe. Evaluate it for your use."
+    )
+
+
+def _options(manifest: Manifest) -> str:
+    rows = [[_code(name), _code(json.dumps(value))] for name, value in manifest.method.options.items()]
+    if manifest.method.seed is not None:
+        rows.append([_code("seed"), _code(manifest.method.seed)])
+    return _table(["option", "value"], rows)
+
+
+def _input_row(role: str, given: Input) -> list[str]:
+    # A folder's full path says more about the author's machine than a reader of the card should know.
+    source = PurePath(given.source).name if PurePath(given.source).is_absolute() else given.source
+    return [_code(role), _code(source), _code(given.revision) if given.revision else ""]
+
+
+def _decisions(modules: tuple[ModuleEntry, ...]) -> list[str]:
+    counts = Counter(module.decision for module in modules)
+    summary = _table(
+        ["decision", "modules"],
+        ([f"{MARKS[d]} {MEANINGS[d]}", str(counts[d])] for d in MARKS if d in counts),
+    )
+    stacks, others = arrange(modules)
+    tables = [_grid(stack) for stack in stacks]
+    if others:
+        tables.append(_table(["module", ""], ([_code(m.name), cell_text((m,))] for m in others)))
+    details = f"<details><summary>Every module</summary>\n\n{_key(modules)}\n\n"
+    return [summary, details + "\n\n".join(tables) + "\n\n</details>"] if tables else [summary]
+
+
+def _key(modules: tuple[ModuleEntry, ...]) -> str:
+    value = "share of the delta's entries kept" if any(m.selected_fraction is not None for m in modules) else "cosine"
+    return f"Each cell: {value} and decision; `{NEAR}` marks a cosine within 1e-6 of the threshold."
+
+
+def _grid(stack: Stack) -> str:
+    rows = (
+        [str(layer), *(_cell(stack.cells.get((layer, kind), ())) for kind in stack.titles)] for layer in stack.layers
+    )
+    return f"{_code(stack.prefix)}\n\n" + _table(["layer", *map(_code, stack.titles.values())], rows)
+
+
+def _cell(modules: tuple[ModuleEntry, ...]) -> str:
+    return cell_text(modules).replace(NEAR, f"\\{NEAR}") if modules else ""
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _code(text: object) -> str:
+    """A code span; a backtick would end it and a pipe would end a table's cell, so both are escaped."""
+    content = printable(text).replace("`", r"\x60").replace("|", r"\x7c")
+    return f"`{content or ' '}`"
+
+
+def _link(text: str) -> str:
+    return f"<{text}>" if _PLAIN_LINK.fullmatch(text) else _code(text)
+
+
+def _yaml(text: str) -> str:
+    """A double-quoted scalar. Only printable characters are left, and for those JSON's quoting is YAML's."""
+    return json.dumps(printable(text), ensure_ascii=False)

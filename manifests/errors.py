@@ -1,0 +1,85 @@
+"""The error family of the whole project, and the escaping of names that come from files.
+
+Every error a user can meet derives from `SafeshardError` and knows the exit status of the process. Names of tensors,
+files and options are read from files that others wrote, so whatever prints them goes through `printable`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_LISTED = 20
+MAX_PRINTED = 400
+
+
+def printable(text: object, limit: int = MAX_PRINTED) -> str:
+    """`str(text)` fit for a terminal: unprintable characters as backslash escapes, at most `limit` characters.
+
+    Control characters, bidirectional overrides, invisible formatting and lone surrogates are all unprintable in
+    Unicode's sense, hence escaped; plain spaces and letters of any script stay.
+    """
+    raw = str(text)
+    cut = raw[:limit]
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
+    return escaped if len(raw) <= limit else f"{escaped}... ({len(raw)} characters)"
+
+
+class SafeshardError(Exception):
+    """Base of every error with a message for the user; `exit_status` is what the command line exits with."""
+
+    exit_status = 1
+
+
+@dataclass(frozen=True)
+class Offence:
+    """One thing that is wrong with a request: `where` (file or option), `what` (tensor, module or field, or "")."""
+
+    where: str
+    what: str = ""
+    expected: str = ""
+    got: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        subject = printable(self.where) + (f": {printable(self.what)}" if self.what else "")
+        facts = [
+            f"{label} {printable(value)}"
+            for label, value in (("expected", self.expected), ("got", self.got))
+            if value != ""
+        ]
+        text = f"{subject}: {', '.join(facts)}" if facts else subject
+        return f"{text} ({printable(self.remedy)})" if self.remedy else text
+
+
+class RequestError(SafeshardError):
+    """The request is wrong and nothing was written (exit status 2). Carries every offender, not only the first."""
+
+    exit_status = 2
+
+    def __init__(self, offences: Offence | Sequence[Offence]) -> None:
+        self.offences: tuple[Offence, ...] = (offences,) if isinstance(offences, Offence) else tuple(offences)
+        if not self.offences:
+            raise ValueError("a RequestError needs at least one offence")
+        super().__init__(self.offences)
+
+    def __str__(self) -> str:
+        if len(self.offences) == 1:
+            return str(self.offences[0])
+        lines = [f"{len(self.offences)} problems:", *(f"  - {offence}" for offence in self.offences[:MAX_LISTED])]
+        if len(self.offences) > MAX_LISTED:
+            lines.append(f"  and {len(self.offences) - MAX_LISTED} more")
+        return "\n".join(lines)
+
+
+class RunError(SafeshardError):
+    """It failed underway (exit status 1); running the same command again resumes unless the remedy says otherwise."""
+
+    exit_status = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        message = printable(self.message, limit=10 * MAX_PRINTED)
+        return f"{message} ({printable(self.remedy)})" if self.remedy else message

@@ -1,0 +1,105 @@
+"""Modules arranged as layers x kinds, the form in which people read decisions.
+
+`model.layers.3.mlp.up_proj` is layer 3 of the stack `model.layers`, of kind `mlp.up_proj`. Experts of a layer share
+one kind: `mlp.experts.17.up_proj` is of kind `mlp.experts.*.up_proj`, and a cell then holds several modules.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from safeshard.manifests.schema import Decision, ModuleEntry
+
+MARKS: dict[Decision, str] = {
+    "kept": "·",
+    "merged": "●",
+    "projected": "▼",
+    "selected": "◆",
+    "scaled": "◇",
+    "reverted": "○",
+}
+MEANINGS: dict[Decision, str] = {
+    "kept": "kept as fine-tuned",
+    "merged": "merged",
+    "projected": "projected",
+    "selected": "selected and compensated",
+    "scaled": "scaled",
+    "reverted": "kept as aligned",
+}
+NEAR = "~"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers under one prefix: cells by (layer, kind), and a short title for every kind, in model order."""
+
+    prefix: str
+    layers: tuple[int, ...]
+    titles: dict[str, str]
+    cells: dict[tuple[int, str], tuple[ModuleEntry, ...]]
+
+
+def arrange(modules: Iterable[ModuleEntry]) -> tuple[list[Stack], list[ModuleEntry]]:
+    """The stacks, and the modules whose names hold no layer number."""
+    stacks: dict[str, dict[tuple[int, str], list[ModuleEntry]]] = {}
+    others = []
+    for module in modules:
+        place = _place(module.name)
+        if place is None:
+            others.append(module)
+        else:
+            prefix, layer, kind = place
+            stacks.setdefault(prefix, defaultdict(list))[layer, kind].append(module)
+    return [_stack(prefix, cells) for prefix, cells in stacks.items()], others
+
+
+def cell_text(modules: tuple[ModuleEntry, ...]) -> str:
+    """A cell in words: the value and mark of one module; of several, their range and the count of decisions."""
+    if len(modules) == 1:
+        return f"{_value(modules[0])}{NEAR if modules[0].near_threshold else ' '}{MARKS[modules[0].decision]}".strip()
+    values = sorted((number, _value(m)) for m in modules if (number := _number(m)) is not None)
+    spread = f"{values[0][1]}..{values[-1][1]} " if values else ""
+    counts = Counter(module.decision for module in modules)
+    shown: list[Decision] = [decision for decision in counts if decision != "kept"] or ["kept"]
+    return f"{spread}{' '.join(f'{MARKS[decision]}{counts[decision]}' for decision in shown)}/{len(modules)}"
+
+
+def _place(name: str) -> tuple[str, int, str] | None:
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if index and _is_number(part):
+            kind = ".".join("*" if _is_number(rest) else rest for rest in parts[index + 1 :])
+            return ".".join(parts[:index]), int(part), kind
+    return None
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) <= 9
+
+
+def _stack(prefix: str, cells: dict[tuple[int, str], list[ModuleEntry]]) -> Stack:
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    layers = tuple(sorted({layer for layer, _ in cells}))
+    return Stack(prefix, layers, _titles(kinds), {place: tuple(modules) for place, modules in cells.items()})
+
+
+def _titles(kinds: list[str]) -> dict[str, str]:
+    """The shortest dotted ending of each kind that no other kind shares, the name before a `*` included."""
+    shared = Counter(ending for kind in kinds for ending in _endings(kind))
+    return {kind: next((ending for ending in _endings(kind) if shared[ending] == 1), kind) for kind in kinds}
+
+
+def _endings(kind: str) -> list[str]:
+    parts = kind.split(".")
+    last = max(parts.index("*") - 1, 0) if "*" in parts else len(parts) - 1
+    return [".".join(parts[start:]) for start in range(last, -1, -1)]
+
+
+def _number(module: ModuleEntry) -> float | None:
+    return module.cosine if module.selected_fraction is None else module.selected_fraction
+
+
+def _value(module: ModuleEntry) -> str:
+    if module.selected_fraction is not None:
+        return f"{module.selected_fraction:.1%}"
+    return "" if module.cosine is None else f"{module.cosine:.3f}"

@@ -1,0 +1,199 @@
+"""The journal of a job underway, from which an interrupted run resumes.
+
+A file of JSON lines, appended and synced to the disk. The first line is the fingerprint of the request; each other
+line is a record with a `kind`. Every line ends in its own CRC-32. A crash may tear the last line, which is then cut
+off; any other damage is refused, by line.
+"""
+
+import fcntl
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safeshard.manifests.errors import Offence, RequestError, RunError
+
+MAGIC = '{"journal":"safeshard.journal/1",'
+ANEW = "--overwrite starts anew"
+CRC_CHARS = len(',"crc":"00000000"}')
+
+_datasync = getattr(os, "fdatasync", os.fsync)
+
+
+class Journal:
+    """An open journal; use `Journal.open`. Safe to share between threads; one process at a time holds it."""
+
+    def __init__(self, path: Path, fd: int, size: int, committed: list[dict[str, Any]]) -> None:
+        self.path = path
+        self._fd = fd
+        self._size = size
+        self._committed = committed
+        self._pending: list[dict[str, Any]] = []
+        self._lock = threading.Lock()
+        self._commit_lock = threading.Lock()
+        self._broken = False
+
+    @classmethod
+    def open(cls, path: Path, fingerprint: dict[str, Any]) -> "Journal":
+        """Create the journal at `path`, or reopen the one there and recover its records.
+
+        `fingerprint` is JSON: all that the output's bytes depend on. Raises RequestError where the journal there
+        belongs to another request (every difference is listed), is damaged, or is held by another process.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            _hold(fd, path)
+            return cls._recover(path, fd, json.loads(_dumps(fingerprint)))
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _recover(cls, path: Path, fd: int, fingerprint: dict[str, Any]) -> "Journal":
+        content = path.read_bytes()
+        size = content.rfind(b"\n") + 1
+        if not size:
+            return cls._begin(path, fd, content, fingerprint)
+        first, *records = [_parse(path, number, line) for number, line in enumerate(content.split(b"\n")[:-1], 1)]
+        _same_fingerprint(path, first.get("fingerprint"), fingerprint)
+        os.ftruncate(fd, size)
+        return cls(path, fd, size, records)
+
+    @classmethod
+    def _begin(cls, path: Path, fd: int, content: bytes, fingerprint: dict[str, Any]) -> "Journal":
+        if not MAGIC.encode().startswith(content[: len(MAGIC)].rstrip(b"\0")):
+            raise RequestError(Offence(str(path), expected="a safeshard journal", got="another file", remedy=ANEW))
+        line = _line({"journal": "safeshard.journal/1", "fingerprint": fingerprint})
+        os.ftruncate(fd, 0)
+        _write(fd, line, 0)
+        os.fsync(fd)
+        _sync_folder(path.parent)
+        return cls(path, fd, len(line), [])
+
+    @classmethod
+    def claim(cls, path: Path) -> "Journal":
+        """Hold the journal at `path` without reading it, to discard its folder.
+
+        Raises RequestError where another process holds it.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _hold(fd, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(path, fd, 0, [])
+
+    def record(self, kind: str, **payload: Any) -> None:
+        """Hold a record for the next commit; `payload` is JSON."""
+        record = json.loads(_dumps({"kind": kind, **payload}))
+        with self._lock:
+            self._pending.append(record)
+
+    def commit(self, sync: Callable[[], None] | None = None) -> None:
+        """Make the records held so far durable, in one write and one sync; when it returns, they are.
+
+        `sync` makes the data durable that the records speak of. It is called after the records to commit are chosen:
+        a record that another thread adds meanwhile waits for the next commit, as its data may have missed the sync.
+        """
+        with self._commit_lock:
+            if self._broken:
+                raise RunError(f"the journal {self.path} could not be written", remedy="run the same command again")
+            with self._lock:
+                chosen, self._pending = self._pending, []
+            if not chosen:
+                return
+            self._broken = True  # after a failed write or sync, what the disk holds is unknown until it is read again
+            if sync is not None:
+                sync()
+            lines = b"".join(map(_line, chosen))
+            _write(self._fd, lines, self._size)
+            _datasync(self._fd)
+            self._size += len(lines)
+            self._broken = False
+            with self._lock:
+                self._committed.extend(chosen)
+
+    def entries(self, kind: str) -> list[dict[str, Any]]:
+        """The committed records of one kind, in the order of their commits, those of earlier runs first."""
+        with self._lock:
+            return [entry for entry in self._committed if entry["kind"] == kind]
+
+    def close(self) -> None:
+        """Release the file. Records not committed are dropped: only the caller knows whether their data is synced."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    body = _dumps(record)[:-1].encode("ascii")
+    return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    body, tail = line[:-CRC_CHARS], line[-CRC_CHARS:]
+    if tail != b',"crc":"%08x"}' % zlib.crc32(body) or (number == 1) != body.startswith(MAGIC.encode()):
+        expected = "a record with a valid checksum" if number > 1 else "the first line of a safeshard journal"
+        raise RequestError(Offence(str(path), f"line {number}", expected, repr(line[:60]), ANEW))
+    record: dict[str, Any] = json.loads(body + b"}")
+    return record
+
+
+def _hold(fd: int, path: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        offence = Offence(str(path), expected="no other run with this output", got="one underway", remedy="wait for it")
+        raise RequestError(offence) from error
+    except OSError:
+        pass  # a file system without locks; two runs at once are then the user's to avoid
+
+
+def _write(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Leaves of nested JSON as (path, JSON text); an empty container is a leaf."""
+    if isinstance(value, dict | list) and value:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(item, (*path, str(key)))
+    else:
+        yield path, _dumps(value)
+
+
+def _same_fingerprint(path: Path, theirs: object, ours: dict[str, Any]) -> None:
+    before, now = dict(_leaves(theirs)), dict(_leaves(ours))
+    remedy = f"the unfinished output belongs to another request; {ANEW}"
+    offences = [
+        Offence(str(path), ".".join(key), before.get(key, "nothing"), now.get(key, "nothing"), remedy)
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if offences:
+        raise RequestError(offences)

@@ -1,0 +1,152 @@
+"""A manifest as text for a terminal: the decisions as a table of layers x kinds, and a summary of the run."""
+
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+
+from safeshard.manifests.errors import MAX_LISTED, printable
+from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text
+from safeshard.manifests.schema import Decision, Manifest, ModuleEntry, Run
+
+COLOURS: dict[Decision, str] = {
+    "kept": "2",
+    "merged": "33",
+    "projected": "36",
+    "selected": "32",
+    "scaled": "35",
+    "reverted": "34",
+}
+GAP = "  "
+
+
+def render(manifest: Manifest, width: int | None = None, color: bool = False) -> str:
+    """The whole picture: a table per stack of layers, the legend, the remaining modules, the summary.
+
+    Tables wider than `width` columns (default: the terminal's) are continued below. `color` adds ANSI colours; names
+    from the manifest never bring escape sequences of their own.
+    """
+    width = shutil.get_terminal_size((100, 24)).columns if width is None else width
+    stacks, others = arrange(manifest.modules)
+    blocks = [block for stack in stacks for block in _tables(stack, width, color)]
+    if others:
+        blocks.append("\n".join(_plain(module, color) for module in others))
+    if manifest.modules:
+        blocks.append(_legend(manifest.modules, color))
+    return "\n\n".join([*blocks, render_summary(manifest)]) + "\n"
+
+
+def render_summary(manifest: Manifest) -> str:
+    """Method, decisions, inputs, figures and fallbacks, a line each."""
+    rows = [("method", _method(manifest)), ("modules", _decisions(manifest.modules))]
+    if thresholds := sorted({m.threshold for m in manifest.modules if m.threshold is not None}):
+        rows.append(("threshold", _threshold(thresholds, manifest.modules)))
+    rows.append(("tensors", _counts(tensor.action for tensor in manifest.tensors)))
+    rows += [
+        (printable(role), printable(i.source + (f"@{i.revision}" if i.revision else "")))
+        for role, i in manifest.inputs.items()
+    ]
+    rows += _figures(manifest.run)
+    for fallback in manifest.fallbacks[:MAX_LISTED]:
+        subject = f"{printable(fallback.subject)}: " if fallback.subject else ""
+        asked, done, why = map(printable, (fallback.asked, fallback.done, fallback.why))
+        rows.append(("fallback", f"{subject}asked {asked}, done {done}: {why}"))
+    if len(manifest.fallbacks) > MAX_LISTED:
+        rows.append(("fallback", f"and {len(manifest.fallbacks) - MAX_LISTED} more"))
+    pad = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{pad}}{GAP}{text}" for label, text in rows)
+
+
+def _tables(stack: Stack, width: int, color: bool) -> Iterator[str]:
+    """The stack's table, cut into as many as it takes to stay within `width`."""
+    texts = {place: printable(cell_text(modules)) for place, modules in stack.cells.items()}
+    titles = {kind: printable(title) for kind, title in stack.titles.items()}
+    widths = {kind: len(title) for kind, title in titles.items()}
+    for (_, kind), text in texts.items():
+        widths[kind] = max(widths[kind], len(text))
+    margin = max(len("layer"), len(str(stack.layers[-1])))
+    for kinds in _fitting(widths, width - margin):
+        lines = [
+            printable(stack.prefix),
+            GAP.join(["layer".rjust(margin), *(titles[k].rjust(widths[k]) for k in kinds)]),
+        ]
+        for layer in stack.layers:
+            cells = [
+                _painted(texts.get((layer, k), "").rjust(widths[k]), stack.cells.get((layer, k), ()), color)
+                for k in kinds
+            ]
+            lines.append(GAP.join([str(layer).rjust(margin), *cells]).rstrip())
+        yield "\n".join(lines)
+
+
+def _fitting(widths: dict[str, int], room: int) -> Iterator[list[str]]:
+    row: list[str] = []
+    used = 0
+    for kind, width in widths.items():
+        if row and used + len(GAP) + width > room:
+            yield row
+            row, used = [], 0
+        row.append(kind)
+        used += len(GAP) + width
+    yield row
+
+
+def _painted(text: str, modules: tuple[ModuleEntry, ...], color: bool) -> str:
+    if not color or not modules:
+        return text
+    decision: Decision = next((m.decision for m in modules if m.decision != "kept"), "kept")
+    return f"\x1b[{COLOURS[decision]}m{text}\x1b[0m"
+
+
+def _plain(module: ModuleEntry, color: bool) -> str:
+    note = f"{GAP}{printable(module.note)}" if module.note else ""
+    return _painted(f"{printable(module.name)}{GAP}{cell_text((module,))}", (module,), color) + note
+
+
+def _legend(modules: tuple[ModuleEntry, ...], color: bool) -> str:
+    used = {m.decision: m for m in reversed(modules)}
+    items = [_painted(f"{mark} {MEANINGS[d]}", (used[d],), color) for d, mark in MARKS.items() if d in used]
+    if any(m.near_threshold for m in modules):
+        items.append(f"{NEAR} within 1e-6 of the threshold")
+    return (GAP * 2).join(items)
+
+
+def _method(manifest: Manifest) -> str:
+    seed = "" if manifest.method.seed is None else f", seed {manifest.method.seed}"
+    return f"{printable(manifest.method.name)} ({printable(manifest.method.paper)}){seed}"
+
+
+def _decisions(modules: tuple[ModuleEntry, ...]) -> str:
+    return _counts(module.decision for module in modules)
+
+
+def _counts(labels: Iterator[str]) -> str:
+    counts = Counter(labels)
+    parts = [f"{count} {label}" for label, count in counts.most_common()]
+    return f"{counts.total()}: {', '.join(parts)}" if parts else "none"
+
+
+def _threshold(thresholds: list[float], modules: tuple[ModuleEntry, ...]) -> str:
+    text = ", ".join(map(str, thresholds))
+    near = sum(bool(module.near_threshold) for module in modules)
+    return f"{text} ({near} within 1e-6 of it)" if near else text
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    stages = ", ".join(f"{printable(stage)} {seconds:.1f} s" for stage, seconds in run.seconds.items())
+    memory = f"{_bytes(run.peak_host_bytes)} host, {_bytes(run.peak_device_bytes)} device"
+    if run.peak_buffer_bytes is not None:
+        memory += f", {_bytes(run.peak_buffer_bytes)} buffers"
+    return [
+        ("bytes", f"{_bytes(run.bytes_read)} read, {_bytes(run.bytes_written)} written"),
+        ("time", f"{run.wall_s:.1f} s" + (f" ({stages})" if stages else "")),
+        ("peak memory", memory),
+    ]
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"

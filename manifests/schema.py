@@ -1,0 +1,262 @@
+"""The manifest: what a job read, decided and wrote (`safeshard.manifest/1`).
+
+Immutable pydantic models that mirror manifest.json field by field. Optional fields that are None are left out of the
+JSON; NaN and infinity never enter it (a cosine of a zero delta is None, with a `note`). Serialisation is a pure
+function of the content: field order as declared, floats by `repr`, ASCII only, one list entry a line.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.hashing import hash_bytes
+
+SCHEMA = "safeshard.manifest/1"
+MANIFEST_NAME = "manifest.json"
+INLINE_CHARS = 300
+
+Decision = Literal["kept", "merged", "projected", "selected", "scaled", "reverted"]
+Action = Literal["copied", "edited", "new"]
+Name = Annotated[str, Field(min_length=1)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits, lower case")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
+
+
+class Tool(_Entry):
+    """Versions of what ran, and the device it ran on."""
+
+    safeshard: str
+    torch: str | None = None
+    triton: str | None = None
+    device: str
+
+
+class Method(_Entry):
+    """The method, the link to its paper, and its options as resolved, defaults included."""
+
+    name: Name
+    paper: str
+    options: dict[str, JsonValue]
+    seed: int | None = None
+
+
+class InputFile(_Entry):
+    """A file that was read: a safetensors file by the hash of its header, any other by the hash of its content."""
+
+    name: Name
+    size: Count
+    header_sha256: Hash | None = None
+    blake3: Hash | None = None
+
+
+class Input(_Entry):
+    """One input of the job, under its role (aligned, unaligned, adapter, calibration, ...)."""
+
+    source: str
+    revision: str | None = None
+    files: tuple[InputFile, ...]
+
+
+class ModuleEntry(_Entry):
+    """What was decided about one module.
+
+    `reverted` means that the aligned weights were kept. `cosine` is the gate's; `near_threshold` marks one within
+    1e-6 of the threshold. `selected_fraction`, `budget`, `loss` and `damping` are Safe Delta's; `rank` is the written
+    adapter's and `lost_fraction` what truncation to it lost, as a fraction of the squared Frobenius norm.
+    """
+
+    name: Name
+    decision: Decision
+    cosine: float | None = None
+    threshold: float | None = None
+    near_threshold: bool | None = None
+    weights: tuple[float, ...] | None = None
+    selected_fraction: float | None = None
+    budget: float | None = None
+    loss: float | None = None
+    damping: float | None = None
+    rank: Count | None = None
+    lost_fraction: float | None = None
+    note: str | None = None
+
+
+class TensorEntry(_Entry):
+    """One tensor of the output: where it is, its safetensors dtype (`BF16`), its shape and the hash of its bytes."""
+
+    name: Name
+    file: Name
+    dtype: Name
+    shape: tuple[Count, ...]
+    action: Action
+    blake3: Hash
+
+
+class FileEntry(_Entry):
+    """One file of the output, hashed by `blake3`; a safetensors file by `header_sha256`, for `tensors` has its data."""
+
+    name: Name
+    size: Count
+    blake3: Hash | None = None
+    header_sha256: Hash | None = None
+
+    @model_validator(mode="after")
+    def _one_hash(self) -> "FileEntry":
+        if (self.blake3 is None) == (self.header_sha256 is None):
+            raise ValueError(f"{self.name!r} needs either blake3 or header_sha256")
+        return self
+
+
+class Fallback(_Entry):
+    """Where something else was done than was asked, and why; `subject` names the module or file concerned."""
+
+    asked: str
+    done: str
+    why: str
+    subject: str | None = None
+
+
+class Run(_Entry):
+    """The figures of the run: bytes, seconds (whole and by stage), peak memory in bytes."""
+
+    start: AwareDatetime
+    wall_s: float
+    bytes_read: Count
+    bytes_written: Count
+    peak_host_bytes: Count
+    peak_device_bytes: Count
+    peak_buffer_bytes: Count | None = None
+    seconds: dict[str, float] = {}
+
+
+class Manifest(_Entry):
+    """manifest.json. `files` names every file of the output but the manifest itself.
+
+    `blake3` is the hash of the content without that field. It reveals damage and careless edits; it is not a
+    signature, since whoever forges the content can compute it anew.
+    """
+
+    schema_: Literal["safeshard.manifest/1"] = Field(default="safeshard.manifest/1", alias="schema")
+    tool: Tool
+    method: Method
+    inputs: dict[str, Input]
+    modules: tuple[ModuleEntry, ...]
+    tensors: tuple[TensorEntry, ...]
+    files: tuple[FileEntry, ...]
+    fallbacks: tuple[Fallback, ...] = ()
+    run: Run
+    blake3: Hash | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Manifest":
+        for kind, names in (
+            ("module", (m.name for m in self.modules)),
+            ("tensor", (t.name for t in self.tensors)),
+            ("file", (f.name for f in self.files)),
+        ):
+            if repeated := _repeated(names):
+                raise ValueError(f"{kind} named twice: {', '.join(map(repr, repeated))}")
+        with_header = {f.name for f in self.files if f.header_sha256 is not None}
+        if unlisted := sorted({t.file for t in self.tensors} - with_header):
+            raise ValueError(f"files has no header_sha256 for {', '.join(map(repr, unlisted))}")
+        return self
+
+    def content_hash(self) -> str:
+        """BLAKE3 of the content: canonical JSON (sorted keys, no spaces) without the `blake3` field."""
+        content = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"blake3"})
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hash_bytes(canonical.encode("ascii"))
+
+    def sealed(self) -> "Manifest":
+        """This manifest with `blake3` set to its content's hash."""
+        return self.model_copy(update={"blake3": self.content_hash()})
+
+    def to_json(self) -> str:
+        """The text of manifest.json, sealed, with a trailing newline."""
+        return _layout(self.sealed().model_dump(mode="json", by_alias=True, exclude_none=True)) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> "Manifest":
+        """Parse manifest.json; RequestError lists every field that is wrong. `blake3` is kept, not compared."""
+        try:
+            _reject_ambiguous(text)
+            return cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise RequestError([_offence(where, detail) for detail in error.errors()]) from error
+        except (ValueError, RecursionError) as error:
+            raise RequestError(Offence(where, expected="a manifest in JSON", got=str(error))) from error
+
+
+def load(path: Path) -> Manifest:
+    """The manifest at `path`: the file, or the output folder that holds it."""
+    file = path / MANIFEST_NAME if path.is_dir() else path
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        remedy = f"name an output folder of safeshard, with {MANIFEST_NAME} in it"
+        raise RequestError(
+            Offence(str(file), expected="a manifest", got=error.strerror or "", remedy=remedy)
+        ) from error
+    return Manifest.from_json(text, where=str(file))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of manifest.json, exported as `manifest.schema.json` beside this file."""
+    schema = Manifest.model_json_schema(by_alias=True)
+    schema["properties"]["schema"].pop("enum", None)  # older releases of pydantic repeat `const` there
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA, **schema}
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _offence(where: str, detail: ErrorDetails) -> Offence:
+    value = detail["input"]
+    got = type(value).__name__ if isinstance(value, dict | list | Manifest | FileEntry) else repr(value)
+    return Offence(where, ".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Input should be "), got)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if repeated := _repeated(key for key, _ in pairs):
+        raise ValueError(f"key named twice: {', '.join(map(repr, repeated))}")
+    return dict(pairs)
+
+
+def _no_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _reject_ambiguous(text: str | bytes) -> None:
+    """Raise ValueError for what parsers read differently: a repeated key, NaN, infinity."""
+    json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+
+
+def _layout(value: Any, depth: int = 0) -> str:
+    """JSON with the two outer levels broken into lines, and deeper ones only where a line would be long."""
+    flat = json.dumps(value, allow_nan=False)
+    if not isinstance(value, dict | list) or not value or (depth >= 2 and len(flat) <= INLINE_CHARS):
+        return flat
+    pad = "  " * (depth + 1)
+    if isinstance(value, dict):
+        brackets, items = "{}", [f"{json.dumps(key)}: {_layout(item, depth + 1)}" for key, item in value.items()]
+    else:
+        brackets, items = "[]", [_layout(item, depth + 1) for item in value]
+    return f"{brackets[0]}\n" + ",\n".join(pad + item for item in items) + f"\n{pad[2:]}{brackets[1]}"

@@ -1,0 +1,155 @@
+"""Verification: re-hash an output against its manifest and say what differs.
+
+Every byte of an output is covered: tensors by their hashes, the safetensors headers and the other files by theirs, the
+manifest by its own. Names in a manifest are not trusted: what lies outside of the output folder is never opened.
+"""
+
+import hashlib
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from safeshard.manifests.errors import RequestError, printable
+from safeshard.manifests.hashing import hash_tensor_region
+from safeshard.manifests.safetensors_header import HeaderError, Region, parse_header, read_header
+from safeshard.manifests.schema import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, load
+
+UNLISTED = frozenset({MANIFEST_NAME, "report.html"})
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One difference between an output and its manifest; `tensor` is "" where it concerns a whole file."""
+
+    file: str
+    tensor: str
+    problem: str
+    expected: str = ""
+    got: str = ""
+
+    def __str__(self) -> str:
+        subject = printable(self.file) + (f": {printable(self.tensor)}" if self.tensor else "")
+        facts = f": expected {printable(self.expected)}, got {printable(self.got)}" if self.expected or self.got else ""
+        return f"{subject}: {printable(self.problem)}{facts}"
+
+
+def verify(output: Path, *, threads: int = 2, progress: Callable[[int], None] | None = None) -> list[Finding]:
+    """Compare the output folder with its manifest; an empty list means that every byte is as written.
+
+    Hashing runs on `threads` threads, and `progress` (called from any of them) receives the bytes done. Findings come
+    in the manifest's order. Hidden files and report.html are not looked at. Raises RequestError without a manifest.
+    """
+    manifest_file = output / MANIFEST_NAME
+    try:
+        manifest = load(manifest_file)
+    except RequestError as error:
+        if not manifest_file.is_file():
+            raise
+        return [Finding(MANIFEST_NAME, "", f"not valid: {o.what}", o.expected, o.got) for o in error.offences]
+    with ThreadPoolExecutor(threads) as pool:
+        findings = [*_check_seal(manifest), *_Comparison(output, manifest, pool, progress).findings()]
+    return [*findings, *_extra_files(output, {entry.name for entry in manifest.files})]
+
+
+def _check_seal(manifest: Manifest) -> Iterator[Finding]:
+    content = manifest.content_hash()
+    if manifest.blake3 != content:
+        yield Finding(MANIFEST_NAME, "", "edited after it was written", manifest.blake3 or "a blake3 field", content)
+
+
+class _Comparison:
+    """The files of an output against the manifest's entries."""
+
+    def __init__(
+        self, output: Path, manifest: Manifest, pool: ThreadPoolExecutor, progress: Callable[[int], None] | None
+    ) -> None:
+        self.output = output
+        self.files = manifest.files
+        self.tensors: dict[str, list[TensorEntry]] = defaultdict(list)
+        for tensor in manifest.tensors:
+            self.tensors[tensor.file].append(tensor)
+        self.pool = pool
+        self.progress = progress
+
+    def findings(self) -> Iterator[Finding]:
+        for entry in self.files:
+            try:
+                with _opened(self.output, entry.name) as (fd, size):
+                    if size != entry.size:
+                        yield _differs(entry.name, "", "size", str(entry.size), str(size))
+                    check = self._content if entry.header_sha256 is None else self._tensors
+                    yield from check(fd, entry, size)
+            except HeaderError as error:
+                yield Finding(entry.name, "", str(error))
+            except FileNotFoundError:
+                yield Finding(entry.name, "", "missing")
+            except (OSError, EOFError) as error:
+                yield Finding(entry.name, "", f"cannot be read: {getattr(error, 'strerror', None) or error}")
+
+    def _content(self, fd: int, entry: FileEntry, size: int) -> Iterator[Finding]:
+        got = hash_tensor_region(fd, 0, size, self.progress)
+        if got != entry.blake3:
+            yield _differs(entry.name, "", "content", str(entry.blake3), got)
+
+    def _tensors(self, fd: int, entry: FileEntry, size: int) -> Iterator[Finding]:
+        raw = read_header(fd, size)
+        got = hashlib.sha256(raw).hexdigest()
+        if got != entry.header_sha256:
+            yield _differs(entry.name, "", "header", str(entry.header_sha256), got)
+        regions = parse_header(raw, size)
+        tensors = self.tensors[entry.name]
+        for found in self.pool.map(lambda tensor: self._tensor(fd, tensor, regions.get(tensor.name)), tensors):
+            yield from found
+        for name in sorted(regions.keys() - {tensor.name for tensor in tensors}):
+            yield Finding(entry.name, name, "a tensor that the manifest does not name")
+
+    def _tensor(self, fd: int, tensor: TensorEntry, region: Region | None) -> list[Finding]:
+        if region is None:
+            return [Finding(tensor.file, tensor.name, "missing")]
+        facts = (
+            ("dtype", tensor.dtype, region.dtype),
+            ("shape", str(list(tensor.shape)), str(list(region.shape))),
+            ("hash", tensor.blake3, hash_tensor_region(fd, region.offset, region.nbytes, self.progress)),
+        )
+        return [_differs(tensor.file, tensor.name, what, there, here) for what, there, here in facts if there != here]
+
+
+def _differs(file: str, tensor: str, what: str, expected: str, got: str) -> Finding:
+    return Finding(file, tensor, f"{what} differs", expected, got)
+
+
+@contextmanager
+def _opened(output: Path, name: str) -> Iterator[tuple[int, int]]:
+    """A descriptor and the size of a regular file that lies, links resolved, inside the output folder."""
+    relative = PurePosixPath(name)
+    if relative.is_absolute() or ".." in relative.parts or "\0" in name:
+        raise OSError("the name leads outside of the folder")
+    try:
+        path = (output / relative).resolve(strict=True)
+    except RuntimeError as error:  # how Python before 3.13 reports a loop of links
+        raise OSError("a loop of links") from error
+    if not path.is_relative_to(output.resolve()):
+        raise OSError("the link leads outside of the folder")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a regular file")
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd, os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+
+
+def _extra_files(output: Path, listed: set[str]) -> Iterator[Finding]:
+    """Files that a loader could pick up though the manifest does not name them; links to folders count as files."""
+    for folder, subfolders, names in os.walk(output):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        links = [name for name in subfolders if (Path(folder) / name).is_symlink()]
+        for name in sorted([*names, *links]):
+            relative = (Path(folder) / name).relative_to(output).as_posix()
+            if relative not in listed | UNLISTED and not name.startswith("."):
+                yield Finding(relative, "", "a file that the manifest does not name")
