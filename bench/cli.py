@@ -1,0 +1,55 @@
+"""`safeshard bench`: make models, measure, append rows to bench/results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from safeshard.bench import models, pipeline
+from safeshard.manifests.errors import Offence, RequestError
+
+app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure; rows go to bench/results.")
+Folder = Annotated[Path, typer.Option("--folder", help="where the models lie; they are made once and kept")]
+Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES))]
+Layers = Annotated[
+    int | None, typer.Option("--layers", help="decoder layers, fewer than the shape's own to save time", min=1)
+]
+
+
+@app.command("make-models")
+def make_models(
+    folder: Folder,
+    shape: Shape = "llama-1b",
+    layers: Layers = None,
+    adapters: Annotated[int, typer.Option(help="fine-tuned adapters", min=1)] = 1,
+    rank: Annotated[int, typer.Option(help="of the adapters", min=1)] = 16,
+    full: Annotated[bool, typer.Option("--full", help="also full fine-tuned and safe checkpoints")] = False,
+) -> None:
+    """Write aligned, unaligned, safe and adapter-N folders: random weights of a real shape."""
+    size = _shape(shape)
+    paths = models.make_models(folder, size, layers=layers or size.layers, adapters=adapters, rank=rank, finetuned=full)
+    print("\n".join(map(str, paths.values())))
+
+
+@app.command("pipeline")
+def measure_pipeline(
+    folder: Folder,
+    shape: Shape = "llama-1b",
+    layers: Layers = None,
+    adapters: Annotated[str, typer.Option(help="numbers of adapters in a batch")] = "1,8,32",
+    runs: Annotated[int, typer.Option(help="repetitions; the median counts", min=1)] = 3,
+    cold: Annotated[bool, typer.Option("--cold", help="drop the files from the page cache first")] = False,
+    full: Annotated[bool, typer.Option("--full", help="also jobs on full checkpoints")] = False,
+) -> None:
+    """Time whole jobs from outside, with peak memory, against plainly reading the same bytes."""
+    _shape(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline.run(folder, shape, layers, [int(n) for n in adapters.split(",")], runs, cold, full)
+
+
+def _shape(name: str) -> models.Shape:
+    if name not in models.SHAPES:
+        raise RequestError(Offence("--shape", "", " or ".join(models.SHAPES), name))
+    return models.SHAPES[name]

@@ -1,0 +1,143 @@
+"""Synthetic models of real shapes, written straight into safetensors at disk speed.
+
+The values are random and never zero, and the unaligned and fine-tuned versions differ from the aligned one as real ones
+do, by a fraction of a weight. They repeat after a few million elements, which no measurement here can notice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from safeshard.streamer.adapter import CONFIG, WEIGHTS
+from safeshard.streamer.checkpoint import INDEX
+from safeshard.streamer.header import layout
+
+SHARD_BYTES = 5 << 30
+POOL = (1 << 22) + 1  # odd, so that tensors start at ever new places of the pool
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama model."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Module name inside a layer -> (out features, in features)."""
+        kv = self.hidden // self.heads * self.kv_heads
+        return {
+            "self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden), "self_attn.o_proj": (self.hidden, self.hidden),
+            "mlp.gate_proj": (self.inner, self.hidden), "mlp.up_proj": (self.inner, self.hidden),
+            "mlp.down_proj": (self.hidden, self.inner),
+        }  # fmt: skip
+
+
+SHAPES = {
+    "llama-tiny": Shape(64, 176, 3, 4, 2, 256),
+    "llama-1b": Shape(2048, 5632, 22, 32, 4, 32000),
+    "llama-7b": Shape(4096, 11008, 32, 32, 32, 32000),
+    "llama-70b": Shape(8192, 28672, 80, 64, 8, 32000),
+}
+
+
+class _Values:
+    """An endless stream of values around zero: aligned weights, or those plus a delta."""
+
+    def __init__(self, seed: int, delta_seed: int | None, scale: float, dtype: torch.dtype) -> None:
+        pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)) * scale
+        if delta_seed is not None:
+            pool += torch.randn(POOL, generator=torch.Generator().manual_seed(delta_seed)) * scale / 10
+        self._pool, self._at = pool.to(dtype), 0
+
+    def take(self, count: int) -> Iterator[Tensor]:
+        """The next `count` values, in pieces."""
+        while count:
+            piece = self._pool[self._at : self._at + count]
+            yield piece
+            count -= len(piece)
+            self._at = (self._at + len(piece)) % POOL
+
+
+def make_models(
+    folder: Path, shape: Shape, *, layers: int, adapters: int, rank: int, finetuned: bool
+) -> dict[str, Path]:
+    """Write `aligned`, `unaligned`, `safe` and `adapter-0`, ... below `folder`; full `finetuned` ones on request.
+
+    Existing folders are kept. Weights are bf16, adapters fp32, as PEFT saves them.
+    """
+    paths = {name: folder / name for name in ("aligned", "unaligned", *(("finetuned", "finetuned-safe") * finetuned))}
+    for seed, (name, path) in enumerate(paths.items()):
+        if not path.exists():
+            _write_checkpoint(path, shape, layers, _Values(0, seed or None, 0.02, torch.bfloat16))
+    for seed, name in enumerate(["safe", *(f"adapter-{i}" for i in range(adapters))]):
+        paths[name] = folder / name
+        if not paths[name].exists():
+            _write_adapter(paths[name], shape, layers, rank, _Values(100 + seed, None, 0.01, torch.float32))
+    return paths
+
+
+def _write_checkpoint(path: Path, shape: Shape, layers: int, values: _Values) -> None:
+    tensors = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)} | {
+        f"model.layers.{layer}.{name}.weight": size
+        for layer in range(layers)
+        for name, size in shape.projections.items()
+    }
+    norms = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(layers) for kind in ("input", "post_attention")]
+    sizes: dict[str, tuple[int, ...]] = {**tensors, **dict.fromkeys([*norms, "model.norm.weight"], (shape.hidden,))}
+    sizes["lm_head.weight"] = (shape.vocab, shape.hidden)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, size in sizes.items():
+        if sum(2 * torch.Size(s).numel() for s in shards[-1].values()) + 2 * torch.Size(size).numel() > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = size
+    path.mkdir(parents=True)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write(path / file, {name: ("BF16", size) for name, size in shard.items()}, values)
+        weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
+        "intermediate_size": shape.inner, "num_hidden_layers": layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _write_adapter(path: Path, shape: Shape, layers: int, rank: int, values: _Values) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for layer in range(layers):
+        for name, (rows, columns) in shape.projections.items():
+            key = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{key}.lora_A.weight"] = ("F32", (rank, columns))
+            tensors[f"{key}.lora_B.weight"] = ("F32", (rows, rank))
+    path.mkdir(parents=True)
+    _write(path / WEIGHTS, tensors, values)
+    targets = [name.rpartition(".")[2] for name in shape.projections]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none"}
+    (path / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def _write(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], values: _Values) -> None:
+    header, refs = layout(path.name, [(name, dtype, size) for name, (dtype, size) in tensors.items()], {"format": "pt"})
+    with path.open("wb") as file:
+        file.write(header)
+        for ref in sorted(refs.values(), key=lambda ref: ref.offset):
+            for piece in values.take(torch.Size(ref.shape).numel()):
+                file.write(piece.view(torch.uint8).numpy().data)

@@ -1,0 +1,66 @@
+"""Result rows: every run appends, nothing is overwritten; tables and plots come from these rows alone."""
+
+from __future__ import annotations
+
+import csv
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = (
+    "what", "shape", "dtype", "median_s", "min_s", "max_s", "runs", "bytes", "GB_per_s", "ceiling", "share_of_ceiling",
+    "peak_rss_bytes", "cache", "versions", "hardware", "commit", "date",
+)  # fmt: skip
+
+
+def append(file: str, row: Mapping[str, Any]) -> None:
+    """Add one row to bench/results/<file>.csv. Keys outside of COLUMNS are errors; missing ones stay empty."""
+    unknown = row.keys() - set(COLUMNS)
+    if unknown:
+        raise ValueError(f"unknown columns {sorted(unknown)}")
+    path = RESULTS / f"{file}.csv"
+    new = not path.exists()
+    RESULTS.mkdir(exist_ok=True)
+    with path.open("a", newline="") as out:
+        rows = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        if new:
+            rows.writeheader()
+        rows.writerow({**environment(), **row})
+
+
+def environment() -> dict[str, str]:
+    """What a figure depends on besides the code: versions, hardware, commit and date."""
+    packages = ("safeshard", "torch", "triton", "safetensors")
+    return {
+        "versions": " ".join([f"python={platform.python_version()}", *(f"{p}={version(p)}" for p in packages)]),
+        "hardware": hardware(),
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def hardware() -> str:
+    """Processor model, cores that may be used, and the GPU if there is one."""
+    import os
+
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    gpu = f" + {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{model} x{len(os.sched_getaffinity(0))}{gpu}"
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return run.stdout.strip() or "unknown"

@@ -1,0 +1,85 @@
+"""Compensation where all rows keep the same columns, but for one boundary column (`selection="block"`), in delta space.
+
+Source: the published loop of Safe Delta, which is OBS as SparseGPT (arXiv 2301.00774, section 3) runs it. For rows that
+share the kept columns S it equals one triangular solve and one product:
+
+    E tri(U_SS) = (X - D)_S,   X_rest -= E U_S,rest,   X_S = D_S
+
+with U's entries within each sub-block of `sub_block` columns left out (the published approximation; 1 is exact OBS). The
+solve and the product run over chunks of columns, so that no work is spent below U's diagonal.
+Shapes: X is k x I, D k x n in a block of n columns, U I x I; all fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+from safeshard.kernels.row_compensation import CHUNK
+from safeshard.kernels.selection import BlockSelection
+
+
+def _drop_within_sub_blocks(spread: torch.Tensor, kept: torch.Tensor, width: int, sub_block: int) -> None:
+    """Zero what the kept columns of a chunk (rows of `spread`) would do to others of their own sub-block."""
+    columns = torch.arange(width, device=spread.device)
+    same = (kept // sub_block)[:, None] == (columns // sub_block)[None, :]
+    same[columns[: len(kept)], kept] = False
+    spread[:, :width].masked_fill_(same, 0)
+
+
+def _solve(tri: torch.Tensor, rhs: torch.Tensor, head: int, absent: int | None) -> torch.Tensor:
+    """E with E tri = rhs, where rows from `head` on do not take column `absent`: their E is 0 there."""
+    if absent is None:
+        return torch.linalg.solve_triangular(tri, rhs, upper=True, left=False)
+    leading = torch.linalg.solve_triangular(tri, rhs[:head], upper=True, left=False)
+    tri, rhs = tri.clone(), rhs[head:]
+    tri[:, absent] = 0
+    tri[absent, absent] = 1
+    rhs[:, absent] = 0
+    return torch.cat([leading, torch.linalg.solve_triangular(tri, rhs, upper=True, left=False)])
+
+
+def compensate_columns(
+    change: torch.Tensor,
+    target: torch.Tensor,
+    u: torch.Tensor,
+    start: int,
+    selection: BlockSelection,
+    head: int,
+    sub_block: int,
+) -> None:
+    """Set the selected columns of one block of `change` to `target` and compensate later columns, in place.
+
+    Args:
+        change: X, k x I fp32 (k rows of the weight, or of groups in LoRA space).
+        target: D in the block, k x n fp32.
+        u: I x I fp32, upper triangular.
+        start: first column of the block.
+        selection: the block's columns.
+        head: how many of the k rows, from the first, also take the boundary column.
+        sub_block: 1 ... 128 columns that do not affect each other.
+    """
+    n, device = len(selection.taken), u.device
+    stop, boundary = start + n, selection.boundary
+    taken = selection.taken.clone()
+    if head:
+        taken[boundary] = True
+    block, errors = change[:, start:stop], []
+    chunk = CHUNK // sub_block * sub_block
+    for lo in range(0, n, chunk):
+        kept = taken[lo : lo + chunk].nonzero().flatten()
+        if len(kept) == 0:
+            continue
+        index = (lo + kept).to(device)
+        spread = u[:, start + lo : stop].index_select(0, start + index)
+        _drop_within_sub_blocks(spread, kept.to(device), min(chunk, n - lo), sub_block)
+        tri = spread.index_select(1, kept.to(device))
+        error = block.index_select(1, index).sub_(target.index_select(1, index))
+        partial = head > 0 and lo <= boundary < lo + chunk
+        error = _solve(tri, error, head, int((kept < boundary - lo).sum()) if partial else None)
+        block[:, lo:].addmm_(error, spread, alpha=-1)
+        errors.append(error)
+    whole = selection.taken.nonzero().flatten().to(device)
+    block.index_copy_(1, whole, target.index_select(1, whole))
+    block[:head, boundary] = target[:head, boundary]
+    if errors and stop < change.shape[1]:
+        rest = u[:, stop:].index_select(0, start + taken.nonzero().flatten().to(device))
+        change[:, stop:].addmm_(torch.cat(errors, 1), rest, alpha=-1)

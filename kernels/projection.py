@@ -1,0 +1,237 @@
+"""The product of every alignment test: V (V^T B) and |V|_F, for V = aligned - unaligned.
+
+SafeLoRA (arXiv 2405.16833, section 3) and SafeMERGE (arXiv 2503.17239, section 3) project a delta B A with
+P = V V^T / |V|_F. P (O x O) is never formed: `project` gives V (V^T B), which is |V|_F times the projected factor.
+
+Shapes: aligned, unaligned and V are O x I (out features x in features), a factor B is O x r, Y = V^T B is I x r,
+and Z = V Y is O x r.
+
+Example: aligned = [[1, 0], [0, 2]], unaligned = 0 and B = [[1], [1]] give Y = [[1], [2]], Z = [[1], [4]] and |V|^2 = 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from safeshard.kernels.backend import Backend, resolve
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# torch: fp32 elements of one row tile (2 MiB, which stays in a core's L2 cache) and the fewest rows of a tile, below
+# which the products are too thin.
+TILE_ELEMENTS = 1 << 19
+MIN_TILE_ROWS = 64
+
+# Triton: the tile of one program, and how many programs a launch aims at through splits of the summed axis. The split
+# depends on V's shape alone, so that neither the device nor the other adapters of a batch change the result.
+BLOCK_M, BLOCK_K, BLOCK_R = 64, 32, 16
+TARGET_PROGRAMS = 512
+MAX_SPLITS = 16
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+class Projection(NamedTuple):
+    """V (V^T B) for each factor B, not divided by |V|_F, and |V|_F^2."""
+
+    projected: list[Tensor]
+    """One fp32 tensor (O x r_k) a factor, in the order given."""
+    squared_norm: Tensor
+    """|V|_F^2, a 0-d fp64 tensor."""
+
+
+@triton.jit
+def _product_kernel(
+    aligned_ptr,  # M x K, bf16/fp16/fp32, strided
+    unaligned_ptr,  # M x K, bf16/fp16/fp32, strided
+    x_ptr,  # K x R, fp32, contiguous
+    partial_ptr,  # splits x M x R, fp32, contiguous
+    squares_ptr,  # splits x (tiles of M), fp64, contiguous; unused unless NORM
+    m,
+    k,
+    r,
+    chunk,  # length of a split of K, a multiple of BLOCK_K
+    aligned_stride_m,
+    aligned_stride_k,
+    unaligned_stride_m,
+    unaligned_stride_k,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """partial[split] = (aligned - unaligned)[:, split] x[split]; with NORM also the sum of the squared differences.
+
+    Grid: (tiles of R, tiles of M, splits of K). Programs of one tile of V are neighbours, so that all but the first
+    find it in the L2 cache. Differences, products and sums are fp32 ("ieee"); squares end in fp64.
+    """
+    tile_r, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_mask, col_mask = (rows < m)[:, None], (cols < r)[None, :]
+    rows_long = rows.to(tl.int64)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    squares = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(split * chunk, tl.minimum((split + 1) * chunk, k), BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        inner_long = inner.to(tl.int64)
+        mask = row_mask & (inner < k)[None, :]
+        aligned_offsets = rows_long * aligned_stride_m + inner_long[None, :] * aligned_stride_k
+        unaligned_offsets = rows_long * unaligned_stride_m + inner_long[None, :] * unaligned_stride_k
+        v = tl.load(aligned_ptr + aligned_offsets, mask, 0.0).to(tl.float32)
+        v -= tl.load(unaligned_ptr + unaligned_offsets, mask, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + inner_long[:, None] * r + cols[None, :], (inner < k)[:, None] & col_mask, 0.0)
+        acc = tl.dot(v, x, acc, input_precision="ieee")
+        if NORM:
+            squares += v * v
+    out = (split.to(tl.int64) * m + rows_long) * r + cols[None, :]
+    tl.store(partial_ptr + out, acc, row_mask & col_mask)
+    if NORM and tile_r == 0:
+        tl.store(squares_ptr + split * tl.num_programs(1) + tile_m, tl.sum(squares.to(tl.float64)))
+
+
+def _product_triton(aligned: Tensor, unaligned: Tensor, x: Tensor, *, norm: bool) -> tuple[Tensor, Tensor]:
+    """(aligned - unaligned) x for M x K operands and a contiguous fp32 x (K x R), and, with norm, the squared norm."""
+    (m, k), r = aligned.shape, x.shape[1]
+    tiles_m = triton.cdiv(m, BLOCK_M)
+    splits = min(triton.cdiv(TARGET_PROGRAMS, tiles_m), triton.cdiv(k, BLOCK_K), MAX_SPLITS)
+    chunk = triton.cdiv(triton.cdiv(k, BLOCK_K), splits) * BLOCK_K
+    partial = x.new_empty((splits, m, r))
+    squares = torch.zeros((splits, tiles_m), dtype=torch.float64, device=x.device)
+    _product_kernel[(triton.cdiv(r, BLOCK_R), tiles_m, splits)](
+        aligned,
+        unaligned,
+        x,
+        partial,
+        squares,
+        m,
+        k,
+        r,
+        chunk,
+        *aligned.stride(),
+        *unaligned.stride(),
+        NORM=norm,
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+        BLOCK_R=BLOCK_R,
+        **LAUNCH,
+    )
+    return partial.sum(0), squares.sum()
+
+
+def _project_triton(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Projection:
+    """Two launches over all factors as one wide B."""
+    wide = torch.cat([factor.float() for factor in factors], dim=1)
+    y, squared_norm = _product_triton(aligned.T, unaligned.T, wide, norm=True)
+    z, _ = _product_triton(aligned, unaligned, y, norm=False)
+    return Projection(list(z.split([factor.shape[1] for factor in factors], dim=1)), squared_norm)
+
+
+def _row_tiles(aligned: Tensor, unaligned: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, V[rows] in fp32) over all rows; the tensor is overwritten by the next step."""
+    rows, cols = aligned.shape
+    step = min(rows, max(MIN_TILE_ROWS, TILE_ELEMENTS // cols))
+    buffer = aligned.new_empty((step, cols), dtype=torch.float32)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        tile = buffer[: part.stop - start]
+        yield part, tile.copy_(aligned[part]).sub_(unaligned[part])
+
+
+def _squared_norm(tile: Tensor) -> Tensor:
+    """|tile|_F^2 in fp64 from fp32 row norms: as exact as fp64 throughout to 1e-8, at a quarter of the time."""
+    return torch.linalg.vector_norm(tile, dim=1).double().square().sum()
+
+
+def _project_rows(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Projection:
+    """Two passes over row tiles of V, for weights stored by rows.
+
+    Tiles of whole rows are converted three times as fast as the column strips that a single pass would need.
+    Each factor has its own products: a matrix product's rounding depends on its width, and one adapter's result must
+    not depend on the others in the batch.
+    """
+    transposed = [_own(factor.T) for factor in factors]
+    inner = [factor.new_zeros((factor.shape[0], aligned.shape[1])) for factor in transposed]
+    squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
+    for part, tile in _row_tiles(aligned, unaligned):
+        squared_norm += _squared_norm(tile)
+        for factor, y in zip(transposed, inner, strict=True):
+            y.addmm_(factor[:, part], tile)
+    projected = [factor.new_empty((aligned.shape[0], factor.shape[0])) for factor in transposed]
+    for part, tile in _row_tiles(aligned, unaligned):
+        for y, z in zip(inner, projected, strict=True):
+            torch.mm(tile, y.T, out=z[part])
+    return Projection(projected, squared_norm)
+
+
+def _project_columns(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Projection:
+    """One pass over tiles of V's columns, for weights stored transposed: there a column of V is contiguous."""
+    owned = [_own(factor) for factor in factors]
+    projected = [torch.zeros_like(factor) for factor in owned]
+    squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
+    for _, tile in _row_tiles(aligned.T, unaligned.T):
+        squared_norm += _squared_norm(tile)
+        for factor, z in zip(owned, projected, strict=True):
+            z.addmm_(tile.T, tile @ factor)
+    return Projection(projected, squared_norm)
+
+
+def _own(factor: Tensor) -> Tensor:
+    """A contiguous fp32 copy: the caller's memory may be unaligned, and alignment can change a product's rounding."""
+    return factor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def project(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor], *, backend: Backend = "auto") -> Projection:
+    """V (V^T B) for each factor B, and |V|_F^2, with V = aligned - unaligned taken in fp32.
+
+    A factor's result does not depend, to the bit, on the other factors. V is never held in fp32 as a whole. Infinities
+    and NaN in the inputs reach the outputs.
+
+    Args:
+        aligned: O x I, bf16, fp16 or fp32; any strides.
+        unaligned: like `aligned`; its dtype may differ.
+        factors: one or more tensors B, O x r_k, of the same dtypes.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, there is no factor, or the backend cannot run.
+    """
+    check_operands(aligned, unaligned, factors)
+    if resolve(backend, aligned, unaligned, *factors) == "triton":
+        return _project_triton(aligned, unaligned, factors)
+    by_columns = aligned.stride(0) < aligned.stride(1)
+    return (_project_columns if by_columns else _project_rows)(aligned, unaligned, factors)
+
+
+def check_operands(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the shapes and dtypes are those that `project` documents."""
+    if aligned.ndim != 2 or aligned.shape != unaligned.shape:
+        raise ValueError(
+            f"aligned and unaligned must be 2-D and of one shape, got {tuple(aligned.shape)}, {tuple(unaligned.shape)}"
+        )
+    if not factors:
+        raise ValueError("at least one factor is needed")
+    for factor in factors:
+        if factor.ndim != 2 or factor.shape[0] != aligned.shape[0]:
+            raise ValueError(f"a factor must be {aligned.shape[0]} x r, got {tuple(factor.shape)}")
+    for tensor in (aligned, unaligned, *factors):
+        if tensor.dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"tensors must be bfloat16, float16 or float32, got {tensor.dtype}")
+
+
+def _compile_case(weight: str, norm: bool) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+    """One launch on row-major weights: the first (norm) reads them transposed, so its M axis is the contiguous one."""
+    contiguous, other = ("m", "k") if norm else ("k", "m")
+    signature = {"aligned_ptr": weight, "unaligned_ptr": weight, "x_ptr": "*fp32", "partial_ptr": "*fp32"}
+    signature |= {"squares_ptr": "*fp64", "m": "i32", "k": "i32", "r": "i32", "chunk": "i32"}
+    signature |= {f"aligned_stride_{other}": "i32", f"unaligned_stride_{other}": "i32"}
+    constexprs: dict[str, Any] = {f"aligned_stride_{contiguous}": 1, f"unaligned_stride_{contiguous}": 1}
+    constexprs |= {"NORM": norm, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_R": BLOCK_R}
+    return _product_kernel, signature, constexprs, LAUNCH
+
+
+COMPILE_CASES = [_compile_case(weight, norm) for weight in ("*bf16", "*fp16", "*fp32") for norm in (True, False)]

@@ -1,0 +1,189 @@
+"""The command line: each command a thin layer over the public function of its name."""
+
+from __future__ import annotations
+
+import inspect as introspection
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+from safeshard.manifests.errors import SafeshardError, printable
+from safeshard.streamer import api, report
+from safeshard.streamer.methods import METHODS
+from safeshard.streamer.methods.score import Score
+from safeshard.streamer.options import Options, RunOptions
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Streaming safety re-alignment for fine-tuned language models.",
+)
+Json = Annotated[bool, typer.Option("--json", help="print the outcome as one line of JSON at the end")]
+
+
+class _Variadic(TyperCommand):
+    """Lets an option that may repeat take its values in one go: --adapter A B C."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        spread: list[str] = []
+        option = ""
+        for position, arg in enumerate(args):
+            if arg.startswith("-"):
+                option = arg if arg in repeatable else ""
+            elif option and args[position - 1] != option:
+                spread.append(option)
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def _parameter(name: str, field: FieldInfo, many: bool) -> introspection.Parameter:
+    """One command-line option from a model's field. Its default stays with the model: not given is None."""
+    kind = _plain_type(field.annotation)
+    shown = "" if field.is_required() or field.default in (None, False) else f" [default: {_shown(field.default)}]"
+    required = " [required]" if field.is_required() else ""
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=(field.description or "") + shown + required, show_default=False
+    )
+    annotation = Annotated[list[kind] | None if many else kind | None, option]  # type: ignore[valid-type]
+    default = False if kind is bool else None
+    if kind is bool:
+        annotation = Annotated[bool, option]
+    return introspection.Parameter(name, introspection.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _plain_type(annotation: Any) -> Any:
+    """The type that the command line reads: without None and constraints; sizes are read by the model."""
+    if get_origin(annotation) is Annotated:
+        return _plain_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, type(int | None)):
+        return _plain_type(next(a for a in get_args(annotation) if a is not type(None)))
+    if get_origin(annotation) is tuple:
+        return tuple[tuple(_plain_type(a) for a in get_args(annotation))]  # type: ignore[misc]
+    known = (int, float, bool, Path)
+    return annotation if annotation in known or get_origin(annotation) is Literal else str
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return value.human_readable() if hasattr(value, "human_readable") else str(value)
+
+
+def _command(
+    models: Sequence[type[Options]], many: frozenset[str] = frozenset()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function the options of `models`, and `--json`."""
+
+    def with_options(function: Callable[..., None]) -> Callable[..., None]:
+        fields = {name: field for model in models for name, field in model.model_fields.items()}
+        parameters = [
+            _parameter(name, field, name in many)
+            for name, field in sorted(fields.items(), key=lambda f: not f[1].is_required())
+        ]
+        kept = [p for p in introspection.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        positional = [p for p in kept if p.kind is p.POSITIONAL_OR_KEYWORD]
+        keywords = [p for p in kept if p.kind is p.KEYWORD_ONLY]
+        signature = introspection.Signature([*positional, *parameters, *keywords])
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        function.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
+        return function
+
+    return with_options
+
+
+def _method_command(method: str) -> None:
+    def command(*, json: Json = False, **options: Any) -> None:
+        _done([getattr(api, method)(**options)], options, json)
+
+    model = METHODS[method]
+    typer_command = app.command(
+        method, help=f"{model.title}: {(model.__doc__ or '').strip().splitlines()[0]} {model.paper}"
+    )
+    typer_command(_command([model, RunOptions])(command))
+
+
+for _name in METHODS:
+    _method_command(_name)
+
+
+@app.command("score", cls=_Variadic, help=Score.__doc__)
+@_command([Score, RunOptions], many=frozenset({"adapter", "finetuned"}))
+def _score(*, json: Json = False, **options: Any) -> None:
+    results = api.score(**{key: value for key, value in options.items() if value is not None})
+    if not options["quiet"] and not options["dry_run"]:
+        print(report.scores(results))
+    _done(results, options | {"quiet": True} if not options["dry_run"] else options, json)
+
+
+@app.command("batch", help="Run the jobs of a YAML file in one pass over the checkpoints they share.")
+@_command([RunOptions])
+def _batch(jobs: Annotated[Path, typer.Argument(help="the jobs file")], *, json: Json = False, **options: Any) -> None:
+    _done(api.batch(jobs, **options), options, json)
+
+
+@app.command("inspect", help="Print the decisions of a finished output as a table.")
+def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")]) -> None:
+    print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=sys.stdout.isatty()))
+
+
+@app.command("verify", help="Hash a finished output again and say what differs from its manifest.")
+def _verify(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")], json: Json = False) -> None:
+    findings = api.verify(output)
+    for finding in findings:
+        print(finding)
+    print(f"{output}: {len(findings)} differences" if findings else f"{output}: every byte is as the manifest says")
+    if json:
+        _print_json({"output": str(output), "differences": [str(finding) for finding in findings]})
+    if findings:
+        raise typer.Exit(1)
+
+
+def _done(results: Sequence[Any], options: dict[str, Any], as_json: bool) -> None:
+    if options["dry_run"]:
+        print(report.plan([r.plan for r in results]))
+    elif not options["quiet"]:
+        print(report.summary(results))
+    if as_json:
+        _print_json([report.outcome(r) for r in results])
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value))
+
+
+def _mount(argv: Sequence[str]) -> None:
+    """Add the command groups that other packages register (bench, demo), where the arguments ask for one or for help."""
+    for entry in entry_points(group="safeshard.commands"):
+        if not argv or argv[0] in (entry.name, "--help"):
+            app.add_typer(entry.load(), name=entry.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _mount(arguments)
+        app(args=arguments, prog_name="safeshard")
+    except SafeshardError as error:
+        print(f"safeshard: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        print("safeshard: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"safeshard: {printable(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

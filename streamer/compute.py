@@ -1,0 +1,155 @@
+"""What one step computes: the gates that its jobs share, then each job's edit, written at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeshard.kernels.gate import Gate, dense_gate, lora_gate
+from safeshard.manifests.errors import RunError
+from safeshard.manifests.schema import ModuleEntry
+from safeshard.streamer.methods.base import Lora, Module
+from safeshard.streamer.plan import Pair, Weight
+from safeshard.streamer.steps import CopyTask, ModuleTask
+from safeshard.streamer.stream import Clock, Read, Step
+from safeshard.streamer.writer import NotFiniteError
+
+UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
+
+
+class Inputs:
+    """A step's tensors on the compute device, each moved once."""
+
+    def __init__(self, loaded: Mapping[Hashable, Tensor], device: torch.device) -> None:
+        self._loaded, self._device = loaded, device
+        self._moved: dict[Hashable, Tensor] = {}
+
+    def tensor(self, read: Read) -> Tensor:
+        if read.key not in self._moved:
+            self._moved[read.key] = self._loaded[read.key].to(self._device)
+        return self._moved[read.key]
+
+    def weight(self, place: Weight) -> Tensor:
+        """A weight as O x I, whatever its storage."""
+        tensor = self.tensor(Read(place.source, place.ref))
+        return tensor.T if place.transposed else tensor
+
+    def delta(self, place: Pair | Weight) -> Lora | Tensor:
+        if isinstance(place, Weight):
+            return self.weight(place)
+        a, b = (self.tensor(Read(place.source, ref)) for ref in (place.lora.a, place.lora.b))
+        return Lora(a, b, place.lora.scaling)
+
+
+def compute_step(step: Step, loaded: Mapping[Hashable, Tensor], device: torch.device, clock: Clock) -> None:
+    """Run all tasks of a step.
+
+    Raises:
+        RunError: a tensor holds NaN or infinity, or writing failed.
+    """
+    inputs = Inputs(loaded, device)
+    gates = _gates([t for t in step.tasks if isinstance(t, ModuleTask)], inputs)
+    for task in step.tasks:
+        if isinstance(task, CopyTask):
+            _copy(task, inputs, clock)
+        else:
+            _decide(task, inputs, gates, clock)
+
+
+def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
+    start, writer = time.perf_counter(), task.run.writer
+    assert writer is not None
+    if task.cast:
+        writer.write(task.copy.name, inputs.tensor(Read(task.copy.source, task.copy.ref)))
+        clock.add("write", start)
+    else:
+        writer.copy(task.copy)
+        clock.add("copy", start, task.copy.ref.nbytes)
+
+
+def _gates(tasks: list[ModuleTask], inputs: Inputs) -> dict[Hashable, Gate]:
+    """Each distinct gate once; adapters that share a pair of checkpoints share one pass over V."""
+    gates: dict[Hashable, Gate] = {}
+    groups: dict[Hashable, dict[Hashable, ModuleTask]] = {}
+    for task in tasks:
+        if task.run.needs_gate(task.plan.name):
+            kind = type(task.plan.finetuned)
+            same = groups.setdefault((task.gate_key[:2], kind), {})
+            if task.gate_key not in same or task.run.job.keeps_dense_projection:
+                same[task.gate_key] = task
+    for group in groups.values():
+        first = next(iter(group.values())).plan
+        assert first.aligned is not None and first.unaligned is not None
+        aligned, unaligned = inputs.weight(first.aligned), inputs.weight(first.unaligned)
+        deltas = {key: inputs.delta(task.plan.finetuned) for key, task in group.items()}
+        pairs = {key: (delta.a, delta.b) for key, delta in deltas.items() if isinstance(delta, Lora)}
+        if pairs:
+            gates |= dict(zip(pairs, lora_gate(aligned, unaligned, list(pairs.values())), strict=True))
+        for key, delta in deltas.items():
+            if isinstance(delta, Tensor):
+                project = group[key].run.job.keeps_dense_projection
+                gates[key] = dense_gate(aligned, unaligned, delta, project_delta=project)
+    return gates
+
+
+def _decide(task: ModuleTask, inputs: Inputs, gates: Mapping[Hashable, Gate], clock: Clock) -> None:
+    job_run, plan = task.run, task.plan
+    gate = gates.get(task.gate_key) if job_run.needs_gate(plan.name) else None
+    cosine = job_run.cosines.get(plan.name)
+    if gate is not None:
+        value = gate.cosine.item()
+        cosine = value if math.isfinite(value) else None
+        if cosine is None:
+            _refuse_not_finite(task, inputs)
+        if plan.name not in job_run.cosines:
+            job_run.score(plan.name, cosine)
+    if job_run.is_done(plan.name):
+        return
+    edit = job_run.job.edit(_module(task, inputs, gate, cosine))
+    start = time.perf_counter()
+    try:
+        _write(task, edit.tensors)
+    except NotFiniteError:
+        _refuse_not_finite(task, inputs)
+        raise
+    clock.add("write", start)
+    fields: dict[str, Any] = {"cosine": cosine, **edit.fields}
+    if job_run.job.gated and cosine is None:
+        fields["note"] = UNDEFINED
+    entry = ModuleEntry(name=plan.name, decision=edit.decision, **fields)
+    job_run.decide(plan.name, entry.model_dump(mode="json", exclude_none=True))
+
+
+def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None) -> Module:
+    job_run, plan = task.run, task.plan
+    dense = isinstance(plan.finetuned, Weight)
+    return Module(
+        plan.name,
+        finetuned=inputs.delta(plan.finetuned),
+        aligned=inputs.weight(plan.aligned) if dense and plan.aligned else None,
+        safe=inputs.delta(plan.safe) if plan.safe else None,
+        projected=gate.projected if gate is not None else None,
+        cosine=math.nan if job_run.job.gated and cosine is None else cosine,
+        chosen=plan.name in job_run.chosen if job_run.chosen is not None else None,
+    )
+
+
+def _write(task: ModuleTask, tensors: Mapping[str, Tensor]) -> None:
+    writer, plan = task.run.writer, task.plan
+    assert writer is not None
+    for part, name in plan.writes.items():
+        transposed = isinstance(plan.finetuned, Weight) and plan.finetuned.transposed
+        writer.write(name, tensors[part].T if transposed else tensors[part])
+
+
+def _refuse_not_finite(task: ModuleTask, inputs: Inputs) -> None:
+    """Name the input tensor that holds NaN or infinity, if one does."""
+    for read in task.reads():
+        if not bool(torch.isfinite(inputs.tensor(read)).all()):
+            where = f"{read.source.spec}/{read.ref.file}: {read.ref.name}"
+            raise RunError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")

@@ -1,0 +1,192 @@
+"""The end of a job: side files, model card and manifest, then the output gets its name."""
+
+from __future__ import annotations
+
+import json
+import resource
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from safeshard.manifests.card import card
+from safeshard.manifests.hashing import hash_bytes
+from safeshard.manifests.schema import (
+    MANIFEST_NAME,
+    FileEntry,
+    Input,
+    InputFile,
+    Manifest,
+    Method,
+    ModuleEntry,
+    Run,
+    TensorEntry,
+    Tool,
+)  # fmt: skip
+from safeshard.streamer import adapter as lora
+from safeshard.streamer.adapter import Adapter
+from safeshard.streamer.checkpoint import INDEX, Checkpoint, natural
+from safeshard.streamer.header import header_digest
+from safeshard.streamer.plan import JobPlan, ModulePlan, Pair
+from safeshard.streamer.sources import Source
+from safeshard.streamer.steps import JobRun
+
+# What else a folder of weights needs to be loaded and prompted; never code.
+SIDE_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a run. Seconds are summed over threads; peaks are in bytes."""
+
+    device: str
+    start: datetime
+    wall_s: float
+    bytes_read: int
+    peak_buffer_bytes: int
+    peak_device_bytes: int
+    seconds: dict[str, float]
+
+
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tool_versions(device: str) -> Tool:
+    """Versions for the manifest."""
+    return Tool(safeshard=version("safeshard"), torch=version("torch"), triton=_version("triton"), device=device)
+
+
+def fingerprint(plan: JobPlan) -> dict[str, Any]:
+    """All that the output's bytes depend on, to notice on resume that something changed."""
+    inputs = {role: given.model_dump(mode="json") for role, given in _inputs(plan).items()}
+    return {
+        "safeshard": version("safeshard"),
+        "method": plan.job.method,
+        "options": plan.job.settings(),
+        "inputs": inputs,
+    }
+
+
+def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
+    """Complete an output whose tensors are all written: name its shards, add the small files, publish it."""
+    plan, writer = job_run.plan, job_run.writer
+    assert writer is not None
+    writer.complete()
+    kind = "adapter" if isinstance(plan.finetuned, Adapter) else "checkpoint"
+    small = _adapter_files(plan) if kind == "adapter" else _checkpoint_files(plan)
+    manifest = _manifest(job_run, measured)
+    small["README.md"] = card(manifest, _base_model(plan), "adapter" if kind == "adapter" else "checkpoint").encode()
+    for name, data in small.items():
+        writer.add_file(name, data)
+    files = [FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files]
+    files += [FileEntry(name=name, size=len(data), blake3=hash_bytes(data)) for name, data in small.items()]
+    run = manifest.run.model_copy(update={"bytes_written": writer.bytes_written})
+    manifest = manifest.model_copy(update={"files": tuple(sorted(files, key=lambda f: f.name)), "run": run}).sealed()
+    writer.add_file(MANIFEST_NAME, manifest.to_json().encode())
+    writer.publish(overwrite)
+    return manifest
+
+
+def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
+    plan, job, writer = job_run.plan, job_run.job, job_run.writer
+    assert writer is not None
+    copied = {copy.name for copy in plan.copies if writer.place(copy.name).dtype == copy.ref.dtype}
+    for module in plan.modules.values():
+        if _untouched(job_run, module):
+            copied.update(module.writes.values())
+    tensors = [
+        TensorEntry(
+            name=name, file=file.name, dtype=ref.dtype, shape=ref.shape, blake3=writer.hashes[name],
+            action="copied" if name in copied else "edited",
+        )
+        for file in plan.files
+        for name, ref in file.tensors.items()
+    ]  # fmt: skip
+    settings = job.settings()
+    run = Run(
+        start=measured.start, wall_s=measured.wall_s, bytes_read=measured.bytes_read, bytes_written=writer.bytes_written,
+        peak_host_bytes=peak_host_bytes(), peak_device_bytes=measured.peak_device_bytes,
+        peak_buffer_bytes=measured.peak_buffer_bytes, seconds=measured.seconds,
+    )  # fmt: skip
+    return Manifest(
+        tool=tool_versions(measured.device),
+        method=Method(name=job.method, paper=job.paper, options=settings, seed=settings.get("seed")),
+        inputs=_inputs(plan),
+        modules=tuple(ModuleEntry(**job_run.entries[name]) for name in plan.modules),
+        tensors=tuple(sorted(tensors, key=lambda t: natural(t.name))),
+        files=tuple(FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files),
+        fallbacks=tuple(plan.fallbacks),
+        run=run,
+    )
+
+
+def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
+    """Whether a module's tensors hold the input's bytes: it was kept, in its dtype and at its scaling."""
+    writer, finetuned = job_run.writer, module.finetuned
+    assert writer is not None
+    pair = isinstance(finetuned, Pair)
+    refs = (finetuned.lora.a, finetuned.lora.b) if isinstance(finetuned, Pair) else (finetuned.ref,)
+    same_dtype = all(writer.place(ref.name).dtype == ref.dtype for ref in refs)
+    return job_run.entries[module.name]["decision"] == "kept" and same_dtype and not (pair and job_run.job.rescales)
+
+
+def _inputs(plan: JobPlan) -> dict[str, Input]:
+    inputs = {}
+    for role, opened in plan.inputs.items():
+        files = [InputFile(name=f.name, size=f.size, header_sha256=f.sha256) for f in opened.files]
+        config = lora.CONFIG if isinstance(opened, Adapter) else "config.json"
+        sizes = opened.source.sizes()
+        if config in sizes:
+            data = opened.source.read(config, 0, sizes[config])
+            files.append(InputFile(name=config, size=len(data), blake3=hash_bytes(data)))
+        inputs[role] = Input(source=opened.source.spec, revision=opened.source.revision, files=tuple(files))
+    return inputs
+
+
+def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
+    return {lora.CONFIG: _json(plan.adapter_config)} | _side_files(plan.finetuned.source)
+
+
+def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
+    """The fine-tuned model's own configuration and tokenizer; the aligned model's where it has none."""
+    assert isinstance(plan.finetuned, Checkpoint)
+    files = _side_files(plan.aligned.source) | _side_files(plan.finetuned.source)
+    if config := dict(plan.finetuned.config or plan.aligned.config):
+        written = {ref.dtype for file in plan.files for ref in file.tensors.values() if ref.dtype in TORCH_NAMES}
+        for key in {"dtype", "torch_dtype"} & config.keys():
+            config[key] = TORCH_NAMES[written.pop()] if len(written) == 1 else config[key]
+        files["config.json"] = _json(config)
+    if len(plan.files) > 1:
+        weight_map = {name: file.name for file in plan.files for name in file.tensors}
+        total = sum(ref.nbytes for file in plan.files for ref in file.tensors.values())
+        files[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return files
+
+
+def _side_files(source: Source) -> dict[str, bytes]:
+    sizes = source.sizes()
+    return {name: source.read(name, 0, sizes[name]) for name in SIDE_FILES if name in sizes}
+
+
+def _base_model(plan: JobPlan) -> str | None:
+    if isinstance(plan.finetuned, Adapter) and (named := plan.finetuned.config.raw.get("base_model_name_or_path")):
+        return str(named)
+    return plan.aligned.source.spec.removeprefix("hf://").partition("@")[0]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,138 @@
+"""The jobs file of `batch`: YAML, with defaults and a matrix.
+
+    defaults:                     # options of every job
+      aligned: ./llama-chat
+      unaligned: ./llama
+      safe_adapter: ./safe
+    jobs:
+      - method: safemerge
+        matrix:                   # one job for each combination
+          adapter: [./alice, ./bob]
+          threshold: [0.3, 0.35]
+        output: out/{adapter}-{threshold}
+      - method: safelora
+        adapter: ./alice
+        num_layers: 8
+        safe_adapter: null        # takes a default away
+        output: out/alice-lora
+
+`{option}` in `output` stands for that option's value, of a path its last part. Relative paths start at the current
+directory. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.methods import METHODS
+from safeshard.streamer.methods.base import Job
+from safeshard.streamer.options import build
+
+MAX_BYTES = 4_000_000
+MAX_JOBS = 10_000
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """Read and validate all jobs.
+
+    Raises:
+        RequestError: the file is malformed, or jobs are; every offence of every job.
+    """
+    document = _load(path)
+    if not isinstance(document, dict) or not isinstance(document.get("jobs"), list) or not document["jobs"]:
+        raise RequestError(Offence(str(path), "jobs", "a list of jobs", "none", "see the documentation of batch"))
+    offences = [
+        Offence(str(path), str(key), "defaults and jobs", "an unknown key")
+        for key in document.keys() - {"defaults", "jobs"}
+    ]
+    defaults = document.get("defaults") or {}
+    jobs: list[Job] = []
+    for number, entry in enumerate(document["jobs"], 1):
+        where = f"{path}: job {number}"
+        try:
+            jobs += _jobs(where, defaults, entry)
+        except RequestError as error:
+            offences += error.offences
+        if len(jobs) > MAX_JOBS:
+            raise RequestError(Offence(where, "matrix", f"at most {MAX_JOBS} jobs", "more", "split the file"))
+    if offences:
+        raise RequestError(offences)
+    return jobs
+
+
+def _jobs(where: str, defaults: Any, entry: Any) -> Iterator[Job]:
+    if not isinstance(defaults, dict) or not isinstance(entry, dict):
+        raise RequestError(Offence(where, "", "a mapping of options", type(entry).__name__))
+    method, matrix = entry.get("method"), entry.get("matrix", {})
+    if method not in METHODS:
+        raise RequestError(Offence(where, "method", " or ".join(METHODS), repr(method)))
+    if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
+        raise RequestError(Offence(where, "matrix", "lists of values by option", repr(matrix)[:80]))
+    known = METHODS[method].model_fields.keys()
+    usable = {key: value for key, value in defaults.items() if key in known}  # a default may be for other methods
+    unknown = [key for key in defaults if not any(key in job.model_fields for job in METHODS.values())]
+    if unknown:
+        raise RequestError(
+            [Offence(where, f"defaults.{key}", "an option of some method", "an unknown one") for key in unknown]
+        )
+    own = {key: value for key, value in entry.items() if key not in ("method", "matrix")}
+    offences: list[Offence] = []
+    for values in itertools.product(*matrix.values()):
+        options = usable | own | dict(zip(matrix, values, strict=True))
+        try:
+            yield build(METHODS[method], options | {"output": _fill(where, options)}, where)
+        except RequestError as error:
+            offences += error.offences
+    if offences:
+        raise RequestError(offences)
+
+
+def _fill(where: str, options: Mapping[str, Any]) -> str | None:
+    template = options.get("output")
+    if not isinstance(template, str):
+        return template
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in options:
+            raise RequestError(Offence(where, "output", "{option} of an option that the job has", match[0]))
+        return PurePath(str(options[match[1]])).name
+
+    return re.sub(r"\{(\w+)\}", value, template)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without aliases (they can blow a small file up) and with unique keys."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases are not supported", self.peek_event().start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key, (position, _) in zip(keys, node.value, strict=True):
+            if not isinstance(key, str) or keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is repeated or no name", position.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise RequestError(Offence(str(path), "", f"at most {MAX_BYTES} bytes", f"{path.stat().st_size}"))
+        return yaml.load(path.read_bytes(), Loader=_Loader)  # a SafeLoader
+    except OSError as error:
+        raise RequestError(Offence(str(path), "", "a jobs file", error.strerror or "unreadable")) from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise RequestError(Offence(str(path), "", "valid YAML", " ".join(str(error).split())[:300])) from None

@@ -1,0 +1,159 @@
+"""What every method shares: a job is frozen options plus a function from a module's tensors to new tensors.
+
+A method knows no files. The plan asks it which inputs it takes, what it writes and whether headers suit it; the runner
+hands it one `Module` at a time and writes the `Edit` it returns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from safeshard.manifests.errors import Offence
+from safeshard.manifests.schema import Decision
+from safeshard.streamer.adapter import Adapter, LoraModule
+from safeshard.streamer.checkpoint import Checkpoint
+from safeshard.streamer.options import Dtype, Options, Place
+
+NEAR = 1e-6  # a cosine this close to the threshold is marked in the manifest: another device could decide otherwise
+
+
+@dataclass(frozen=True)
+class Lora:
+    """delta = scaling * b @ a; a is r x I, b is O x r, in the adapter's dtype."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module's inputs on the compute device. Weights are O x I, in their checkpoint's dtype.
+
+    `finetuned` and `safe` are pairs for adapters and weights for full checkpoints; `safe` is None where the safe
+    adapter has no such module. `cosine` (NaN where undefined) and `projected` (P B for a pair, P delta for a weight,
+    fp32) are the gate's. `chosen` is set where the decision needed the cosines of all modules first.
+    """
+
+    name: str
+    finetuned: Lora | Tensor
+    aligned: Tensor | None = None
+    safe: Lora | Tensor | None = None
+    projected: Tensor | None = None
+    cosine: float | None = None
+    chosen: bool | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What becomes of a module: its new tensors ("a" and "b", or "weight"), and the manifest's fields about it."""
+
+    decision: Decision
+    tensors: Mapping[str, Tensor]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Job(Options):
+    """One defended output: a method, its options, its inputs and its output folder."""
+
+    method: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    gated: ClassVar[bool] = False
+    edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, not only decoder linears
+    keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
+    writes_model: ClassVar[bool] = True
+    rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
+    dense_scratch: ClassVar[int] = 1  # fp32 copies of a weight that `edit` makes at most
+
+    aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
+    adapter: Place | None = Field(None, description="fine-tuned LoRA adapter")
+    finetuned: Place | None = Field(None, description="fine-tuned full checkpoint, in place of --adapter")
+    output: Path = Field(description="folder to write; must not exist")
+    dtype: Dtype | None = Field(
+        None, description="dtype of the output (default: the aligned checkpoint's, or the adapter's)"
+    )
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Job:
+        if (self.adapter is None) == (self.finetuned is None):
+            raise ValueError("give either adapter or finetuned")
+        return self
+
+    def inputs(self) -> dict[str, str]:
+        """Role -> source of every input given, in the manifest's vocabulary."""
+        roles = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
+        return {role: getattr(self, role) for role in roles if getattr(self, role, None) is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """Options that decide what is written: all but the places."""
+        options = json.loads(self.model_dump_json(exclude={*self.inputs(), "output"}))
+        return {
+            key: value for key, value in options.items() if key not in ("adapter", "finetuned", "safe_adapter", "safe")
+        }
+
+    @property
+    def ranks_first(self) -> bool:
+        """Whether all modules' cosines must be known before one is decided."""
+        return False
+
+    def choose(self, cosines: Mapping[str, float | None]) -> set[str]:
+        """The modules to change, given every module's cosine; asked only where `ranks_first`."""
+        raise NotImplementedError
+
+    def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
+        """Offences that the inputs' headers show."""
+        yield from ()
+
+    def parts(self, module: LoraModule, safe: LoraModule | None) -> dict[str, int]:
+        """Of an adapter's pair, the tensors that this method writes anew ("a", "b") and their rank."""
+        return {}
+
+    def adapter_config(self, adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+        """adapter_config.json of the output; `ranks` are the written ranks by the adapter's own module names."""
+        return dict(adapter.config.raw)
+
+    def dense_dtype(self, aligned: Tensor) -> torch.dtype:
+        """The dtype that a full checkpoint's weight is written in."""
+        return getattr(torch, self.dtype) if self.dtype else aligned.dtype
+
+    def edit(self, module: Module) -> Edit:
+        """Decide about one module and compute its new tensors."""
+        raise NotImplementedError
+
+
+class GatedJob(Job):
+    """A method that decides by cos(P delta, delta)."""
+
+    gated: ClassVar[bool] = True
+    unaligned: Place = Field(description="the base model that `aligned` was trained from")
+
+
+def unit_scaling_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The adapter's config with the given ranks and a scaling of 1 for every module."""
+    common = max(ranks.values())
+    pattern = {name: rank for name, rank in sorted(ranks.items()) if rank != common}
+    return adapter.config.raw | {
+        "r": common, "lora_alpha": common, "use_rslora": False, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
+    }  # fmt: skip
+
+
+def random_key(seed: int, *names: str) -> int:
+    """A 63-bit key that depends on the seed and the names alone."""
+    digest = blake2b(json.dumps([seed, *names]).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Zero rows of A and columns of B up to `rank`; the product stays the same."""
+    extra = rank - a.shape[0]
+    return torch.nn.functional.pad(a, (0, 0, 0, extra)), torch.nn.functional.pad(b, (0, extra))

@@ -1,0 +1,67 @@
+"""SafeLoRA (arXiv 2405.16833): project a delta onto the alignment subspace where it points elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from safeshard.streamer.adapter import LoraModule
+from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Module
+from safeshard.streamer.methods.dense import add
+from safeshard.streamer.options import Finite
+
+
+class SafeLora(GatedJob):
+    """Where cos(P delta, delta) <= threshold, or among the N modules of lowest cosine: delta <- P delta (section 3)."""
+
+    method: ClassVar[str] = "safelora"
+    title: ClassVar[str] = "SafeLoRA"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2405.16833"
+
+    keeps_dense_projection: ClassVar[bool] = True
+
+    threshold: Finite | None = Field(None, description="project where the cosine is at most this")
+    num_layers: int | None = Field(
+        None, gt=0, description="project the N modules of lowest cosine, in place of --threshold"
+    )
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> SafeLora:
+        if (self.threshold is None) == (self.num_layers is None):
+            raise ValueError("give either threshold or num_layers")
+        return self
+
+    @property
+    def ranks_first(self) -> bool:
+        return self.num_layers is not None
+
+    def choose(self, cosines: Mapping[str, float | None]) -> set[str]:
+        known = sorted(c for c in cosines.values() if c is not None)
+        if not known or self.num_layers is None:
+            return set()
+        limit = known[: self.num_layers][-1]
+        return {name for name, cosine in cosines.items() if cosine is not None and cosine <= limit}
+
+    def parts(self, module: LoraModule, safe: LoraModule | None) -> dict[str, int]:
+        return {"b": module.rank}
+
+    def edit(self, module: Module) -> Edit:
+        assert module.cosine is not None
+        fields: dict[str, Any] = {}
+        project = bool(module.chosen)
+        if self.threshold is not None:
+            project = module.cosine <= self.threshold
+            fields = {"threshold": self.threshold, "near_threshold": abs(module.cosine - self.threshold) <= NEAR}
+        dense = isinstance(module.finetuned, Tensor)
+        if not project:
+            kept = module.finetuned if isinstance(module.finetuned, Tensor) else module.finetuned.b
+            return Edit("kept", {"weight" if dense else "b": kept}, fields)
+        assert module.projected is not None
+        if not dense:
+            return Edit("projected", {"b": module.projected}, fields)
+        assert module.aligned is not None
+        new = add(module.aligned, module.projected, self.dense_dtype(module.aligned))
+        return Edit("projected", {"weight": new}, fields)

@@ -1,0 +1,158 @@
+"""SafeMERGE (arXiv 2503.17239): merge with a safe adapter where fine-tuning left the alignment subspace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from safeshard.kernels import merge
+from safeshard.manifests.errors import Offence
+from safeshard.manifests.schema import Decision
+from safeshard.streamer.adapter import Adapter, LoraModule
+from safeshard.streamer.checkpoint import Checkpoint
+from safeshard.streamer.methods.base import (
+    NEAR,
+    Edit,
+    GatedJob,
+    Lora,
+    Module,
+    pad_rank,
+    random_key,
+    unit_scaling_config,
+)  # fmt: skip
+from safeshard.streamer.methods.dense import add_deltas, add_low_rank_delta
+from safeshard.streamer.options import Finite, Place
+
+Combine = Literal["linear", "dare_linear", "exact", "svd"]
+
+
+class SafeMerge(GatedJob):
+    """Where cos(P delta, delta) < threshold, merge the fine-tuned delta with the safe one; else keep it (section 3)."""
+
+    method: ClassVar[str] = "safemerge"
+    title: ClassVar[str] = "SafeMERGE"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2503.17239"
+
+    rescales: ClassVar[bool] = True
+    dense_scratch: ClassVar[int] = 6  # svd: the delta, its factors and the result
+
+    safe_adapter: Place | None = Field(None, description="LoRA adapter trained on safety data")
+    safe: Place | None = Field(None, description="full checkpoint trained on safety data, in place of --safe-adapter")
+    threshold: Finite = Field(0.35, description="merge where the cosine is below")
+    weights: tuple[Finite, Finite] = Field((0.8, 0.2), description="weights of the fine-tuned and the safe delta")
+    combine: Combine = Field("linear", description="linear (PEFT's), dare_linear, exact (concatenated ranks) or svd")
+    density: float | None = Field(None, gt=0, le=1, description="fraction of entries that dare_linear keeps")
+    rank: int | None = Field(None, gt=0, description="rank that svd truncates to (default: the fine-tuned adapter's)")
+    seed: int = Field(0, ge=0, description="of dare_linear's random mask")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SafeMerge:
+        if (self.adapter is None) != (self.safe_adapter is None) or (self.finetuned is None) != (self.safe is None):
+            raise ValueError("give adapter with safe_adapter, or finetuned with safe")
+        if (self.combine == "dare_linear") != (self.density is not None):
+            raise ValueError("density goes with combine=dare_linear, which needs it")
+        if self.rank is not None and self.combine != "svd":
+            raise ValueError("rank goes with combine=svd")
+        if self.combine == "svd" and self.rank is None and self.finetuned is not None:
+            raise ValueError("combine=svd on full checkpoints needs rank")
+        return self
+
+    def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
+        if not isinstance(finetuned, Adapter) or not isinstance(safe, Adapter):
+            return
+        for key in sorted(safe.saved):
+            expected = "whole tensors in the fine-tuned adapter alone"
+            yield Offence(f"{safe.source.spec}", key, expected, "modules_to_save", "train the safe adapter without it")
+        for name, module in finetuned.modules.items():
+            other = safe.modules.get(name)
+            if self.combine in ("linear", "dare_linear") and other and other.rank != module.rank:
+                got = f"ranks {module.rank} and {other.rank}"
+                yield Offence(
+                    safe.source.spec, name, f"equal ranks for --combine {self.combine}", got, "use --combine exact"
+                )
+            if self.rank is not None and self.rank < module.rank:
+                expected = f"at least {module.rank}, the rank of a module that may be kept as it is"
+                yield Offence("--rank", name, expected, str(self.rank), "raise --rank")
+
+    def parts(self, module: LoraModule, safe: LoraModule | None) -> dict[str, int]:
+        rank = module.rank
+        if self.combine == "exact" and safe is not None:
+            rank += safe.rank
+        elif self.combine == "svd":
+            rank = self.rank or rank
+        return {"a": rank, "b": rank}
+
+    def adapter_config(self, adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+        return unit_scaling_config(adapter, ranks)
+
+    def edit(self, module: Module) -> Edit:
+        assert module.cosine is not None
+        merged = module.cosine < self.threshold
+        fields: dict[str, Any] = {
+            "threshold": self.threshold,
+            "near_threshold": abs(module.cosine - self.threshold) <= NEAR,
+        }
+        if merged:
+            fields["weights"] = self.weights
+        decision: Decision = "merged" if merged else "kept"
+        if isinstance(module.finetuned, Tensor):
+            return Edit(decision, {"weight": self._dense(module, fields) if merged else module.finetuned}, fields)
+        assert not isinstance(module.safe, Tensor)
+        a, b = self._merge(module, fields) if merged else self._keep(module.finetuned, module.safe)
+        return Edit(decision, {"a": a, "b": b}, fields | {"rank": a.shape[0]})
+
+    def _keep(self, finetuned: Lora, safe: Lora | None) -> tuple[Tensor, Tensor]:
+        if self.combine in (
+            "linear",
+            "dare_linear",
+        ):  # PEFT's merge of one adapter: the root of its scaling on each side
+            sign, root = _signed_root(finetuned.scaling)
+            return merge.linear([finetuned.a], [sign * root]), merge.linear([finetuned.b], [root])
+        rank = finetuned.a.shape[0] + (safe.a.shape[0] if safe and self.combine == "exact" else 0)
+        return pad_rank(
+            finetuned.a.float(), merge.linear([finetuned.b], [finetuned.scaling]), max(rank, self.rank or 0)
+        )
+
+    def _merge(self, module: Module, fields: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        assert isinstance(module.finetuned, Lora)
+        pairs = [p for p in (module.finetuned, module.safe) if isinstance(p, Lora)]
+        weights = [w * p.scaling for w, p in zip(self.weights, pairs, strict=False)]
+        if self.combine in ("linear", "dare_linear"):
+            roots = [_signed_root(w) for w in weights]
+            a = self._sum(module.name, "a", [p.a for p in pairs], [sign * root for sign, root in roots])
+            return a, self._sum(module.name, "b", [p.b for p in pairs], [root for _, root in roots])
+        a, b = merge.concatenate([(p.a, p.b) for p in pairs], weights)
+        if self.combine == "exact":
+            return a, b
+        a, b, lost = merge.truncate(a, b, self.rank or module.finetuned.a.shape[0])
+        fields["lost_fraction"] = float(lost)
+        return a, b
+
+    def _sum(self, name: str, side: str, tensors: list[Tensor], weights: list[float]) -> Tensor:
+        if self.combine == "linear":
+            return merge.linear(tensors, weights)
+        assert self.density is not None
+        keys = [random_key(self.seed, name, role, side) for role in ("finetuned", "safe")[: len(tensors)]]
+        return merge.dare_linear(tensors, weights, self.density, keys)
+
+    def _dense(self, module: Module, fields: dict[str, Any]) -> Tensor:
+        assert module.aligned is not None and isinstance(module.finetuned, Tensor) and isinstance(module.safe, Tensor)
+        tensors, dtype = [module.finetuned, module.safe], self.dense_dtype(module.aligned)
+        if self.combine == "svd":
+            assert self.rank is not None
+            new, fields["lost_fraction"] = add_low_rank_delta(module.aligned, tensors, self.weights, self.rank, dtype)
+            return new
+
+        def key(index: int, row: int) -> int:
+            return random_key(self.seed, module.name, ("finetuned", "safe")[index], "weight", str(row))
+
+        return add_deltas(module.aligned, tensors, self.weights, dtype, self.density, key)
+
+
+def _signed_root(value: float) -> tuple[float, float]:
+    """Sign and square root of |value|: PEFT puts the root on both A and B, and the sign on A."""
+    return (1.0 if value >= 0 else -1.0), math.sqrt(abs(value))

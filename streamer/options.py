@@ -1,0 +1,75 @@
+"""Options: frozen pydantic models, the one source of the command line, the Python API and the manifest."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+
+from safeshard.manifests.errors import Offence, RequestError
+
+T = TypeVar("T", bound=BaseModel)
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Place = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Options(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunOptions(Options):
+    """How to run, whatever the jobs are. None of these changes a byte of the output."""
+
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    memory: ByteSize = Field(ByteSize(2 << 30), gt=0, description="host memory for tensors in flight, e.g. 2GiB")
+    dry_run: bool = Field(False, description="print the plan, its bytes and its memory; write nothing")
+    overwrite: bool = Field(False, description="replace an existing output and discard an unfinished one")
+    quiet: bool = Field(False, description="no progress bar and no summary")
+
+    def resolved_device(self) -> str:
+        """The device to compute on.
+
+        Raises:
+            RequestError: a CUDA device was asked for and is not there.
+        """
+        import torch
+
+        if self.device == "auto":
+            return "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device != "cpu":
+            count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            if int(self.device.partition(":")[2] or 0) >= count:
+                raise RequestError(Offence("--device", "", self.device, f"{count} CUDA devices", "use --device cpu"))
+        return self.device
+
+
+def build(model: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Validate `values` as `model`; None means "not given".
+
+    Raises:
+        RequestError: an option is unknown, missing or out of range; all offenders.
+    """
+    try:
+        return model(**{key: value for key, value in values.items() if value is not None})
+    except ValidationError as error:
+        raise RequestError([_offence(where, details) for details in error.errors()]) from None
+
+
+def _offence(where: str, details: Any) -> Offence:
+    field = ".".join(str(part) for part in details["loc"])
+    option = f"--{field.replace('_', '-')}" if field and not where else field
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if details["type"] == "missing":
+        return Offence(where or option, option if where else "", "a value", "nothing", "give it")
+    if details["type"] == "extra_forbidden":
+        return Offence(
+            where or option, option if where else "", "a known option", "an unknown one", "check the spelling"
+        )
+    if details["type"] == "value_error":
+        return Offence(where or option or "options", option if where else "", message, "", "")
+    return Offence(where or option, option if where else "", message, repr(details["input"])[:80], "")

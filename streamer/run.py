@@ -1,0 +1,142 @@
+"""The runner: one pass over the checkpoints serves every module of every job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.schema import Manifest
+from safeshard.streamer.compute import compute_step
+from safeshard.streamer.finish import Measured, fingerprint, publish
+from safeshard.streamer.methods.base import Job
+from safeshard.streamer.options import RunOptions
+from safeshard.streamer.plan import JobPlan, Planner
+from safeshard.streamer.progress import Progress
+from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_for
+from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
+from safeshard.streamer.writer import Writer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job: its plan, its manifest (None for a score or a dry run), and each module's cosine."""
+
+    job: Job
+    plan: JobPlan
+    manifest: Manifest | None
+    cosines: Mapping[str, float | None]
+
+    @property
+    def output(self) -> Path:
+        """The folder that was written."""
+        return self.job.output
+
+
+def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
+    """Check all jobs by their inputs' headers, against each other and against the memory budget.
+
+    Raises:
+        RequestError: some job cannot run; every offence of every job.
+    """
+    plans = Planner().plan(jobs, options.overwrite)
+    costly = [step for step in module_steps([JobRun(plan) for plan in plans]) if step.cost > options.memory]
+    if costly:
+        limit, remedy = str(int(options.memory)), "raise --memory, or split the batch"
+        raise RequestError(
+            [Offence("--memory", s.name, f"at least {s.cost} bytes for this module", limit, remedy) for s in costly]
+        )
+    return plans
+
+
+def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
+    """Plan and run jobs in one pass; an interrupted run resumes where its journal ends.
+
+    Raises:
+        RequestError: some job cannot run; nothing was written.
+        RunError: it failed underway; the same call resumes.
+    """
+    device = torch.device(options.resolved_device())
+    plans = plan_jobs(jobs, options)
+    if options.dry_run:
+        return [Result(plan.job, plan, None, {}) for plan in plans]
+    runs: list[JobRun] = []
+    try:
+        for plan in plans:
+            runs.append(_start(plan, options))
+        pass_ = _Pass(options, device)
+        pass_.execute(runs)
+        return [_finish(job_run, pass_.measured(), options) for job_run in runs]
+    finally:
+        for job_run in runs:
+            if job_run.writer:
+                job_run.writer.abandon()
+
+
+def _start(plan: JobPlan, options: RunOptions) -> JobRun:
+    if not plan.job.writes_model:
+        return JobRun(plan)
+    writer = Writer(plan.job.output, plan.files, fingerprint(plan), options.overwrite)
+    entries = {record["entry"]["name"]: record["entry"] for record in writer.journal.entries("module")}
+    cosines = {record["name"]: record["cosine"] for record in writer.journal.entries("cosine")}
+    return JobRun(plan, writer, entries, cosines)
+
+
+def _finish(job_run: JobRun, measured: Measured, options: RunOptions) -> Result:
+    manifest = publish(job_run, measured, options.overwrite) if job_run.writer else None
+    cosines = {name: job_run.cosines.get(name) for name in job_run.plan.modules}
+    return Result(job_run.job, job_run.plan, manifest, cosines)
+
+
+class _Pass:
+    """Executes the steps of a set of jobs and measures them."""
+
+    def __init__(self, options: RunOptions, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.clock = Clock()
+        self.buffers = Buffers(int(options.memory), pinned=device.type == "cuda")
+        self.started, self._start = datetime.now(timezone.utc), time.perf_counter()
+
+    def execute(self, runs: Sequence[JobRun]) -> None:
+        """Decide what needs only its own module; then serve the jobs that rank all modules before they decide."""
+        steps = [*module_steps(runs), *copy_steps(runs)]
+        with Progress(_bytes(steps), quiet=self.options.quiet) as progress:
+            self._run(steps, progress)
+            ranked = [r for r in runs if r.job.ranks_first]
+            for job_run in ranked:
+                job_run.chosen = job_run.job.choose(job_run.cosines)
+            steps = module_steps(ranked)
+            progress.extend(_bytes(steps))
+            self._run(steps, progress)
+
+    def measured(self) -> Measured:
+        """The run so far, for the manifest."""
+        cuda = self.device.type == "cuda"
+        return Measured(
+            device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            start=self.started,
+            wall_s=time.perf_counter() - self._start,
+            bytes_read=self.clock.bytes["read"] + self.clock.bytes["copy"],
+            peak_buffer_bytes=self.buffers.peak,
+            peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            seconds={stage: round(seconds, 3) for stage, seconds in sorted(self.clock.seconds.items())},
+        )
+
+    def _run(self, steps: Sequence[Step], progress: Progress) -> None:
+        run_steps(
+            steps,
+            lambda step, loaded: compute_step(step, loaded, self.device, self.clock),
+            buffers=self.buffers,
+            clock=self.clock,
+            workers=workers_for(self.device),
+            done=lambda step: progress.done(step.name, step.nbytes + step.copied),
+        )
+
+
+def _bytes(steps: Sequence[Step]) -> int:
+    return sum(step.nbytes + step.copied for step in steps)

@@ -1,0 +1,174 @@
+"""Steps: what is to be done, module by module for all jobs together, so that each tensor is read once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from safeshard.streamer.checkpoint import layer_of, natural
+from safeshard.streamer.methods.base import Job
+from safeshard.streamer.plan import Copy, JobPlan, ModulePlan, Pair, Weight
+from safeshard.streamer.stream import Read, Step
+from safeshard.streamer.writer import Writer
+
+STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take
+DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
+
+
+@dataclass
+class JobRun:
+    """One job under way: its plan, its writer (None for a score), and what was decided so far."""
+
+    plan: JobPlan
+    writer: Writer | None = None
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cosines: dict[str, float | None] = field(default_factory=dict)
+    chosen: set[str] | None = None
+
+    @property
+    def job(self) -> Job:
+        return self.plan.job
+
+    def is_done(self, module: str) -> bool:
+        """Whether this pass has nothing left to do for a module."""
+        if self.writer is None or (self.job.ranks_first and self.chosen is None):
+            return module in self.cosines
+        return module in self.entries
+
+    def score(self, module: str, cosine: float | None) -> None:
+        """Keep a module's cosine (None: undefined), also in the journal where a later pass needs it."""
+        self.cosines[module] = cosine
+        if self.writer and self.job.ranks_first:
+            self.writer.record("cosine", name=module, cosine=cosine)
+
+    def decide(self, module: str, entry: dict[str, Any]) -> None:
+        """Keep a module's manifest entry, also in the journal."""
+        self.entries[module] = entry
+        if self.writer:
+            self.writer.record("module", entry=entry)
+
+    def needs_gate(self, module: str) -> bool:
+        """Whether this pass computes a module's gate: not where ranking has already left it alone."""
+        return self.job.gated and (self.chosen is None or module in self.chosen)
+
+
+@dataclass(frozen=True)
+class ModuleTask:
+    """One module of one job."""
+
+    run: JobRun
+    plan: ModulePlan
+
+    def reads(self) -> Iterator[Read]:
+        yield from _reads(self.plan.finetuned)
+        yield from _reads(self.plan.safe)
+        if self.run.needs_gate(self.plan.name) or isinstance(self.plan.finetuned, Weight):
+            yield from _reads(self.plan.aligned)
+        if self.run.needs_gate(self.plan.name):
+            yield from _reads(self.plan.unaligned)
+
+    @property
+    def gate_key(self) -> tuple[Hashable, ...]:
+        """Equal for tasks with one gate: aligned, unaligned and fine-tuned tensors."""
+        places = (self.plan.aligned, self.plan.unaligned, self.plan.finetuned)
+        return tuple(tuple(read.key for read in _reads(place)) for place in places)
+
+
+@dataclass(frozen=True)
+class CopyTask:
+    """One tensor taken over from an input; `cast` where its dtype changes."""
+
+    run: JobRun
+    copy: Copy
+    cast: bool
+
+    def reads(self) -> Iterator[Read]:
+        if self.cast:
+            yield Read(self.copy.source, self.copy.ref)
+
+
+def module_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """Steps for all modules that are not done, a step a module, layer by layer."""
+    steps: dict[str, Step] = {}
+    for job_run in runs:
+        for name, plan in job_run.plan.modules.items():
+            if not job_run.is_done(name):
+                steps.setdefault(name, Step(name)).tasks.append(ModuleTask(job_run, plan))
+    for step in steps.values():
+        step.reads = {read.key: read for task in step.tasks for read in task.reads()}
+        step.scratch = STRIP_BYTES + max(map(_scratch, step.tasks)) + sum(map(_projected, step.tasks))
+    return [steps[name] for name in sorted(steps, key=_order)]
+
+
+def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """Steps for the tensors that are taken over and not yet written."""
+    steps = []
+    for job_run in runs:
+        if job_run.writer is None:
+            continue
+        for copy in job_run.plan.copies:
+            if copy.name not in job_run.writer.hashes:
+                task = CopyTask(job_run, copy, cast=job_run.writer.place(copy.name).dtype != copy.ref.dtype)
+                reads = {read.key: read for read in task.reads()}
+                steps.append(
+                    Step(copy.name, reads, [task], copied=copy.ref.nbytes, scratch=copy.ref.nbytes * 2 * task.cast)
+                )
+    return steps
+
+
+def workers_for(device: torch.device) -> int:
+    """Compute threads: one a core (each runs torch single-threaded), or one that feeds a CUDA device."""
+    return 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+
+
+def _order(name: str) -> tuple[float, Any]:
+    layer = layer_of(name)
+    return (float("inf") if layer is None else layer, natural(name))
+
+
+def _reads(place: Pair | Weight | None) -> Iterator[Read]:
+    if isinstance(place, Pair):
+        yield Read(place.source, place.lora.a)
+        yield Read(place.source, place.lora.b)
+    elif place is not None:
+        yield Read(place.source, place.ref)
+
+
+def _projected(task: ModuleTask) -> int:
+    """Host bytes of a gate's projected B, held until the step ends."""
+    finetuned = task.plan.finetuned
+    return (
+        finetuned.lora.b.shape[0] * finetuned.lora.rank * 4 if isinstance(finetuned, Pair) and task.run.job.gated else 0
+    )
+
+
+def _scratch(task: ModuleTask) -> int:
+    """Host bytes that computing and writing one task adds to its inputs, counted generously in fp32."""
+    finetuned = task.plan.finetuned
+    if isinstance(finetuned, Pair):
+        return 3 * 4 * (finetuned.lora.a.shape[1] + finetuned.lora.b.shape[0]) * _written_rank(task)
+    count = 4
+    for size in finetuned.ref.shape:
+        count *= size
+    total = count
+    if task.run.job.gated and len(finetuned.ref.shape) == 2:
+        rows, columns = finetuned.ref.shape[:: -1 if finetuned.transposed else 1]
+        total += 4 * rows * (4 * min(columns, DENSE_COLUMNS) + (rows if rows < columns else 0))
+        total += count if task.run.job.keeps_dense_projection else 0
+    return total + task.run.job.dense_scratch * count
+
+
+def _written_rank(task: ModuleTask) -> int:
+    finetuned, safe = task.plan.finetuned, task.plan.safe
+    assert isinstance(finetuned, Pair)
+    return finetuned.lora.rank + (safe.lora.rank if isinstance(safe, Pair) else 0)
+
+
+def step_cost(steps: Iterable[Step]) -> Mapping[str, int]:
+    """Host bytes of the costliest step, by its name; empty for no steps."""
+    costliest = max(steps, key=lambda step: step.cost, default=None)
+    return {costliest.name: costliest.cost} if costliest else {}

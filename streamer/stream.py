@@ -1,0 +1,198 @@
+"""Bounded streaming: readers fill buffers ahead of the workers, never beyond a byte budget.
+
+A step's tensors are read into one buffer; a worker computes with views of it and gives it back. Buffers are reused, so
+steady state allocates nothing. With a CUDA device they are pinned, and one worker feeds the device.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeshard.manifests.errors import RunError
+from safeshard.streamer.header import TensorRef
+from safeshard.streamer.sources import Source
+
+ALIGN = 64  # torch's own alignment: vectorised arithmetic takes the same path wherever a tensor lies in a buffer
+GRAIN = 1 << 20
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor to read."""
+
+    source: Source
+    ref: TensorRef
+
+    @property
+    def key(self) -> Hashable:
+        return (self.source.identity, self.ref.file, self.ref.offset, self.ref.name)
+
+
+@dataclass
+class Step:
+    """One unit of work: tensors read together, computed on by one worker.
+
+    `scratch` is the host bytes that computing adds; `copied` the bytes moved without passing through a buffer.
+    """
+
+    name: str
+    reads: dict[Hashable, Read] = field(default_factory=dict)
+    tasks: list[Any] = field(default_factory=list)
+    scratch: int = 0
+    copied: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(_aligned(r.ref.nbytes) for r in self.reads.values())
+
+    @property
+    def cost(self) -> int:
+        """Host bytes the step holds while it is in flight."""
+        return _aligned(self.nbytes, GRAIN) + self.scratch
+
+
+class Clock:
+    """Thread-seconds by stage, and byte counters."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.bytes: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def add(self, stage: str, start: float, nbytes: int = 0) -> None:
+        """Count the time since `start` (of time.perf_counter) and `nbytes` bytes to a stage."""
+        with self._lock:
+            self.seconds[stage] += time.perf_counter() - start
+            self.bytes[stage] += nbytes
+
+
+class Buffers:
+    """Reusable host buffers under a byte limit; counts what is in use."""
+
+    def __init__(self, limit: int, pinned: bool = False) -> None:
+        self.limit, self.pinned = limit, pinned
+        self.used = self.peak = 0
+        self._free: list[Tensor] = []
+        self._changed = threading.Condition()
+
+    def take(self, step: Step) -> Tensor:
+        """A buffer for a step's reads, after waiting until its whole cost fits the limit."""
+        cost = step.cost
+        with self._changed:
+            if cost > self.limit:
+                raise RunError(
+                    f"{step.name} needs {cost} bytes of host memory, --memory is {self.limit}", "raise --memory"
+                )
+            self._changed.wait_for(lambda: self.used + cost <= self.limit)
+            self.used += cost
+            size = _aligned(step.nbytes, GRAIN)
+            fits = [b for b in self._free if size <= b.numel() <= 2 * size]
+            if fits:
+                buffer = min(fits, key=Tensor.numel)
+                self._free = [b for b in self._free if b is not buffer]
+            else:
+                self._trim(self.limit - self.used)
+                buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+            self.used += buffer.numel() - size
+            self.peak = max(self.peak, self.used + sum(map(Tensor.numel, self._free)))
+            return buffer
+
+    def give(self, step: Step, buffer: Tensor) -> None:
+        """Return a step's buffer."""
+        with self._changed:
+            self.used -= step.cost + buffer.numel() - _aligned(step.nbytes, GRAIN)
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def _trim(self, room: int) -> None:
+        while self._free and sum(map(Tensor.numel, self._free)) > max(room, 0):
+            self._free.pop(0)
+
+
+def run_steps(
+    steps: Iterable[Step],
+    compute: Callable[[Step, Mapping[Hashable, Tensor]], None],
+    *,
+    buffers: Buffers,
+    clock: Clock,
+    workers: int,
+    readers: int = 2,
+    done: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Read and compute all steps. Steps start in order and may end in any.
+
+    The first exception of any thread is raised after the steps in flight have ended.
+    """
+    failures: list[BaseException] = []
+    slots = threading.BoundedSemaphore(workers + 2 * readers)  # reading further ahead would only fill memory
+
+    def work(step: Step, buffer: Tensor) -> None:
+        try:
+            if not failures:
+                start = time.perf_counter()
+                compute(step, _views(step, buffer))
+                clock.add("compute", start)
+                done(step)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            buffers.give(step, buffer)
+            slots.release()
+
+    def fetch(step: Step, buffer: Tensor) -> None:
+        try:
+            start = time.perf_counter()
+            view = buffer.numpy().data
+            for read, offset in _places(step):
+                read.source.readinto(read.ref.file, read.ref.offset, view[offset : offset + read.ref.nbytes])
+            clock.add("read", start, sum(r.ref.nbytes for r in step.reads.values()))
+        except BaseException as error:
+            failures.append(error)
+        computing.submit(work, step, buffer)
+
+    with (
+        ThreadPoolExecutor(workers, "worker", initializer=torch.set_num_threads, initargs=(1,)) as computing,
+        ThreadPoolExecutor(readers, "reader") as reading,
+    ):
+        try:
+            for step in steps:
+                slots.acquire()
+                if failures:
+                    break
+                reading.submit(fetch, step, buffers.take(step))
+        except BaseException as error:
+            failures.append(error)
+        reading.shutdown()  # readers hand their steps to the workers, so they end first
+    if failures:
+        raise failures[0]
+
+
+def _aligned(nbytes: int, grain: int = ALIGN) -> int:
+    return -(-nbytes // grain) * grain
+
+
+def _places(step: Step) -> Iterable[tuple[Read, int]]:
+    offset = 0
+    for read in step.reads.values():
+        yield read, offset
+        offset += _aligned(read.ref.nbytes)
+
+
+def _views(step: Step, buffer: Tensor) -> dict[Hashable, Tensor]:
+    return {
+        read.key: buffer[offset : offset + read.ref.nbytes].view(TORCH_DTYPES[read.ref.dtype]).view(read.ref.shape)
+        for read, offset in _places(step)
+    }
