@@ -28,19 +28,18 @@ def demo(
     models, out = folder / "models", folder / "outputs"
     print(f"Making a 4-layer Llama, an aligned version of it and two LoRA adapters in {models}\n")
     make_models(models)
-    common = {"aligned": models / "aligned", "unaligned": models / "unaligned"}
-    adapter = {"adapter": models / "fine-tuned"}
+    common: dict[str, Any] = {"aligned": models / "aligned", "unaligned": models / "unaligned"}
+    adapter = str(models / "fine-tuned")
 
     print("1. How far does the adapter keep to the alignment subspace?  safeshard score\n")
-    [scored] = streamer.score(**common, **adapter, quiet=True)
+    [scored] = streamer.score(**common, adapter=adapter, quiet=True)
     known = sorted(c for c in scored.cosines.values() if c is not None)
-    print(
-        f"   {len(known)} modules, cosines from {known[0]:.3f} to {known[-1]:.3f}, median {known[len(known) // 2]:.3f}\n"
-    )
+    median = known[len(known) // 2]
+    print(f"   {len(known)} modules, cosines from {known[0]:.3f} to {known[-1]:.3f}, median {median:.3f}\n")
 
     print("2. SafeMERGE, SafeLoRA and the scaled baseline in one pass.  safeshard batch jobs.yaml\n")
     jobs = folder / "jobs.yaml"
-    jobs.write_text(JOBS.format(models=models, out=out, threshold=round(known[len(known) // 2], 3)))
+    jobs.write_text(JOBS.format(models=models, out=out, threshold=round(median, 3)))
     print("   " + jobs.read_text().replace("\n", "\n   "))
     results = streamer.batch(jobs)
     print(summary(results))

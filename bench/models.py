@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from safeshard.manifests.safetensors_header import layout
 from safeshard.streamer.adapter import CONFIG, WEIGHTS
 from safeshard.streamer.checkpoint import INDEX
-from safeshard.streamer.header import layout
 
 SHARD_BYTES = 5 << 30
 POOL = (1 << 22) + 1  # odd, so that tensors start at ever new places of the pool
@@ -79,7 +79,7 @@ def make_models(
     Existing folders are kept. Weights are bf16, adapters fp32, as PEFT saves them.
     """
     paths = {name: folder / name for name in ("aligned", "unaligned", *(("finetuned", "finetuned-safe") * finetuned))}
-    for seed, (name, path) in enumerate(paths.items()):
+    for seed, path in enumerate(paths.values()):
         if not path.exists():
             _write_checkpoint(path, shape, layers, _Values(0, seed or None, 0.02, torch.bfloat16))
     for seed, name in enumerate(["safe", *(f"adapter-{i}" for i in range(adapters))]):
@@ -104,7 +104,7 @@ def _write_checkpoint(path: Path, shape: Shape, layers: int, values: _Values) ->
             shards.append({})
         shards[-1][name] = size
     path.mkdir(parents=True)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write(path / file, {name: ("BF16", size) for name, size in shard.items()}, values)

@@ -11,15 +11,48 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from safeshard.bench.models import SHAPES, make_models
-from safeshard.bench.results import append
+from safeshard.bench.rows import append
+from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.checkpoint import open_checkpoint
-from safeshard.streamer.header import TensorRef
 from safeshard.streamer.sources import Source, open_source
 
 READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Bench:
+    """How to measure: what is common to all rows of a run."""
+
+    label: str
+    files: Sequence[Path]
+    runs: int
+    cold: bool
+
+    def measure(self, what: str, job: Callable[[], tuple[float, int]], nbytes: int = 0, floor: float = 0.0) -> float:
+        """Repeat `job`, which returns seconds and peak bytes; append and print a row; return the median seconds."""
+        seconds, peaks = [], []
+        for _ in range(self.runs + (not self.cold)):  # the first warm run fills the cache and does not count
+            if self.cold:
+                drop_caches(self.files)
+            wall, peak = job()
+            seconds.append(wall)
+            peaks.append(peak)
+        seconds = seconds[-self.runs :]
+        median, cache = statistics.median(seconds), "cold" if self.cold else "warm"
+        append("pipeline", {
+            "what": what, "shape": self.label, "dtype": "bf16, adapters fp32", "median_s": f"{median:.3f}",
+            "min_s": f"{min(seconds):.3f}", "max_s": f"{max(seconds):.3f}", "runs": len(seconds), "bytes": nbytes,
+            "GB_per_s": f"{nbytes / median / 1e9:.2f}", "ceiling": "plain read" if floor else "",
+            "share_of_ceiling": f"{floor / median:.3f}" if floor else "", "peak_rss_bytes": max(peaks), "cache": cache,
+        })  # fmt: skip
+        rate = f"{nbytes / median / 1e9:6.2f} GB/s" if nbytes else " " * 11
+        print(f"{what:42} {median:7.2f} s {rate}  peak {max(peaks) / 1e9:5.2f} GB  {cache}", flush=True)
+        return median
 
 
 def run(
@@ -40,44 +73,22 @@ def run(
     layers = layers or size.layers
     paths = make_models(folder, size, layers=layers, adapters=max(adapters), rank=16, finetuned=full)
     files = sorted(file for path in paths.values() for file in path.glob("*.safetensors"))
-    label, cache = f"{shape} x{layers} layers", "cold" if cold else "warm"
-
-    def measure(what: str, job: Callable[[], tuple[float, int]], nbytes: int, ceiling: float | None) -> float:
-        seconds, peaks = [], []
-        for _ in range(runs + (not cold)):  # the first warm run fills the cache
-            if cold:
-                drop_caches(files)
-            wall, peak = job()
-            seconds.append(wall)
-            peaks.append(peak)
-        seconds = seconds if cold else seconds[1:]
-        median = statistics.median(seconds)
-        share = f"{ceiling / median:.3f}" if ceiling else ""
-        append("pipeline", {
-            "what": what, "shape": label, "dtype": "bf16, adapters fp32", "median_s": f"{median:.3f}",
-            "min_s": f"{min(seconds):.3f}", "max_s": f"{max(seconds):.3f}", "runs": len(seconds), "bytes": nbytes,
-            "GB_per_s": f"{nbytes / median / 1e9:.2f}" if nbytes else "", "ceiling": "plain read" if ceiling else "",
-            "share_of_ceiling": share, "peak_rss_bytes": max(peaks), "cache": cache,
-        })  # fmt: skip
-        rate = f"{nbytes / median / 1e9:6.2f} GB/s" if nbytes else " " * 11
-        print(f"{what:42} {median:7.2f} s {rate}  peak {max(peaks) / 1e9:5.2f} GB  {cache}", flush=True)
-        return median
-
-    pair = [(paths[name], r) for name in ("aligned", "unaligned") for r in _linears(paths[name])]
+    bench = Bench(f"{shape} x{layers} layers", files, runs, cold)
+    pair = [(paths[name], ref) for name in ("aligned", "unaligned") for ref in _linears(paths[name])]
     gate_bytes = sum(ref.nbytes for _, ref in pair)
-    floor = measure("plain read of the decoder linears", lambda: _plain_read(pair), gate_bytes, None)
-    measure("start Python and import torch", lambda: _process([sys.executable, "-c", "import torch"]), 0, None)
+    floor = bench.measure("plain read of the decoder linears", partial(_plain_read, pair), gate_bytes)
+    bench.measure("start Python and import torch", partial(_process, [sys.executable, "-c", "import torch"]))
     for count in adapters:
-        command = _merge_command(folder, paths, count)
-        outputs = folder / "outputs"
-        nbytes = gate_bytes + sum(f.stat().st_size for name in ["safe", *(f"adapter-{i}" for i in range(count))]
-                                  for f in paths[name].glob("*.safetensors"))  # fmt: skip
-        measure(f"safemerge, {count} adapter{'s' * (count > 1)}", lambda c=command: _clean(outputs, c), nbytes, floor)
+        read = gate_bytes + _file_bytes(paths, ["safe", *(f"adapter-{i}" for i in range(count))])
+        job = partial(_clean, folder / "outputs", _merge_command(folder, paths, count))
+        bench.measure(f"safemerge, {count} adapter{'s' * (count > 1)}", job, read, floor)
     if full:
-        for what, options in _full_commands(paths, folder / "outputs" / "full").items():
-            names = ["aligned", "finetuned"] + ["unaligned", "finetuned-safe"] * (what == "safemerge, full checkpoint")
-            nbytes = sum(f.stat().st_size for name in names for f in paths[name].glob("*.safetensors"))
-            measure(what, lambda o=options: _clean(folder / "outputs", o), nbytes, None)
+        for what, (command, names) in _full_commands(paths, folder / "outputs" / "full").items():
+            bench.measure(what, partial(_clean, folder / "outputs", command), _file_bytes(paths, names))
+
+
+def _file_bytes(paths: dict[str, Path], names: Iterable[str]) -> int:
+    return sum(file.stat().st_size for name in names for file in paths[name].glob("*.safetensors"))
 
 
 def drop_caches(files: Iterable[Path]) -> None:
@@ -134,14 +145,17 @@ def _merge_command(folder: Path, paths: dict[str, Path], count: int) -> list[str
     return [*base, "batch", str(jobs)]
 
 
-def _full_commands(paths: dict[str, Path], output: Path) -> dict[str, list[str]]:
+def _full_commands(paths: dict[str, Path], output: Path) -> dict[str, tuple[list[str], list[str]]]:
+    """What -> the command, and the names of the checkpoints that it reads."""
     base = [sys.executable, "-m", "safeshard.streamer.cli"]
     inputs = ["--aligned", str(paths["aligned"]), "--finetuned", str(paths["finetuned"]), "--output", str(output)]
     safe = ["--unaligned", str(paths["unaligned"]), "--safe", str(paths["finetuned-safe"])]
     return {
-        "scale, full checkpoint": [*base, "scale", *inputs, "--factor", "0.5"],
-        "safemerge, full checkpoint": [*base, "safemerge", *inputs, *safe],
-    }
+        "scale, full checkpoint": ([*base, "scale", *inputs, "--factor", "0.5"], ["aligned", "finetuned"]),
+        "safemerge, full checkpoint": (
+            [*base, "safemerge", *inputs, *safe], ["aligned", "unaligned", "finetuned", "finetuned-safe"],
+        ),
+    }  # fmt: skip
 
 
 def _clean(outputs: Path, command: Sequence[str]) -> tuple[float, int]:

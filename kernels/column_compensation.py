@@ -13,6 +13,7 @@ Shapes: X is k x I, D k x n in a block of n columns, U I x I; all fp32.
 from __future__ import annotations
 
 import torch
+
 from safeshard.kernels.row_compensation import CHUNK
 from safeshard.kernels.selection import BlockSelection
 

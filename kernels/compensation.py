@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
+
 from safeshard.kernels.backend import Backend
 from safeshard.kernels.column_compensation import compensate_columns
 from safeshard.kernels.factor import Factor

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from safeshard.kernels.backend import Backend, resolve
 
 PANEL = 512  # columns a product of the torch implementation covers; narrower ones save work below the diagonal

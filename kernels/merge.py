@@ -127,9 +127,10 @@ def _weighted_sum(
 
 
 def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, backend: Backend = "auto") -> Tensor:
-    """sum_i weights[i] tensors[i] in fp32, to the bit what PEFT computes from up to 15 fp32 tensors.
+    """sum_i weights[i] tensors[i] in fp32, to the bit what PEFT computes from up to four fp32 tensors.
 
-    Weights and products are rounded to fp32, then added in the order given.
+    Weights and products are rounded to fp32, then added in the order given. (Of five and more, PEFT's order of
+    addition depends on their shape.)
 
     Args:
         tensors: one or more tensors of one shape, bf16, fp16 or fp32.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from safeshard.kernels.backend import Backend, resolve
 
 CHUNK = 128  # columns of a chunk; also the largest sub-block

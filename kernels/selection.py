@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from safeshard.kernels.backend import Backend, resolve
 
 EXCLUDED = 0.15  # share of a block's entries, the costliest, that is never kept

@@ -4,7 +4,6 @@ Every byte of an output is covered: tensors by their hashes, the safetensors hea
 manifest by its own. Names in a manifest are not trusted: what lies outside of the output folder is never opened.
 """
 
-import hashlib
 import os
 import stat
 from collections import defaultdict
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from safeshard.manifests.errors import RequestError, printable
 from safeshard.manifests.hashing import hash_tensor_region
-from safeshard.manifests.safetensors_header import HeaderError, Region, parse_header, read_header
+from safeshard.manifests.safetensors_header import HeaderError, TensorRef, header_digest, read_header
 from safeshard.manifests.schema import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, load
 
 UNLISTED = frozenset({MANIFEST_NAME, "report.html"})
@@ -85,7 +84,7 @@ class _Comparison:
                     check = self._content if entry.header_sha256 is None else self._tensors
                     yield from check(fd, entry, size)
             except HeaderError as error:
-                yield Finding(entry.name, "", str(error))
+                yield Finding(entry.name, error.tensor, "invalid header", error.expected, error.got)
             except FileNotFoundError:
                 yield Finding(entry.name, "", "missing")
             except (OSError, EOFError) as error:
@@ -97,24 +96,23 @@ class _Comparison:
             yield _differs(entry.name, "", "content", str(entry.blake3), got)
 
     def _tensors(self, fd: int, entry: FileEntry, size: int) -> Iterator[Finding]:
-        raw = read_header(fd, size)
-        got = hashlib.sha256(raw).hexdigest()
+        header = read_header(entry.name, size, lambda start, stop: os.pread(fd, stop - start, start))
+        got = header_digest(header.raw)
         if got != entry.header_sha256:
             yield _differs(entry.name, "", "header", str(entry.header_sha256), got)
-        regions = parse_header(raw, size)
         tensors = self.tensors[entry.name]
-        for found in self.pool.map(lambda tensor: self._tensor(fd, tensor, regions.get(tensor.name)), tensors):
+        for found in self.pool.map(lambda tensor: self._tensor(fd, tensor, header.tensors.get(tensor.name)), tensors):
             yield from found
-        for name in sorted(regions.keys() - {tensor.name for tensor in tensors}):
+        for name in sorted(header.tensors.keys() - {tensor.name for tensor in tensors}):
             yield Finding(entry.name, name, "a tensor that the manifest does not name")
 
-    def _tensor(self, fd: int, tensor: TensorEntry, region: Region | None) -> list[Finding]:
-        if region is None:
+    def _tensor(self, fd: int, tensor: TensorEntry, ref: TensorRef | None) -> list[Finding]:
+        if ref is None:
             return [Finding(tensor.file, tensor.name, "missing")]
         facts = (
-            ("dtype", tensor.dtype, region.dtype),
-            ("shape", str(list(tensor.shape)), str(list(region.shape))),
-            ("hash", tensor.blake3, hash_tensor_region(fd, region.offset, region.nbytes, self.progress)),
+            ("dtype", tensor.dtype, ref.dtype),
+            ("shape", str(list(tensor.shape)), str(list(ref.shape))),
+            ("hash", tensor.blake3, hash_tensor_region(fd, ref.offset, ref.nbytes, self.progress)),
         )
         return [_differs(tensor.file, tensor.name, what, there, here) for what, there, here in facts if there != here]
 

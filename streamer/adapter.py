@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.checkpoint import FLOATS, Checkpoint, FileHeader, natural, read_file_header
-from safeshard.streamer.header import TensorRef
+from safeshard.manifests.safetensors_header import TensorRef, header_digest
+from safeshard.streamer.checkpoint import ADAPTER, FLOATS, Checkpoint, FileHeader, layer_of, natural, read_file_header
 from safeshard.streamer.lora_config import LoraConfig, read_config
 from safeshard.streamer.sources import Source, read_json
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ADAPTER
 _LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|module|base_layer|modules_to_save(?:\.default)?)\."
-)
-_OTHER_WEIGHTS = re.compile(r".*(lora_|magnitude|trainable_tokens|kasa|vera_|\.ia3_).*")
+# What torch.compile, FSDP, activation checkpointing and (before everything else) data parallelism add to names.
+_WRAPPER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_WRAPPERS = re.compile(rf"^module\.|(?:^|(?<=\.)){_WRAPPER}")
+_PEFT_PREFIX = re.compile(rf"^(?:module\.)?(?:{_WRAPPER})*base_model\.(?:{_WRAPPER})*model\.")
+
+Sides = Mapping[str, TensorRef]
 
 
 @dataclass(frozen=True)
@@ -32,35 +34,50 @@ class LoraModule:
     scaling: float
 
 
+@dataclass(frozen=True)
 class Adapter:
     """A LoRA adapter of a checkpoint.
 
     Attributes:
+        source: where the files lie.
+        config: adapter_config.json.
+        files: the safetensors file.
         modules: checkpoint module -> its pair, in model order.
         saved: tensors that the adapter carries whole (modules_to_save, resized embeddings), by key in its file.
         expected: how many modules its config targets.
         renamed: how its module names were matched to the checkpoint's, where they differ, else "".
     """
 
-    def __init__(
-        self,
-        source: Source,
-        config: LoraConfig,
-        files: list[FileHeader],
-        modules: Mapping[str, LoraModule],
-        saved: Mapping[str, TensorRef],
-        expected: int,
-        renamed: str,
-    ) -> None:
-        self.source, self.config, self.files = source, config, files
-        self.modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
-        self.saved, self.expected, self.renamed = dict(saved), expected, renamed
+    source: Source
+    config: LoraConfig
+    files: list[FileHeader]
+    modules: dict[str, LoraModule]
+    saved: dict[str, TensorRef]
+    expected: int
+    renamed: str
 
     def own_name(self, module: str) -> str:
-        """The name that PEFT's patterns in the adapter's config match a module by."""
+        """The name that PEFT's patterns in the adapter's config match a module by, without wrappers."""
         match = _LORA_KEY.fullmatch(self.modules[module].a.name)
         assert match is not None
         return _plain(match["path"])
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """How the adapter's names read in the checkpoint: the prefix `own` exchanged for `base`."""
+
+    own: str = ""
+    base: str = ""
+
+    def to_base(self, name: str) -> str:
+        return self.base + name.removeprefix(self.own) if name.startswith(self.own) else name
+
+    def to_own(self, name: str) -> str:
+        return self.own + name.removeprefix(self.base) if name.startswith(self.base) else name
+
+    def __str__(self) -> str:
+        return f"module prefix {self.own!r} read as {self.base!r}" if self.own != self.base else ""
 
 
 def open_adapter(source: Source, base: Checkpoint) -> Adapter:
@@ -73,163 +90,158 @@ def open_adapter(source: Source, base: Checkpoint) -> Adapter:
     _require_files(source, sizes)
     config = read_config(f"{source.spec}/{CONFIG}", read_json(source, CONFIG))
     header = read_file_header(source, WEIGHTS)
-    if not isinstance(config, LoraConfig):
-        raise RequestError(config + list(_unknown_keys(source, header.tensors)))
-    offences = list(_unknown_keys(source, header.tensors))
-    pairs, saved, repeated = _pairs(header.tensors)
-    for key in repeated:
-        offences.append(
-            Offence(f"{source.spec}/{WEIGHTS}", key, "one adapter in the file", "several", "save them separately")
-        )
-    names, renamed = _match(pairs, base)
-    modules: dict[str, LoraModule] = {}
-    for path, sides in pairs.items():
-        name = names.get(path)
-        if name is None:
-            where = f"{source.spec}/{WEIGHTS}"
-            offences.append(
-                Offence(
-                    where, path, f"a module of {base.source.spec}", "no such weight", "use the adapter's own base model"
-                )
-            )
-            continue
-        found = _module(source, base, config, path, name, sides)
-        if isinstance(found, LoraModule):
-            modules[name] = found
-        else:
-            offences += found
-    expected = _expected(config, base, names)
-    for name in sorted(expected - modules.keys() - set(names.values()), key=natural):
-        offences.append(
-            Offence(
-                f"{source.spec}/{WEIGHTS}",
-                name,
-                "weights for each module that the config targets",
-                "none",
-                "complete the adapter",
-            )
-        )
+    refuse = partial(Offence, f"{source.spec}/{WEIGHTS}")
+    offences: list[Offence] = []
+    pairs: dict[str, dict[str, TensorRef]] = {}
+    saved: dict[str, TensorRef] = {}
+    for key, ref in sorted(header.tensors.items(), key=lambda item: natural(item[0])):
+        match = _LORA_KEY.fullmatch(key)
+        if match is None and _is_whole(ref, config):
+            saved[key] = ref
+        elif match is None:
+            offences.append(refuse(key, "plain LoRA weights", "an unknown tensor", "retrain as plain LoRA"))
+        elif pairs.setdefault(_plain(match["path"]), {}).setdefault(match["side"], ref) is not ref:
+            offences.append(refuse(key, "one adapter in the file", "several", "save them separately"))
     if not pairs:
-        offences.append(
-            Offence(f"{source.spec}/{WEIGHTS}", "", "lora_A and lora_B tensors", "none", "name a LoRA adapter")
-        )
+        offences.append(refuse("", "lora_A and lora_B tensors", "none", "name a LoRA adapter"))
+    naming = _naming(pairs, base)
+    modules: dict[str, LoraModule] = {}
+    found: set[str] = set()
+    for path, sides in pairs.items():
+        name = _find(path, naming, base)
+        if name is None or name in found:
+            expected, remedy = f"a module of {base.source.spec}", "use the adapter's own base model"
+            missing = refuse(path, expected, "no such weight" if name is None else f"{name} once more", remedy)
+            offences.append(next(base.treatable([path]), missing))
+            continue
+        found.add(name)
+        module = _module(config, base, name, path, sides, refuse)
+        if isinstance(module, LoraModule):
+            modules[name] = module
+        else:
+            offences += module
+    targets = set(_targets(config, base, naming, found))
+    for name in sorted(targets - found, key=natural):
+        expected = "weights for each module that the config targets"
+        offences.append(refuse(naming.to_own(name), expected, "none", "complete the adapter, or correct its config"))
     if offences:
         raise RequestError(offences)
-    files = [FileHeader(WEIGHTS, sizes[WEIGHTS], hashlib.sha256(header.raw).hexdigest(), header.metadata)]
-    return Adapter(source, config, files, modules, saved, len(expected | modules.keys()), renamed)
+    files = [FileHeader(WEIGHTS, sizes[WEIGHTS], header_digest(header.raw))]
+    modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
+    return Adapter(source, config, files, modules, saved, len(targets | found), str(naming))
 
 
 def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
     offences = []
     if CONFIG not in sizes:
         offences.append(Offence(source.spec, "", CONFIG, "no such file", "name the folder of a PEFT adapter"))
-    if WEIGHTS not in sizes:
-        pickled = "adapter_model.bin" in sizes
-        got = "adapter_model.bin, a pickle" if pickled else "no such file"
-        remedy = (
-            "save the adapter again with a current PEFT; pickles are never opened" if pickled else "name a PEFT adapter"
-        )
-        offences.append(Offence(source.spec, "", WEIGHTS, got, remedy))
+    if "adapter_model.bin" in sizes and WEIGHTS not in sizes:
+        remedy = "save the adapter again with a current PEFT; pickles are never opened"
+        offences.append(Offence(source.spec, "", WEIGHTS, "adapter_model.bin, a pickle", remedy))
+    elif WEIGHTS not in sizes:
+        offences.append(Offence(source.spec, "", WEIGHTS, "no such file", "name the folder of a PEFT adapter"))
     if offences:
         raise RequestError(offences)
 
 
-def _unknown_keys(source: Source, tensors: Mapping[str, TensorRef]) -> Iterator[Offence]:
-    for key in sorted(tensors):
-        if not _LORA_KEY.fullmatch(key) and _OTHER_WEIGHTS.fullmatch(key):
-            yield Offence(
-                f"{source.spec}/{WEIGHTS}", key, "plain LoRA weights", "another kind", "retrain as plain LoRA"
-            )
-
-
-def _pairs(
-    tensors: Mapping[str, TensorRef],
-) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef], list[str]]:
-    """Sort tensors into A and B by module path, tensors saved whole, and keys that repeat a side of a module."""
-    pairs: dict[str, dict[str, TensorRef]] = {}
-    saved, repeated = {}, []
-    for key, ref in sorted(tensors.items()):
-        match = _LORA_KEY.fullmatch(key)
-        if match is None:
-            saved[key] = ref
-        elif match["side"] in pairs.setdefault(match["path"], {}):
-            repeated.append(key)
-        else:
-            pairs[match["path"]][match["side"]] = ref
-    return pairs, saved, repeated
-
-
-def _module(
-    source: Source, base: Checkpoint, config: LoraConfig, path: str, name: str, sides: Mapping[str, TensorRef]
-) -> LoraModule | list[Offence]:
-    where = f"{source.spec}/{WEIGHTS}"
-    if len(sides) != 2:
-        missing = "lora_B" if "A" in sides else "lora_A"
-        return [
-            Offence(where, f"{path}.{missing}.weight", "both A and B", "one of them", "fetch or save the adapter again")
-        ]
-    a, b, weight = sides["A"], sides["B"], base.weight(name)
-    assert weight is not None
-    target = _plain(path)
-    rank = config.rank(target)
-    shape = weight.shape[::-1] if base.stores_transposed and weight.name.startswith(name) else weight.shape
-    offences = [
-        Offence(where, ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in a float dtype")
-        for ref in (a, b)
-        if ref.dtype not in FLOATS
-    ]
-    for ref, expected in ((a, (rank, shape[1])), (b, (shape[0], rank))):
-        if len(weight.shape) == 2 and ref.shape != expected:
-            remedy = f"check the rank in {CONFIG}, and that this is the adapter's base model"
-            offences.append(Offence(where, ref.name, str(list(expected)), str(list(ref.shape)), remedy))
-    if config.targets(target) is False:
-        offences.append(
-            Offence(where, path, f"a target of {CONFIG}", "not a target", "make the config and the weights agree")
-        )
-    return offences or LoraModule(a, b, rank, config.scaling(target))
+def _own(path: str) -> str:
+    """The name by which PEFT knew a module: relative to the model it wrapped, which may have had wrappers itself."""
+    return _PEFT_PREFIX.sub("", path)
 
 
 def _plain(path: str) -> str:
-    """The name PEFT matches its patterns with: without its own prefix and without wrappers."""
-    return _WRAPPERS.sub("", path.removeprefix("base_model.model."))
+    return _WRAPPERS.sub("", _own(path))
 
 
-def _match(pairs: Mapping[str, object], base: Checkpoint) -> tuple[dict[str, str], str]:
-    """Match adapter paths to checkpoint modules: as they are, or all of them with one prefix exchanged for another."""
-    plain = {path: _plain(path) for path in pairs}
-    exact = {path: name for path, name in plain.items() if base.weight(name) is not None}
-    if len(exact) == len(plain) or not plain:
-        return exact, ""
-    probe = min((name for path, name in plain.items() if path not in exact), key=natural)
-    known = [n.removesuffix(".weight") for n in base.tensors if n.endswith(".weight")]
+def _is_whole(ref: TensorRef, config: LoraConfig) -> bool:
+    """Whether PEFT saved a tensor whole: of modules_to_save, or an embedding whose vocabulary was resized."""
+    parts = _plain(ref.name).split(".")
+    names = tuple(name for name in config.modules_to_save if name)
+    if any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts))):
+        return True
+    is_embedding = len(ref.shape) == 2 and parts[-1] == "weight" and layer_of(ref.name) is None
+    return is_embedding and "lora_" not in ref.name
+
+
+def _naming(names: Iterable[str], base: Checkpoint) -> _Naming:
+    """The one exchange of prefixes by which all modules inside layers are found; none where they are, or cannot be.
+
+    A prefix ends before the layer's number: layers are never taken for one another.
+    """
+    layered = sorted((name for name in names if layer_of(name) is not None), key=natural)
+    probe = next((name for name in layered if base.weight(name) is None), None)
+    if probe is None:
+        return _Naming()
     parts = probe.split(".")
     for cut in range(len(parts)):
         tail = ".".join(parts[cut:])
-        heads = {n[: len(n) - len(tail)] for n in known if n == tail or n.endswith("." + tail)}
+        if layer_of(tail) != layer_of(probe):
+            break
+        heads = {module.removesuffix(tail) for module in base.linears if f".{module}".endswith(f".{tail}")}
         if len(heads) == 1:
-            old, new = probe[: len(probe) - len(tail)], heads.pop()
-            moved = {path: new + name.removeprefix(old) for path, name in plain.items() if name.startswith(old)}
-            if len(moved) == len(plain) and all(base.weight(name) is not None for name in moved.values()):
-                return moved, f"module prefix {old!r} read as {new!r}"
+            naming = _Naming(probe.removesuffix(tail), heads.pop())
+            fits = layer_of(naming.base) is None and all(name.startswith(naming.own) for name in layered)
+            return naming if fits and all(base.weight(naming.to_base(name)) for name in layered) else _Naming()
         if heads:
             break
-    return exact, ""
+    return _Naming()
 
 
-def _expected(config: LoraConfig, base: Checkpoint, names: Mapping[str, str]) -> set[str]:
-    """Checkpoint modules that the config targets, under the adapter's own naming."""
-    prefixes = {(_plain(path), name) for path, name in names.items()}
-    first, name = next(iter(sorted(prefixes)), ("", ""))
-    common = 0
-    while common < min(len(first), len(name)) and first[-1 - common] == name[-1 - common]:
-        common += 1
-    old, new = first[: len(first) - common], name[: len(name) - common]
-    leaves = {n.rpartition(".")[2] for n in names.values()}
-    expected = set()
-    for module, ref in base.linears.items():
-        if len(ref.shape) != 2 or not module.startswith(new):
+def _find(name: str, naming: _Naming, base: Checkpoint) -> str | None:
+    moved = naming.to_base(name)
+    candidates = [moved] if layer_of(name) is not None else [name, moved]
+    return next((candidate for candidate in candidates if base.weight(candidate) is not None), None)
+
+
+def _module(
+    config: LoraConfig, base: Checkpoint, name: str, path: str, sides: Sides, refuse: partial[Offence]
+) -> LoraModule | list[Offence]:
+    """Check one pair against its weight and the config."""
+    untreatable = list(base.treatable([name]))
+    if untreatable:
+        return untreatable
+    if len(sides) != 2:
+        missing = f"{path}.lora_{'B' if 'A' in sides else 'A'}.weight"
+        return [refuse(missing, "both A and B", "one of them", "fetch or save the adapter again")]
+    a, b, weight = sides["A"], sides["B"], base.weight(name)
+    assert weight is not None
+    # A model compiled before PEFT wrapped it had other names then; the config's patterns may see only one of the two.
+    own = _own(a.name.removesuffix(".weight").rpartition(".lora_A")[0])
+    meanings = {(config.rank(n), config.scaling(n)) for n in (path, own) if config.targets(n) is not False}
+    if len(meanings) != 1:
+        expected, got = f"one target of {CONFIG}", "several readings" if meanings else "not a target"
+        return [refuse(own, expected, got, "make the config and the weights agree")]
+    rank, scaling = meanings.pop()
+    outputs, inputs = weight.shape[::-1] if base.is_transposed(name) else weight.shape
+    offences = []
+    for ref, shape in ((a, (rank, inputs)), (b, (outputs, rank))):
+        if ref.dtype not in FLOATS:
+            offences.append(refuse(ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype"))
+        if ref.shape != shape:
+            remedy = f"check the rank in {CONFIG}, and that this is the adapter's base model"
+            offences.append(refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy))
+    return offences or LoraModule(a, b, rank, scaling)
+
+
+def _targets(config: LoraConfig, base: Checkpoint, naming: _Naming, found: Iterable[str]) -> Iterator[str]:
+    """Checkpoint modules that the config targets: decoder linears of the stacks that the adapter knows, and the head.
+
+    A checkpoint may hold more than the model that was trained: a vision tower, or layers for multi-token prediction
+    (numbered from num_hidden_layers on).
+    """
+    stacks = {_stack(name) for name in found}
+    kinds = {name.rpartition(".")[2] for name in found}
+    layers = base.config.get("num_hidden_layers")
+    head = next((name for name in ("lm_head", naming.to_base("lm_head")) if base.weight(name)), None)
+    for module in [*base.linears, *([head] if head else [])]:
+        layer = layer_of(module)
+        if layer is not None and (_stack(module) not in stacks or (isinstance(layers, int) and layer >= layers)):
             continue
-        targeted = config.targets(old + module.removeprefix(new))
-        if targeted or (targeted is None and module.rpartition(".")[2] in leaves):
-            expected.add(module)
-    return expected
+        targeted = config.targets(naming.to_own(module))
+        if targeted or (targeted is None and module.rpartition(".")[2] in kinds):
+            yield module
+
+
+def _stack(module: str) -> str:
+    """The part of a name before the layer's number."""
+    return re.split(r"(?:^|\.)\d+(?:\.|$)", module, maxsplit=1)[0]

@@ -15,6 +15,7 @@ from safeshard.manifests.render import render
 from safeshard.manifests.schema import load
 from safeshard.manifests.verify import Finding
 from safeshard.manifests.verify import verify as verify_output
+from safeshard.streamer.calibrate import Calibrate, run_calibrate
 from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
@@ -36,6 +37,23 @@ def safelora(**options: Any) -> Result:
     Keywords are the fields of `safeshard.streamer.methods.safelora.SafeLora` and of `RunOptions`.
     """
     return _run_one("safelora", options)
+
+
+def safedelta(**options: Any) -> Result:
+    """Keep of a fine-tuned delta what a safety budget allows and compensate the rest (Safe Delta, arXiv 2505.12038).
+
+    Keywords are the fields of `safeshard.streamer.methods.safedelta.SafeDelta` and of `RunOptions`.
+    """
+    return _run_one("safedelta", options)
+
+
+def calibrate(**options: Any) -> Path:
+    """Save the factors of an aligned model, for reuse by Safe Delta jobs; return their folder.
+
+    Keywords are the fields of `safeshard.streamer.calibrate.Calibrate` and of `RunOptions`.
+    """
+    job_options, run_options = _split(options)
+    return run_calibrate(build(Calibrate, job_options), run_options)
 
 
 def scale(**options: Any) -> Result:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,26 +10,29 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.header import Header, HeaderError, TensorRef, read_header
+from safeshard.manifests.safetensors_header import Header, HeaderError, TensorRef, header_digest, read_header
 from safeshard.streamer.sources import Source, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 FLOATS = ("BF16", "F16", "F32")
 # Buffers that old transformers releases saved and new ones do not; they are recomputed and carry no training.
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_QUANTISED = re.compile(r".*\.(qweight|qzeros|weight_scale|weight_scale_inv|SCB|absmax|quant_map|weight_packed|scales)")
+# What GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes and quanto store beside a weight or in its place.
+_QUANTISED = re.compile(
+    r"(?P<module>.+)\.(qweight|W_q|weight_packed|weight_scale|weight_scale_inv|SCB|weight\.(absmax|quant_map|_data))"
+)
 
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What the manifest says of an input file."""
+    """What the manifest says of an input file. `sha256` is of the header's bytes, length prefix included."""
 
     name: str
     size: int
-    sha256: str  # of the header bytes, length prefix included
-    metadata: Mapping[str, str]
+    sha256: str
 
 
 class Checkpoint:
@@ -47,21 +49,25 @@ class Checkpoint:
         self.source, self.config = source, config
         sizes = source.sizes()
         self.tensors: dict[str, TensorRef] = {name: ref for h in headers.values() for name, ref in h.tensors.items()}
-        self.files = [
-            FileHeader(name, sizes[name], hashlib.sha256(h.raw).hexdigest(), h.metadata)
-            for name, h in sorted(headers.items())
-        ]
+        self.files = [FileHeader(name, sizes[name], header_digest(h.raw)) for name, h in sorted(headers.items())]
 
     def weight(self, module: str) -> TensorRef | None:
         """The weight of a module; an output head that shares the embedding's weight is found there."""
         ref = self.tensors.get(module + ".weight")
         if ref is None and self.tied and module.rpartition(".")[2] == "lm_head":
-            return next((r for n, r in self.tensors.items() if re.search(r"(embed_tokens|wte)\.weight$", n)), None)
+            embeddings = [
+                ref for name, ref in self.tensors.items() if re.search(r"(^|\.)(embed_tokens|wte)\.weight$", name)
+            ]
+            return embeddings[0] if len(embeddings) == 1 else None
         return ref
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", True)) and "lm_head.weight" not in self.tensors
+        """Whether the output head shares the embedding's weight. A head that is stored has its own."""
+        text = self.config.get("text_config")
+        configs = (self.config, text if isinstance(text, dict) else {})
+        said = next((c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c), True)
+        return bool(said) and "lm_head.weight" not in self.tensors
 
     @cached_property
     def linears(self) -> dict[str, TensorRef]:
@@ -73,6 +79,10 @@ class Checkpoint:
         }
         return dict(sorted(refs.items(), key=lambda item: natural(item[0])))
 
+    def is_transposed(self, module: str) -> bool:
+        """Whether a module's weight is stored in x out: true of decoder linears of a model that `stores_transposed`."""
+        return self.stores_transposed and module in self.linears
+
     @cached_property
     def stores_transposed(self) -> bool:
         """Whether linears are stored in x out, as transformers' Conv1D (GPT-2) does.
@@ -80,42 +90,54 @@ class Checkpoint:
         A bias has the length of the output, so each linear that is not square and has a bias tells. Square ones follow.
         """
         votes = [
-            bias.shape[0] == ref.shape[1]
+            bias.shape == ref.shape[1:]
             for module, ref in self.linears.items()
-            if (bias := self.tensors.get(module + ".bias")) and len(bias.shape) == 1 and ref.shape[0] != ref.shape[1]
+            if (bias := self.tensors.get(module + ".bias")) and ref.shape[0] != ref.shape[1]
         ]
         return bool(votes) and all(votes)
 
     def treatable(self, modules: Iterable[str]) -> Iterator[Offence]:
         """Offences of modules that no method can treat: quantised, fused or of another dtype."""
-        if "quantization_config" in self.config:
-            method = self.config["quantization_config"]
-            got = method.get("quant_method", "quantised") if isinstance(method, dict) else "quantised"
-            yield self.offence(
-                "config.json: quantization_config", "unquantised weights", str(got), "use the original weights"
-            )
         for module in modules:
             ref = self.weight(module)
-            if ref is None:
-                continue
-            if ref.dtype not in FLOATS:
+            if module in self._quantised:
+                yield self._quantised_offence(module)
+            elif ref is not None and ref.dtype not in FLOATS:
                 yield self.offence(
                     ref.name, "BF16, F16 or F32", ref.dtype, "dequantise or convert the checkpoint first"
                 )
-            elif len(ref.shape) != 2:
-                yield self.offence(ref.name, "a 2-D weight", str(list(ref.shape)), "store each expert as a 2-D tensor")
+            elif ref is not None and len(ref.shape) != 2:
+                yield self.offence(
+                    ref.name, "a 2-D weight", str(list(ref.shape)), "leave the module out of the adapter"
+                )
 
     def untreatable_tensors(self) -> Iterator[Offence]:
         """Offences of tensors that would be left out when every decoder linear is treated."""
+        for module in sorted(self._quantised.keys() - self.linears.keys(), key=natural):
+            yield self._quantised_offence(module)
         for name, ref in sorted(self.tensors.items(), key=lambda item: natural(item[0])):
-            if len(ref.shape) >= 3 and "expert" in name:
-                yield self.offence(
-                    name, "experts as separate 2-D tensors", f"fused {list(ref.shape)}", "split the experts"
-                )
-            elif _QUANTISED.fullmatch(name):
-                yield self.offence(name, "unquantised weights", "a quantised tensor", "use the original weights")
+            plain = name.endswith(".weight") and len(ref.shape) == 2
+            if "expert" in name and len(ref.shape) > 1 and layer_of(name) is not None and not plain:
+                got, remedy = f"fused {list(ref.shape)}", "split the experts"
+                yield self.offence(name, "experts as separate 2-D .weight tensors", got, remedy)
+
+    @cached_property
+    def _quantised(self) -> dict[str, str]:
+        """Module -> a tensor that shows its weight to be quantised."""
+        return {
+            match["module"]: name
+            for name in sorted(self.tensors, reverse=True)
+            if (match := _QUANTISED.fullmatch(name))
+        }
+
+    def _quantised_offence(self, module: str) -> Offence:
+        config = self.config.get("quantization_config")
+        method = config.get("quant_method", "") if isinstance(config, dict) else ""
+        got = f"quantised weights ({method})" if method else "quantised weights"
+        return self.offence(self._quantised[module], "BF16, F16 or F32 weights", got, "use the original checkpoint")
 
     def offence(self, tensor: str, expected: str, got: str, remedy: str) -> Offence:
+        """An offence about one of this checkpoint's tensors."""
         ref = self.tensors.get(tensor)
         return Offence(f"{self.source.spec}/{ref.file}" if ref else self.source.spec, tensor, expected, got, remedy)
 
@@ -127,19 +149,19 @@ def open_checkpoint(source: Source) -> Checkpoint:
         RequestError: no safetensors files, a pickle checkpoint, or an index or header that is wrong; all offenders.
     """
     sizes = source.sizes()
-    names, weight_map = _shards(source, sizes)
+    weight_map = _weight_map(source) if INDEX in sizes else None
+    names = [_only_file(source, sizes)] if weight_map is None else _indexed_files(source, sizes, weight_map)
     headers, offences = _read_headers(source, names, sizes)
     if not offences:
         offences += _duplicates(source, headers)
         if weight_map is not None:
             offences += _index_offences(source, headers, weight_map)
-    if offences:
-        raise RequestError(offences)
     config = read_json(source, "config.json") if "config.json" in sizes else {}
     if not isinstance(config, dict):
-        raise RequestError(
-            [Offence(f"{source.spec}/config.json", "", "a JSON object", type(config).__name__, "check the file")]
-        )
+        got = type(config).__name__
+        offences.append(Offence(f"{source.spec}/config.json", "", "a JSON object", got, "check the file"))
+    if offences:
+        raise RequestError(offences)
     return Checkpoint(source, config, headers)
 
 
@@ -155,55 +177,50 @@ def read_file_header(source: Source, name: str) -> Header:
     return headers[name]
 
 
-def _shards(source: Source, sizes: Mapping[str, int]) -> tuple[list[str], dict[str, str] | None]:
-    if INDEX in sizes:
-        index = read_json(source, INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise RequestError(
-                [Offence(f"{source.spec}/{INDEX}", "weight_map", "tensor -> file", "malformed", "check the index")]
-            )
-        return _contained(source, sizes, weight_map), weight_map
-    files = [n for n in sizes if n.endswith(".safetensors")]
-    if SINGLE in files:
-        return [SINGLE], None
-    if len(files) == 1:
-        return files, None
-    pickles = [n for n in sizes if PurePosixPath(n).suffix in _PICKLES]
-    if files:
-        got, remedy = f"{len(files)} safetensors files without an index", f"add {INDEX}"
-    elif pickles:
-        got, remedy = (
-            f"a pickle checkpoint ({pickles[0]})",
-            "convert it to safetensors (save_pretrained does); pickles are never opened",
-        )
-    else:
-        got, remedy = "no safetensors file", "name the folder that holds the checkpoint"
-    raise RequestError([Offence(source.spec, "", f"{SINGLE} or {INDEX}", got, remedy)])
+def _weight_map(source: Source) -> dict[str, str]:
+    index = read_json(source, INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        where = f"{source.spec}/{INDEX}"
+        raise RequestError(Offence(where, "weight_map", "tensor -> file", "malformed", "correct the index"))
+    return weight_map
 
 
-def _contained(source: Source, sizes: Mapping[str, int], weight_map: Mapping[str, str]) -> list[str]:
+def _indexed_files(source: Source, sizes: Mapping[str, int], weight_map: Mapping[str, str]) -> list[str]:
+    where, files = f"{source.spec}/{INDEX}", sorted(set(weight_map.values()))
     offences = []
-    for file in sorted(set(weight_map.values())):
-        if PurePosixPath(file).name != file or "\\" in file or file in ("", ".", ".."):
-            offences.append(
-                Offence(f"{source.spec}/{INDEX}", file, "a file name in the same folder", "a path", "correct the index")
-            )
-        elif file not in sizes:
-            offences.append(
-                Offence(
-                    f"{source.spec}/{INDEX}", file, "a file in the folder", "no such file", "fetch the missing file"
-                )
-            )
+    for file in files:
+        if PurePosixPath(file).name != file or "\\" in file:
+            offences.append(Offence(where, file, "a file name in the same folder", "a path", "correct the index"))
         elif not file.endswith(".safetensors"):
-            offences.append(
-                Offence(
-                    f"{source.spec}/{INDEX}", file, "safetensors files", "another format", "convert it to safetensors"
-                )
-            )
+            remedy = "convert it to safetensors; pickles are never opened"
+            offences.append(Offence(where, file, "safetensors files", "another format", remedy))
+        elif file not in sizes:
+            offences.append(Offence(where, file, "a file in the folder", "no such file", "fetch the missing file"))
+    if SINGLE in sizes and SINGLE not in files:
+        got = f"both {SINGLE} and an index that does not name it"
+        offences.append(Offence(source.spec, "", "one checkpoint in the folder", got, "remove one of them"))
     if offences:
         raise RequestError(offences)
-    return sorted(set(weight_map.values()))
+    return files
+
+
+def _only_file(source: Source, sizes: Mapping[str, int]) -> str:
+    files = [name for name in sizes if name.endswith(".safetensors") and name != ADAPTER]
+    if SINGLE in files:
+        return SINGLE
+    if len(files) == 1:
+        return files[0]
+    pickle = next((name for name in sizes if PurePosixPath(name).suffix in _PICKLES), None)
+    got, remedy = "no safetensors file", "name the folder that holds the checkpoint"
+    if files:
+        got, remedy = f"{len(files)} safetensors files without an index", f"add {INDEX}"
+    elif ADAPTER in sizes:
+        got = "a PEFT adapter"
+    elif pickle:
+        got = f"a pickle checkpoint ({pickle})"
+        remedy = "convert it to safetensors (save_pretrained does); pickles are never opened"
+    raise RequestError(Offence(source.spec, "", f"{SINGLE} or {INDEX}", got, remedy))
 
 
 def _read_headers(
@@ -214,8 +231,8 @@ def _read_headers(
         try:
             headers[name] = read_header(name, sizes[name], partial(source.read, name))
         except HeaderError as error:
-            where, expected = f"{source.spec}/{name}", error.expected or "a valid header"
-            offences.append(Offence(where, error.tensor, expected, error.problem, "fetch or save the file again"))
+            where, remedy = f"{source.spec}/{name}", "fetch or save the file again"
+            offences.append(Offence(where, error.tensor, error.expected, error.got, remedy))
     return headers, offences
 
 
@@ -224,9 +241,8 @@ def _duplicates(source: Source, headers: Mapping[str, Header]) -> Iterator[Offen
     for file, header in sorted(headers.items()):
         for name in header.tensors:
             if name in seen:
-                yield Offence(
-                    f"{source.spec}/{file}", name, "a tensor in one file", f"also in {seen[name]}", "remove one of them"
-                )
+                where, got = f"{source.spec}/{file}", f"also in {seen[name]}"
+                yield Offence(where, name, "a tensor in one file", got, "remove one of them")
             seen[name] = file
 
 
@@ -236,7 +252,7 @@ def _index_offences(source: Source, headers: Mapping[str, Header], weight_map: M
         if name not in headers[file].tensors:
             yield Offence(where, name, f"to be in {file}", "not there", "correct the index or fetch the file again")
     for file, header in headers.items():
-        for name in header.tensors.keys() - weight_map.keys():
+        for name in sorted(header.tensors.keys() - weight_map.keys()):
             yield Offence(f"{source.spec}/{file}", name, "every tensor in the index", "not listed", "correct the index")
 
 
@@ -251,4 +267,5 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def _is_number(part: str) -> bool:
+    """Whether a part of a name counts layers or experts; what is longer than any count is plain text."""
     return part.isascii() and part.isdecimal() and len(part) < 10

@@ -17,6 +17,7 @@ from typer.core import TyperCommand
 
 from safeshard.manifests.errors import SafeshardError, printable
 from safeshard.streamer import api, report
+from safeshard.streamer.calibrate import Calibrate
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions
@@ -49,13 +50,16 @@ class _Variadic(TyperCommand):
 def _parameter(name: str, field: FieldInfo, many: bool) -> introspection.Parameter:
     """One command-line option from a model's field. Its default stays with the model: not given is None."""
     kind = _plain_type(field.annotation)
-    shown = "" if field.is_required() or field.default in (None, False) else f" [default: {_shown(field.default)}]"
-    required = " [required]" if field.is_required() else ""
-    option = typer.Option(
-        f"--{name.replace('_', '-')}", help=(field.description or "") + shown + required, show_default=False
+    shown = (
+        "" if field.is_required() or field.default in (None, False, True) else f" [default: {_shown(field.default)}]"
     )
+    required = " [required]" if field.is_required() else ""
+    flag = f"--{name.replace('_', '-')}"
+    if field.default is True:
+        flag += f"/--no-{name.replace('_', '-')}"
+    option = typer.Option(flag, help=(field.description or "") + shown + required, show_default=False)
     annotation = Annotated[list[kind] | None if many else kind | None, option]  # type: ignore[valid-type]
-    default = False if kind is bool else None
+    default = field.default if kind is bool else None
     if kind is bool:
         annotation = Annotated[bool, option]
     return introspection.Parameter(name, introspection.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -125,6 +129,16 @@ def _score(*, json: Json = False, **options: Any) -> None:
     _done(results, options | {"quiet": True} if not options["dry_run"] else options, json)
 
 
+@app.command("calibrate", help=Calibrate.__doc__)
+@_command([Calibrate, RunOptions])
+def _calibrate(*, json: Json = False, **options: Any) -> None:
+    folder = api.calibrate(**options)
+    if not options["quiet"]:
+        print(f"dry run: nothing was written to {folder}" if options["dry_run"] else f"factors: {folder}")
+    if json:
+        _print_json({"output": str(folder)})
+
+
 @app.command("batch", help="Run the jobs of a YAML file in one pass over the checkpoints they share.")
 @_command([RunOptions])
 def _batch(jobs: Annotated[Path, typer.Argument(help="the jobs file")], *, json: Json = False, **options: Any) -> None:
@@ -162,7 +176,7 @@ def _print_json(value: Any) -> None:
 
 
 def _mount(argv: Sequence[str]) -> None:
-    """Add the command groups that other packages register (bench, demo), where the arguments ask for one or for help."""
+    """Add the command groups that other packages register (bench, demo), where one is asked for, or help."""
     for entry in entry_points(group="safeshard.commands"):
         if not argv or argv[0] in (entry.name, "--help"):
             app.add_typer(entry.load(), name=entry.name)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.schema import ModuleEntry
@@ -46,8 +47,14 @@ class Inputs:
         return Lora(a, b, place.lora.scaling)
 
 
-def compute_step(step: Step, loaded: Mapping[Hashable, Tensor], device: torch.device, clock: Clock) -> None:
-    """Run all tasks of a step.
+def compute_step(
+    step: Step,
+    loaded: Mapping[Hashable, Tensor],
+    device: torch.device,
+    clock: Clock,
+    factor: Factor | str | None = None,
+) -> None:
+    """Run all tasks of a step. `factor` is that of the step's modules, or says why they have none.
 
     Raises:
         RunError: a tensor holds NaN or infinity, or writing failed.
@@ -58,7 +65,7 @@ def compute_step(step: Step, loaded: Mapping[Hashable, Tensor], device: torch.de
         if isinstance(task, CopyTask):
             _copy(task, inputs, clock)
         else:
-            _decide(task, inputs, gates, clock)
+            _decide(task, inputs, gates, clock, factor)
 
 
 def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
@@ -84,7 +91,8 @@ def _gates(tasks: list[ModuleTask], inputs: Inputs) -> dict[Hashable, Gate]:
                 same[task.gate_key] = task
     for group in groups.values():
         first = next(iter(group.values())).plan
-        assert first.aligned is not None and first.unaligned is not None
+        assert first.aligned is not None
+        assert first.unaligned is not None
         aligned, unaligned = inputs.weight(first.aligned), inputs.weight(first.unaligned)
         deltas = {key: inputs.delta(task.plan.finetuned) for key, task in group.items()}
         pairs = {key: (delta.a, delta.b) for key, delta in deltas.items() if isinstance(delta, Lora)}
@@ -93,11 +101,13 @@ def _gates(tasks: list[ModuleTask], inputs: Inputs) -> dict[Hashable, Gate]:
         for key, delta in deltas.items():
             if isinstance(delta, Tensor):
                 project = group[key].run.job.keeps_dense_projection
-                gates[key] = dense_gate(aligned, unaligned, delta, project_delta=project)
+                gates[key] = dense_gate(aligned, unaligned, delta, project=project)
     return gates
 
 
-def _decide(task: ModuleTask, inputs: Inputs, gates: Mapping[Hashable, Gate], clock: Clock) -> None:
+def _decide(
+    task: ModuleTask, inputs: Inputs, gates: Mapping[Hashable, Gate], clock: Clock, factor: Factor | str | None
+) -> None:
     job_run, plan = task.run, task.plan
     gate = gates.get(task.gate_key) if job_run.needs_gate(plan.name) else None
     cosine = job_run.cosines.get(plan.name)
@@ -110,7 +120,7 @@ def _decide(task: ModuleTask, inputs: Inputs, gates: Mapping[Hashable, Gate], cl
             job_run.score(plan.name, cosine)
     if job_run.is_done(plan.name):
         return
-    edit = job_run.job.edit(_module(task, inputs, gate, cosine))
+    edit = job_run.job.edit(_module(task, inputs, gate, cosine, factor))
     start = time.perf_counter()
     try:
         _write(task, edit.tensors)
@@ -125,17 +135,20 @@ def _decide(task: ModuleTask, inputs: Inputs, gates: Mapping[Hashable, Gate], cl
     job_run.decide(plan.name, entry.model_dump(mode="json", exclude_none=True))
 
 
-def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None) -> Module:
+def _module(
+    task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None, factor: Factor | str | None
+) -> Module:
     job_run, plan = task.run, task.plan
-    dense = isinstance(plan.finetuned, Weight)
     return Module(
         plan.name,
         finetuned=inputs.delta(plan.finetuned),
-        aligned=inputs.weight(plan.aligned) if dense and plan.aligned else None,
+        aligned=inputs.weight(plan.aligned) if job_run.job.writes_checkpoint and plan.aligned else None,
         safe=inputs.delta(plan.safe) if plan.safe else None,
         projected=gate.projected if gate is not None else None,
         cosine=math.nan if job_run.job.gated and cosine is None else cosine,
         chosen=plan.name in job_run.chosen if job_run.chosen is not None else None,
+        factor=factor if isinstance(factor, Factor) else None,
+        note=factor if isinstance(factor, str) else "",
     )
 
 
@@ -143,7 +156,7 @@ def _write(task: ModuleTask, tensors: Mapping[str, Tensor]) -> None:
     writer, plan = task.run.writer, task.plan
     assert writer is not None
     for part, name in plan.writes.items():
-        transposed = isinstance(plan.finetuned, Weight) and plan.finetuned.transposed
+        transposed = part == "weight" and plan.aligned is not None and plan.aligned.transposed
         writer.write(name, tensors[part].T if transposed else tensors[part])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,8 +12,10 @@ from typing import Any
 
 from safeshard.manifests.card import card
 from safeshard.manifests.hashing import hash_bytes
+from safeshard.manifests.safetensors_header import header_digest
 from safeshard.manifests.schema import (
     MANIFEST_NAME,
+    Fallback,
     FileEntry,
     Input,
     InputFile,
@@ -26,7 +29,6 @@ from safeshard.manifests.schema import (
 from safeshard.streamer import adapter as lora
 from safeshard.streamer.adapter import Adapter
 from safeshard.streamer.checkpoint import INDEX, Checkpoint, natural
-from safeshard.streamer.header import header_digest
 from safeshard.streamer.plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.sources import Source
 from safeshard.streamer.steps import JobRun
@@ -34,8 +36,8 @@ from safeshard.streamer.steps import JobRun
 # What else a folder of weights needs to be loaded and prompted; never code.
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja", "chat_template.json",
-    "processor_config.json", "preprocessor_config.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja",
+    "chat_template.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -79,10 +81,10 @@ def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
     plan, writer = job_run.plan, job_run.writer
     assert writer is not None
     writer.complete()
-    kind = "adapter" if isinstance(plan.finetuned, Adapter) else "checkpoint"
-    small = _adapter_files(plan) if kind == "adapter" else _checkpoint_files(plan)
+    whole = plan.job.writes_checkpoint
+    small = _checkpoint_files(plan) if whole else _adapter_files(plan)
     manifest = _manifest(job_run, measured)
-    small["README.md"] = card(manifest, _base_model(plan), "adapter" if kind == "adapter" else "checkpoint").encode()
+    small["README.md"] = card(manifest, _base_model(plan), "checkpoint" if whole else "adapter").encode()
     for name, data in small.items():
         writer.add_file(name, data)
     files = [FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files]
@@ -111,7 +113,8 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
     ]  # fmt: skip
     settings = job.settings()
     run = Run(
-        start=measured.start, wall_s=measured.wall_s, bytes_read=measured.bytes_read, bytes_written=writer.bytes_written,
+        start=measured.start, wall_s=measured.wall_s, bytes_read=measured.bytes_read,
+        bytes_written=writer.bytes_written,
         peak_host_bytes=peak_host_bytes(), peak_device_bytes=measured.peak_device_bytes,
         peak_buffer_bytes=measured.peak_buffer_bytes, seconds=measured.seconds,
     )  # fmt: skip
@@ -122,9 +125,16 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
         modules=tuple(ModuleEntry(**job_run.entries[name]) for name in plan.modules),
         tensors=tuple(sorted(tensors, key=lambda t: natural(t.name))),
         files=tuple(FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files),
-        fallbacks=tuple(plan.fallbacks),
+        fallbacks=(*plan.fallbacks, *_reverted(job_run)),
         run=run,
     )
+
+
+def _reverted(job_run: JobRun) -> Iterator[Fallback]:
+    """Modules that were to be treated and were kept aligned instead."""
+    for entry in job_run.entries.values():
+        if entry["decision"] == "reverted":
+            yield Fallback(asked=job_run.job.title, done="kept aligned", why=entry["note"], subject=entry["name"])
 
 
 def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
@@ -132,6 +142,8 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
     writer, finetuned = job_run.writer, module.finetuned
     assert writer is not None
     pair = isinstance(finetuned, Pair)
+    if pair and job_run.job.writes_checkpoint:
+        return False
     refs = (finetuned.lora.a, finetuned.lora.b) if isinstance(finetuned, Pair) else (finetuned.ref,)
     same_dtype = all(writer.place(ref.name).dtype == ref.dtype for ref in refs)
     return job_run.entries[module.name]["decision"] == "kept" and same_dtype and not (pair and job_run.job.rescales)
@@ -147,7 +159,7 @@ def _inputs(plan: JobPlan) -> dict[str, Input]:
             data = opened.source.read(config, 0, sizes[config])
             files.append(InputFile(name=config, size=len(data), blake3=hash_bytes(data)))
         inputs[role] = Input(source=opened.source.spec, revision=opened.source.revision, files=tuple(files))
-    return inputs
+    return inputs | (plan.factors.inputs() if plan.factors else {})
 
 
 def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
@@ -156,9 +168,9 @@ def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
 
 def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
     """The fine-tuned model's own configuration and tokenizer; the aligned model's where it has none."""
-    assert isinstance(plan.finetuned, Checkpoint)
+    tuned = plan.finetuned if isinstance(plan.finetuned, Checkpoint) else plan.aligned
     files = _side_files(plan.aligned.source) | _side_files(plan.finetuned.source)
-    if config := dict(plan.finetuned.config or plan.aligned.config):
+    if config := dict(tuned.config or plan.aligned.config):
         written = {ref.dtype for file in plan.files for ref in file.tensors.values() if ref.dtype in TORCH_NAMES}
         for key in {"dtype", "torch_dtype"} & config.keys():
             config[key] = TORCH_NAMES[written.pop()] if len(written) == 1 else config[key]

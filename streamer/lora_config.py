@@ -8,145 +8,190 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from safeshard.manifests.errors import Offence
+from safeshard.manifests.errors import Offence, RequestError
 
-# Keys that say nothing about what A and B mean, or that this module reads itself.
-_NEUTRAL = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core",
-    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "task_type", "use_rslora",
+# Keys that this module reads.
+_READ = {
+    "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
 }  # fmt: skip
-# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, CorDA, LoftQ, ...) train B A against a
-# changed base, so B A is not the delta to the aligned model.
-_NEUTRAL_INIT = {"True", "False", "None", "gaussian", "eva", "orthogonal"}
-_FIX = "merge the adapter into a full checkpoint and use --finetuned, or retrain as plain LoRA"
+# Keys that say nothing about what A and B mean. The configs of initialisations count only with their own
+# init_lora_weights, `ensure_weight_tying` only for embeddings, and transposed weights show in the checkpoint.
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+    "inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version",
+    "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+# Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) train B A against
+# a changed base, so B A is not the delta to the aligned model.
+_NEUTRAL_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+_EMPTY = (None, False, {}, [], "", 0)
+_REMEDY = "merge the adapter into a full checkpoint and use --finetuned, or retrain as plain LoRA"
+
+Names = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The parts of adapter_config.json that give A and B their meaning. `raw` is the whole file."""
+    """adapter_config.json, checked. Modules are named as PEFT does: relative to the model that it wrapped."""
 
     raw: dict[str, Any]
-    r: int
-    alpha: float
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    use_rslora: bool
-    modules_to_save: tuple[str, ...]
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        return tuple(self.raw.get("modules_to_save") or ())
 
     def rank(self, module: str) -> int:
-        return self.rank_pattern.get(_pattern_key(self.rank_pattern, module), self.r)
+        rank: int = _first(self._ranks, module, self.raw["r"])
+        return rank
 
     def scaling(self, module: str) -> float:
         """delta = scaling * B @ A: alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732)."""
-        alpha, rank = self.alpha_pattern.get(_pattern_key(self.alpha_pattern, module), self.alpha), self.rank(module)
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+        alpha, rank = _first(self._alphas, module, self.raw["lora_alpha"]), self.rank(module)
+        return float(alpha / math.sqrt(rank) if self.raw.get("use_rslora") else alpha / rank)
 
     def targets(self, module: str) -> bool | None:
         """Whether the config targets a module; None where it says "all-linear", which the config alone cannot tell."""
-        raw = self.raw
-        if _names_match(raw.get("exclude_modules"), module):
+        if self._excluded(module) or any(pattern.match(module) for pattern in self._saved):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save):
-            return False
-        target = raw.get("target_modules")
-        if target == "all-linear":
+        target = self.raw["target_modules"]
+        if _is_all_linear(target):
             return None
-        if not _names_match(target, module):
-            return False
-        layers = raw.get("layers_to_transform")
-        if isinstance(target, str) or layers is None or layers == []:
-            return True
-        return _layer_index(module, raw.get("layers_pattern")) in (layers if isinstance(layers, list) else [layers])
+        layers = self.raw.get("layers_to_transform")
+        if isinstance(target, str) or module in target or layers is None or layers == []:
+            return self._targeted(module)
+        layers = [layers] if isinstance(layers, int) else layers
+        return self._targeted(module) and self._layer(module) in layers
+
+    def compile(self) -> None:
+        """Compile every pattern.
+
+        Raises:
+            re.error, OverflowError, RecursionError: a pattern is malformed.
+        """
+        _ = self._ranks, self._alphas, self._excluded, self._targeted, self._saved, self._layer_patterns
+
+    @cached_property
+    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
+        return _compiled(self.raw.get("rank_pattern"))
+
+    @cached_property
+    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
+        return _compiled(self.raw.get("alpha_pattern"))
+
+    @cached_property
+    def _excluded(self) -> Callable[[str], bool]:
+        return _matcher(self.raw.get("exclude_modules"))
+
+    @cached_property
+    def _targeted(self) -> Callable[[str], bool]:
+        target = self.raw["target_modules"]
+        return _matcher(None if _is_all_linear(target) else target)
+
+    @cached_property
+    def _saved(self) -> list[re.Pattern[str]]:
+        return [re.compile(rf"(^|.*\.){name}($|\..*)") for name in self.modules_to_save]
+
+    @cached_property
+    def _layer_patterns(self) -> list[re.Pattern[str]]:
+        given = self.raw.get("layers_pattern") or []
+        names = [rf"(?:^|.*?\.){name}" for name in ([given] if isinstance(given, str) else given)]
+        return [re.compile(rf"{name}\.(?P<layer>\d{{1,9}})\.") for name in names or [r".*?\.[^.]*"]]
+
+    def _layer(self, module: str) -> int | None:
+        match = next((match for pattern in self._layer_patterns if (match := pattern.match(module))), None)
+        return int(match["layer"]) if match else None
 
 
-def read_config(where: str, raw: Any) -> LoraConfig | list[Offence]:
-    """Read adapter_config.json; return the offences instead where it is malformed or of an unsupported kind."""
+def read_config(where: str, raw: Any) -> LoraConfig:
+    """Read adapter_config.json, given as parsed JSON; `where` names it in errors.
+
+    Raises:
+        RequestError: it is malformed or of an unsupported kind; all offenders.
+    """
     if not isinstance(raw, dict):
-        return [Offence(where, "", "a JSON object", type(raw).__name__, "check the file")]
-    offences = [Offence(where, key, expected, got, _FIX) for key, expected, got in _unsupported(raw)]
-    number = (int, float)
-    checks: list[tuple[str, Any, Any]] = [
-        ("r", raw.get("r"), lambda v: type(v) is int and v > 0),
-        ("lora_alpha", raw.get("lora_alpha"), lambda v: type(v) in number and math.isfinite(v)),
-        ("rank_pattern", raw.get("rank_pattern") or {}, lambda v: _is_pattern(v, lambda n: type(n) is int and n > 0)),
-        ("alpha_pattern", raw.get("alpha_pattern") or {}, lambda v: _is_pattern(v, lambda n: type(n) in number)),
-        ("target_modules", raw.get("target_modules"), _is_names),
-        ("exclude_modules", raw.get("exclude_modules") or [], _is_names),
-        (
-            "modules_to_save",
-            raw.get("modules_to_save") or [],
-            lambda v: _is_pattern(dict.fromkeys(v, 0), lambda _: True),
-        ),
-    ]
-    for key, value, valid in checks:
-        try:
-            fine = bool(valid(value))
-        except (re.error, TypeError, ValueError, OverflowError):
-            fine = False
-        if not fine:
-            offences.append(Offence(where, key, "what PEFT writes there", repr(value)[:80], "check the file"))
-    if offences:
-        return offences
-    return LoraConfig(
-        raw, raw["r"], float(raw["lora_alpha"]), raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {},
-        bool(raw.get("use_rslora")), tuple(raw.get("modules_to_save") or ()),
-    )  # fmt: skip
-
-
-def _unsupported(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+        raise RequestError(Offence(where, "", "a JSON object", type(raw).__name__, "check the file"))
     if raw.get("peft_type") != "LORA":
-        yield "peft_type", "LORA", repr(raw.get("peft_type"))
+        raise RequestError(Offence(where, "peft_type", "LORA", repr(raw.get("peft_type")), _REMEDY))
+    offences = [Offence(where, key, expected, repr(raw[key]), _REMEDY) for key, expected in _unsupported(raw)]
+    malformed = list(_malformed(raw))
+    for key in malformed:
+        offences.append(Offence(where, key, "what PEFT writes there", repr(raw.get(key)), "correct the file"))
+    config = LoraConfig(raw)
+    if not malformed:
+        try:
+            config.compile()
+        except (re.error, OverflowError, RecursionError) as error:
+            offences.append(Offence(where, "", "valid regular expressions", str(error), "correct the file"))
+    if offences:
+        raise RequestError(offences)
+    return config
+
+
+def _unsupported(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys whose value is not supported, and what would be."""
     if raw.get("bias", "none") != "none":
-        yield "bias", "none", repr(raw["bias"])
-    init = str(raw.get("init_lora_weights", True))
-    if init not in _NEUTRAL_INIT:
-        yield "init_lora_weights", "an initialisation that keeps the base weights", repr(init)
-    known = _NEUTRAL | {"bias", "init_lora_weights"}
-    for key in sorted(raw.keys() - known):
-        if raw[key] not in (None, False, {}, [], "", 0):
-            yield key, "plain LoRA", f"{key}={raw[key]!r}"[:80]
+        yield "bias", "'none'"
+    if str(raw.get("init_lora_weights", True)).lower() not in _NEUTRAL_INITS:
+        yield "init_lora_weights", "an initialisation that keeps the base weights"
+    for key in sorted(raw.keys() - _READ - _NEUTRAL):
+        if raw[key] not in _EMPTY:
+            yield key, "plain LoRA, without it"
 
 
-def _is_pattern(value: Any, valid: Any) -> bool:
-    for key, entry in value.items():
-        re.compile(key)
-        if not valid(entry):
-            return False
-    return True
+def _malformed(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Keys whose value is not of the type that PEFT writes."""
+    checks: dict[str, Callable[[Any], bool]] = {
+        "r": _is_rank,
+        "lora_alpha": _is_alpha,
+        "rank_pattern": lambda value: value is None or _is_table(value, _is_rank),
+        "alpha_pattern": lambda value: value is None or _is_table(value, _is_alpha),
+        "target_modules": lambda value: isinstance(value, str) or _is_list(value, str),
+        "exclude_modules": lambda value: value is None or isinstance(value, str) or _is_list(value, str),
+        "modules_to_save": lambda value: value is None or _is_list(value, str),
+        "layers_to_transform": lambda value: value is None or type(value) is int or _is_list(value, int),
+        "layers_pattern": lambda value: value is None or isinstance(value, str) or _is_list(value, str),
+        "use_rslora": lambda value: value is None or isinstance(value, bool),
+    }
+    return (key for key, valid in checks.items() if not valid(raw.get(key)))
 
 
-def _is_names(value: Any) -> bool:
-    if isinstance(value, str):
-        re.compile(value if value != "all-linear" else "")
-        return True
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
-def _pattern_key(patterns: Iterable[str], module: str) -> str:
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**63
 
 
-def _names_match(names: str | list[str] | None, module: str) -> bool:
-    if not names:
-        return False
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith("." + name) for name in names)
+def _is_table(value: Any, valid: Callable[[Any], bool]) -> bool:
+    return isinstance(value, dict) and all(map(valid, value.values()))
 
 
-def _layer_index(module: str, patterns: str | list[str] | None) -> int | None:
-    if not patterns:
-        match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", module)
-    else:
-        found = (
-            re.match(rf"(?:^|.*?\.){p}\.(?P<index>\d+)\.", module)
-            for p in ([patterns] if isinstance(patterns, str) else patterns)
-        )
-        match = next((m for m in found if m), None)
-    return int(match["index"]) if match else None
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _is_all_linear(target: Names) -> bool:
+    return isinstance(target, str) and target.lower() == "all-linear"
+
+
+def _compiled(patterns: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], Any]]:
+    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
+
+
+def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.match(module)), default)
+
+
+def _matcher(names: Names) -> Callable[[str], bool]:
+    if isinstance(names, str) and names:
+        full = re.compile(names).fullmatch
+        return lambda module: full(module) is not None
+    whole, tails = frozenset(names or ()), tuple(f".{name}" for name in names or ())
+    return lambda module: module in whole or module.endswith(tails)

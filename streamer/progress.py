@@ -15,10 +15,10 @@ from safeshard.streamer.checkpoint import layer_of
 class Progress:
     """A tqdm bar over the bytes to read, with the rate and the current layer. Thread-safe through tqdm's lock."""
 
-    def __init__(self, total: int, quiet: bool) -> None:
+    def __init__(self, total: int, quiet: bool, unit: str = "B") -> None:
         self._bar: tqdm[Any] = tqdm(
             total=total,
-            unit="B",
+            unit=unit,
             unit_scale=True,
             disable=quiet or not sys.stderr.isatty(),
             dynamic_ncols=True,

@@ -12,11 +12,13 @@ import torch
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import Manifest
+from safeshard.streamer.calibrated import Compute, run_calibrated
 from safeshard.streamer.compute import compute_step
 from safeshard.streamer.finish import Measured, fingerprint, publish
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
-from safeshard.streamer.plan import JobPlan, Planner
+from safeshard.streamer.plan import JobPlan
+from safeshard.streamer.planner import Planner
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
@@ -114,6 +116,13 @@ class _Pass:
             progress.extend(_bytes(steps))
             self._run(steps, progress)
 
+            def run_steps(steps: Sequence[Step], compute: Compute) -> None:
+                progress.extend(_bytes(steps))
+                self._run(steps, progress, compute)
+
+            memory = int(self.options.memory)
+            run_calibrated(runs, run_steps, device=self.device, memory=memory, clock=self.clock)
+
     def measured(self) -> Measured:
         """The run so far, for the manifest."""
         cuda = self.device.type == "cuda"
@@ -127,10 +136,10 @@ class _Pass:
             seconds={stage: round(seconds, 3) for stage, seconds in sorted(self.clock.seconds.items())},
         )
 
-    def _run(self, steps: Sequence[Step], progress: Progress) -> None:
+    def _run(self, steps: Sequence[Step], progress: Progress, compute: Compute | None = None) -> None:
         run_steps(
             steps,
-            lambda step, loaded: compute_step(step, loaded, self.device, self.clock),
+            compute or (lambda step, loaded: compute_step(step, loaded, self.device, self.clock)),
             buffers=self.buffers,
             clock=self.clock,
             workers=workers_for(self.device),

@@ -1,7 +1,7 @@
 """Where a checkpoint or adapter lies: a folder, a Hub repository, or an fsspec URL.
 
-A source lists files, reads byte ranges of them, and fetches nothing that is not asked for. Names come from index files
-and are hostile: only files directly listed by the source can be read, and a local file must lie inside its folder.
+A source lists its files once, reads byte ranges of them, and fetches nothing that is not asked for. Names come from
+index files and are hostile: only listed files can be read, and a local file must lie inside its folder.
 """
 
 from __future__ import annotations
@@ -10,18 +10,24 @@ import json
 import os
 import re
 import threading
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 
-_HUB_NAME = re.compile(r"(?:hf://)?(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
+_HUB_NAME = re.compile(
+    r"(?:hf://)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>(?!.*\.\.)[\w-][\w./-]*))?", re.ASCII
+)
+_CONFIGS = ("config.json", "adapter_config.json")
 MAX_JSON_BYTES = 200_000_000  # the index of a checkpoint with a million tensors is about 100 MB
+RANGE_BYTES = 1 << 25  # of one remote read: a tensor is not held twice
 
 
 class Source(Protocol):
-    """A read-only folder of files. `spec` is what the user wrote, `identity` is equal for equal places."""
+    """A read-only folder of files. `spec` is what the user wrote, `identity` is equal for equal places.
+
+    What fails after the source was opened raises `RunError`; a name that is not listed raises `RequestError`.
+    """
 
     spec: str
     identity: str
@@ -44,19 +50,22 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
     """Resolve a folder, `hf://org/name@revision` (or `org/name`), or an fsspec URL.
 
     Raises:
-        RequestError: nothing of the kind is there.
+        RequestError: nothing of the kind is there, or it cannot be listed.
     """
     text = os.fspath(spec)
-    if "\0" in text:
-        raise _refuse(text, "a path", "a name with a null byte", "correct the path")
-    if Path(text).is_dir():
-        return LocalSource(text)
-    if text.startswith("hf://") or ("://" not in text and _HUB_NAME.fullmatch(text) and not Path(text).exists()):
+    try:
+        path = Path(text.removeprefix("file://"))
+        exists, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError) as error:  # too long, not permitted, a null byte
+        raise _refuse(text, "a folder, hf://org/name or a URL", _reason(error), "correct the path") from error
+    if text and is_folder:
+        return LocalSource(path, text)
+    if text.startswith("hf://") or (not exists and _HUB_NAME.fullmatch(text)):
         return _open_hub(text)
-    if "://" in text:
+    if "://" in text and not text.startswith("file://"):
         return UrlSource(text)
-    kind = "a file" if Path(text).exists() else "no such folder"
-    raise _refuse(text, "a folder, hf://org/name or a URL", kind, "name the folder that holds the safetensors files")
+    got = "a file" if exists and text else "no such folder"
+    raise _refuse(text, "a folder, hf://org/name or a URL", got, "name the folder that holds the safetensors files")
 
 
 def read_json(source: Source, name: str) -> Any:
@@ -71,36 +80,39 @@ def read_json(source: Source, name: str) -> Any:
     try:
         return json.loads(source.read(name, 0, size))
     except (ValueError, RecursionError) as error:
-        raise _refuse(f"{source.spec}/{name}", "valid JSON", str(error)[:200], "check the file") from None
-
-
-def _refuse(where: str, expected: str, got: str, remedy: str) -> RequestError:
-    return RequestError([Offence(where, "", expected, got, remedy)])
+        raise _refuse(f"{source.spec}/{name}", "valid JSON", _reason(error), "check the file") from None
 
 
 class LocalSource:
     """A local folder, read with positional reads so that a truncated file is an error and not a signal."""
 
-    revision: str | None = None
-
-    def __init__(self, spec: str, revision: str | None = None) -> None:
-        self.spec, self.revision = spec, revision
-        self.folder = Path(spec).resolve()
+    def __init__(self, folder: Path, spec: str, revision: str | None = None) -> None:
+        self.folder, self.spec, self.revision = folder.resolve(), spec, revision
         self.identity = str(self.folder)
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
+        try:
+            self._sizes = {p.name: p.stat().st_size for p in sorted(self.folder.iterdir()) if p.is_file()}
+        except OSError as error:
+            raise _refuse(spec, "a folder that can be listed", _reason(error), "check its permissions") from error
 
     def sizes(self) -> dict[str, int]:
-        return {p.name: p.stat().st_size for p in sorted(self.folder.iterdir()) if p.is_file()}
+        return dict(self._sizes)
 
     def local_path(self, name: str) -> Path:
-        path = (self.folder / name).resolve()
-        allowed = [self.folder]
-        if self.folder.parent.name == "snapshots":  # the Hub's cache: snapshots/<commit>/<file> links into blobs/
-            allowed.append(self.folder.parent.parent / "blobs")
-        if Path(name).name != name or not any(path.is_relative_to(folder) for folder in allowed):
-            raise _refuse(f"{self.spec}/{name}", "a file inside the folder", str(path), "copy the file into the folder")
+        where, path = f"{self.spec}/{name}", (self.folder / name).resolve()
+        if name not in self._sizes or not any(path.is_relative_to(folder) for folder in self._allowed()):
+            raise _refuse(where, "a file inside the folder", str(path), "copy the file into the folder")
+        if not path.is_file():  # a pipe in its place would block
+            raise RunError(f"{where} is gone", "restore the file, then run again")
         return path
+
+    def _allowed(self) -> list[Path]:
+        """The folder itself; in the Hub's cache, where snapshots/<commit>/<file> are links, also both of its stores."""
+        if self.folder.parent.name != "snapshots":
+            return [self.folder]
+        repo = self.folder.parent.parent
+        return [self.folder, repo / "blobs", repo.parent / "blobs"]
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         buffer = bytearray(stop - start)
@@ -108,22 +120,16 @@ class LocalSource:
         return bytes(buffer)
 
     def readinto(self, name: str, offset: int, view: memoryview) -> None:
-        position = 0
+        where, position = f"{self.spec}/{name}", 0
         try:
             file = self._open(name)
             while position < len(view):
                 count = os.preadv(file, [view[position:]], offset + position)
                 if count == 0:
-                    raise RunError(
-                        f"{self.spec}/{name} ends at byte {offset + position}, {offset + len(view)} were expected: "
-                        "it is truncated, or changed while it was read",
-                        "restore the file and run the same command again",
-                    )
+                    raise _short(where, offset + position, offset + len(view))
                 position += count
         except OSError as error:
-            raise RunError(
-                f"{self.spec}/{name}: reading failed: {error.strerror}", "check the disk, then run again"
-            ) from error
+            raise RunError(f"{where}: reading failed: {_reason(error)}", "check the file, then run again") from error
 
     def _open(self, name: str) -> int:
         with self._lock:
@@ -132,24 +138,31 @@ class LocalSource:
             return self._files[name]
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():
+        for file in self._files.values():
             os.close(file)
 
 
 class HubSource:
-    """A repository of the Hugging Face Hub at one commit: headers by ranged requests, shards when first needed."""
+    """A repository of the Hugging Face Hub, pinned to the commit that its revision names at the start.
+
+    Headers are read by ranged requests; every other file is downloaded to the Hub's cache when first read.
+
+    Raises:
+        Exception: whatever huggingface_hub raises for a repository that is missing, gated or out of reach.
+    """
 
     def __init__(self, spec: str, repo: str, revision: str | None) -> None:
-        from huggingface_hub import HfApi, HfFileSystem
+        from huggingface_hub import HfApi, hf_hub_download
 
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         self.spec, self.repo = spec, repo
         self.revision: str | None = str(info.sha)
         self.identity = f"hf://{repo}@{self.revision}"
         self._sizes = {s.rfilename: int(s.size or 0) for s in info.siblings or [] if "/" not in s.rfilename}
-        self._remote = HfFileSystem()
-        self._shards: dict[str, LocalSource] = {}
+        self._fetched: dict[str, LocalSource] = {}
         self._locks = {name: threading.Lock() for name in self._sizes}
+        for name in self._sizes.keys() & _CONFIGS:  # shows a gated repository, and notes the branch for offline use
+            hf_hub_download(repo, name, revision=revision)
 
     def sizes(self) -> dict[str, int]:
         return dict(self._sizes)
@@ -157,59 +170,71 @@ class HubSource:
     def read(self, name: str, start: int, stop: int) -> bytes:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(self.repo, name, revision=self.revision)
-        if isinstance(cached, str):
-            return LocalSource(str(Path(cached).parent)).read(name, start, stop)
-        try:
-            return bytes(self._remote.cat_file(f"{self.repo}@{self.revision}/{name}", start=start, end=stop))
-        except Exception as error:  # whatever the network layer raises
-            raise RunError(
-                f"{self.spec}/{name}: reading from the Hub failed: {error}", "check the network, then run again"
-            ) from error
+        self._check(name)
+        cached = isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
+        if name.endswith(".safetensors") and not cached:
+            return self._request(name, start, stop)
+        return self._fetch(name).read(name, start, stop)
 
-    def readinto(self, name: str, offset: int, view: memoryview) -> None:
-        self._shard(name).readinto(name, offset, view)
-
-    def local_path(self, name: str) -> Path:
-        return self._shard(name).local_path(name)
-
-    def _shard(self, name: str) -> LocalSource:
-        from huggingface_hub import hf_hub_download
-
+    def _check(self, name: str) -> None:
         if name not in self._sizes:
             raise _refuse(f"{self.spec}/{name}", "a file of the repository", "no such file", "check the index")
-        with self._locks[name]:  # one download a shard, however many readers wait for it
-            if name not in self._shards:
+
+    def _request(self, name: str, start: int, stop: int) -> bytes:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
+
+        if start == stop:  # no range says this
+            return b""
+        where, url = f"{self.spec}/{name}", hf_hub_url(self.repo, name, revision=self.revision)
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        try:
+            response = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(response)
+        except Exception as error:  # the network layer's errors have no common base
+            raise RunError(f"{where}: {_reason(error)}", "check the network, then run again") from error
+        if len(response.content) != stop - start:
+            raise _short(where, start + len(response.content), stop)
+        return bytes(response.content)
+
+    def readinto(self, name: str, offset: int, view: memoryview) -> None:
+        self._fetch(name).readinto(name, offset, view)
+
+    def local_path(self, name: str) -> Path:
+        return self._fetch(name).local_path(name)
+
+    def _fetch(self, name: str) -> LocalSource:
+        from huggingface_hub import hf_hub_download
+
+        self._check(name)
+        with self._locks[name]:  # one download a file, however many readers wait for it
+            if name not in self._fetched:
                 try:
-                    path = hf_hub_download(self.repo, name, revision=self.revision)
-                except Exception as error:  # whatever the network layer raises
-                    raise RunError(
-                        f"{self.spec}/{name}: download failed: {error}", "check the network, then run again"
-                    ) from error
-                self._shards[name] = LocalSource(str(Path(path).parent), self.revision)
-            return self._shards[name]
+                    path = Path(hf_hub_download(self.repo, name, revision=self.revision))
+                except Exception as error:  # the network layer's errors have no common base
+                    message = f"{self.spec}/{name}: the download failed: {_reason(error)}"
+                    raise RunError(message, "check the network, then run again") from error
+                self._fetched[name] = LocalSource(path.parent, self.spec, self.revision)
+            return self._fetched[name]
 
 
 def _open_hub(spec: str) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub import constants, snapshot_download
 
     match = _HUB_NAME.fullmatch(spec)
     if match is None:
         raise _refuse(spec, "hf://org/name or hf://org/name@revision", "another form", "correct the name")
     repo, revision = match["repo"], match["revision"]
+    place, remedy = "on the Hub", "check the name, the revision, HF_TOKEN and the network"
     try:
-        if not HF_HUB_OFFLINE:
+        if not constants.HF_HUB_OFFLINE:
             return HubSource(spec, repo, revision)
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except Exception as error:  # the hub's errors have no common base
-        where = "in the local cache (HF_HUB_OFFLINE is set)" if HF_HUB_OFFLINE else "on the Hub"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        remedy = "check the name, the revision and the token, or give a local folder"
-        raise _refuse(spec, f"a folder, or a repository {where}", reason, remedy) from error
-    source = LocalSource(str(folder), folder.name)
-    source.spec = spec
-    return source
+        place, remedy = "in the Hub's cache (HF_HUB_OFFLINE is set)", "download it, or name a folder"
+        # Nothing is asked for, so an incomplete snapshot will do: what a job lacks is refused by name later.
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
+    except Exception as error:  # the network layer's errors have no common base
+        raise _refuse(spec, f"a folder, or a repository {place}", _reason(error), remedy) from error
+    return LocalSource(folder, spec, folder.name)
 
 
 class UrlSource:
@@ -223,41 +248,49 @@ class UrlSource:
         self.spec = self.identity = spec.rstrip("/")
         try:
             self._fs, self._path = fsspec.core.url_to_fs(self.spec)
-        except ImportError as error:
-            raise _refuse(spec, "an installed fsspec driver", str(error), "pip install 'safeshard[hub-s3]'") from error
-        except ValueError as error:
-            raise _refuse(spec, "a URL that fsspec knows", str(error), "correct the URL") from error
-        if not self._sizes:
-            raise _refuse(spec, "a folder with files", "nothing there", "correct the URL")
-
-    @cached_property
-    def _sizes(self) -> dict[str, int]:
-        try:
             entries = self._fs.ls(self._path, detail=True)
-        except (OSError, ValueError) as error:
-            raise _refuse(self.spec, "a readable folder", str(error) or type(error).__name__, "check it") from error
-        return {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+            self._sizes = {e["name"].rsplit("/", 1)[-1]: int(e["size"]) for e in entries if e["type"] == "file"}
+        except ImportError as error:
+            remedy = "pip install 'safeshard[hub-s3]', or the driver that is named"
+            raise _refuse(spec, "an installed fsspec driver", _reason(error), remedy) from error
+        except Exception as error:  # drivers raise what they like
+            raise _refuse(spec, "a folder that fsspec can list", _reason(error), "correct the URL") from error
 
     def sizes(self) -> dict[str, int]:
         return dict(self._sizes)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
+        where = f"{self.spec}/{name}"
         if name not in self._sizes:
-            raise _refuse(f"{self.spec}/{name}", "a file of the folder", "no such file", "check the index")
+            raise _refuse(where, "a file of the folder", "no such file", "check the index")
+        if start == stop:  # no range says this
+            return b""
         try:
             data = bytes(self._fs.cat_file(f"{self._path}/{name}", start=start, end=stop))
-        except OSError as error:
-            raise RunError(
-                f"{self.spec}/{name}: reading failed: {error}", "check the connection, then run again"
-            ) from error
+        except Exception as error:  # drivers raise what they like
+            raise RunError(f"{where}: {_reason(error)}", "check the connection, then run again") from error
         if len(data) != stop - start:
-            raise RunError(
-                f"{self.spec}/{name}: {len(data)} bytes instead of {stop - start}", "check the file, then run again"
-            )
+            raise _short(where, start + len(data), stop)
         return data
 
     def readinto(self, name: str, offset: int, view: memoryview) -> None:
-        view[:] = self.read(name, offset, offset + len(view))
+        for begin in range(0, len(view), RANGE_BYTES):
+            part = view[begin : begin + RANGE_BYTES]
+            part[:] = self.read(name, offset + begin, offset + begin + len(part))
 
     def local_path(self, name: str) -> None:
         return None
+
+
+def _refuse(where: str, expected: str, got: str, remedy: str) -> RequestError:
+    return RequestError(Offence(where, "", expected, got, remedy))
+
+
+def _short(where: str, end: int, expected: int) -> RunError:
+    problem = f"{where} has nothing at byte {end} of {expected} expected: it is truncated, or changed while it was read"
+    return RunError(problem, "restore the file, then run again")
+
+
+def _reason(error: Exception) -> str:
+    words = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

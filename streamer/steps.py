@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +52,10 @@ class JobRun:
         if self.writer:
             self.writer.record("module", entry=entry)
 
+    def has_factor(self, module: str) -> bool:
+        """Whether a module is served in the calibrated pass."""
+        return self.plan.factors is not None and module in self.plan.factors.modules
+
     def needs_gate(self, module: str) -> bool:
         """Whether this pass computes a module's gate: not where ranking has already left it alone."""
         return self.job.gated and (self.chosen is None or module in self.chosen)
@@ -66,7 +71,7 @@ class ModuleTask:
     def reads(self) -> Iterator[Read]:
         yield from _reads(self.plan.finetuned)
         yield from _reads(self.plan.safe)
-        if self.run.needs_gate(self.plan.name) or isinstance(self.plan.finetuned, Weight):
+        if self.run.needs_gate(self.plan.name) or self.run.job.writes_checkpoint:
             yield from _reads(self.plan.aligned)
         if self.run.needs_gate(self.plan.name):
             yield from _reads(self.plan.unaligned)
@@ -93,15 +98,21 @@ class CopyTask:
 
 def module_steps(runs: Sequence[JobRun]) -> list[Step]:
     """Steps for all modules that are not done, a step a module, layer by layer."""
-    steps: dict[str, Step] = {}
+    runs_of: dict[str, list[JobRun]] = {}
     for job_run in runs:
-        for name, plan in job_run.plan.modules.items():
-            if not job_run.is_done(name):
-                steps.setdefault(name, Step(name)).tasks.append(ModuleTask(job_run, plan))
-    for step in steps.values():
-        step.reads = {read.key: read for task in step.tasks for read in task.reads()}
-        step.scratch = STRIP_BYTES + max(map(_scratch, step.tasks)) + sum(map(_projected, step.tasks))
-    return [steps[name] for name in sorted(steps, key=_order)]
+        for name in job_run.plan.modules:
+            if not job_run.has_factor(name):
+                runs_of.setdefault(name, []).append(job_run)
+    steps = [module_step(name, [(r, name) for r in runs_of[name]]) for name in sorted(runs_of, key=_order)]
+    return [step for step in steps if step.tasks]
+
+
+def module_step(name: str, wanted: Iterable[tuple[JobRun, str]]) -> Step:
+    """One step for modules of jobs that share tensors; what is done is left out."""
+    tasks = [ModuleTask(r, r.plan.modules[m]) for r, m in wanted if m in r.plan.modules and not r.is_done(m)]
+    step = Step(name, {read.key: read for task in tasks for read in task.reads()}, [*tasks])
+    step.scratch = STRIP_BYTES + max(map(_scratch, tasks), default=0) + sum(map(_projected, tasks))
+    return step
 
 
 def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
@@ -149,12 +160,11 @@ def _projected(task: ModuleTask) -> int:
 def _scratch(task: ModuleTask) -> int:
     """Host bytes that computing and writing one task adds to its inputs, counted generously in fp32."""
     finetuned = task.plan.finetuned
+    if isinstance(finetuned, Pair) and task.run.job.writes_checkpoint and task.plan.aligned is not None:
+        return (1 + task.run.job.dense_scratch) * 4 * math.prod(task.plan.aligned.ref.shape)
     if isinstance(finetuned, Pair):
         return 3 * 4 * (finetuned.lora.a.shape[1] + finetuned.lora.b.shape[0]) * _written_rank(task)
-    count = 4
-    for size in finetuned.ref.shape:
-        count *= size
-    total = count
+    total = count = 4 * math.prod(finetuned.ref.shape)
     if task.run.job.gated and len(finetuned.ref.shape) == 2:
         rows, columns = finetuned.ref.shape[:: -1 if finetuned.transposed else 1]
         total += 4 * rows * (4 * min(columns, DENSE_COLUMNS) + (rows if rows < columns else 0))
@@ -165,10 +175,5 @@ def _scratch(task: ModuleTask) -> int:
 def _written_rank(task: ModuleTask) -> int:
     finetuned, safe = task.plan.finetuned, task.plan.safe
     assert isinstance(finetuned, Pair)
-    return finetuned.lora.rank + (safe.lora.rank if isinstance(safe, Pair) else 0)
-
-
-def step_cost(steps: Iterable[Step]) -> Mapping[str, int]:
-    """Host bytes of the costliest step, by its name; empty for no steps."""
-    costliest = max(steps, key=lambda step: step.cost, default=None)
-    return {costliest.name: costliest.cost} if costliest else {}
+    parts = task.run.job.parts(finetuned.lora, safe.lora if isinstance(safe, Pair) else None)
+    return max(parts.values(), default=finetuned.lora.rank)

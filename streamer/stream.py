@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from safeshard.manifests.errors import RunError
-from safeshard.streamer.header import TensorRef
+from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.sources import Source
 
 ALIGN = 64  # torch's own alignment: vectorised arithmetic takes the same path wherever a tensor lies in a buffer

@@ -23,7 +23,7 @@ from torch import Tensor
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes, hash_tensor_region
 from safeshard.manifests.journal import Journal
-from safeshard.streamer.header import TensorRef
+from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.plan import Copy, OutputFile
 from safeshard.streamer.stream import TORCH_DTYPES
 
@@ -53,12 +53,12 @@ class Writer:
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
         self._committed = time.monotonic()
-        with _clear_errors(self.staging):
+        with clear_errors(self.staging):
             if overwrite and self.staging.exists():
                 _discard(self.staging)
             self.staging.mkdir(parents=True, exist_ok=True)
         self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
-        with _clear_errors(self.staging):
+        with clear_errors(self.staging):
             for file in files:
                 self._open(file)
         for record in self.journal.entries("tensor"):
@@ -95,7 +95,7 @@ class Writer:
                 f"{self.output}: the new {name} {problem}", "check the inputs, or choose another --dtype"
             )
         data = host.reshape(-1).view(torch.uint8).numpy().data
-        with _clear_errors(self.output):
+        with clear_errors(self.output):
             _write_all(self._fds[file], data, ref.offset)
         self._finished(name, hash_bytes(data), ref.nbytes)
 
@@ -104,7 +104,7 @@ class Writer:
         file, ref = self._places[copy.name]
         fd = self._fds[file]
         path = copy.source.local_path(copy.ref.file)
-        with _clear_errors(self.output):
+        with clear_errors(self.output):
             if path is None or not _copy_range(path, fd, copy.ref.offset, ref):
                 buffer = bytearray(min(CHUNK_BYTES, ref.nbytes))
                 for begin in range(0, ref.nbytes, CHUNK_BYTES):
@@ -123,7 +123,7 @@ class Writer:
     def commit(self) -> None:
         """Make all that was written and noted so far durable."""
         self._committed = time.monotonic()
-        with _clear_errors(self.output):
+        with clear_errors(self.output):
             self.journal.commit(sync=self._sync)
 
     def complete(self) -> None:
@@ -131,7 +131,7 @@ class Writer:
         missing = self._places.keys() - self.hashes.keys()
         assert not missing, f"tensors not written: {sorted(missing)[:3]}"
         self.commit()
-        with _clear_errors(self.output):
+        with clear_errors(self.output):
             self._sync()
             for file in self.files:
                 part = self.staging / (file.name + ".part")
@@ -141,7 +141,7 @@ class Writer:
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write one small file, synced."""
-        with _clear_errors(self.output), (self.staging / name).open("wb") as file:
+        with clear_errors(self.output), (self.staging / name).open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -150,7 +150,7 @@ class Writer:
     def publish(self, overwrite: bool) -> None:
         """Give the finished folder its name. The manifest must be in place."""
         known = {file.name for file in self.files}
-        with _clear_errors(self.output):
+        with clear_errors(self.output):
             (self.staging / JOURNAL).unlink()
             _sync_folder(self.staging)
             old = None
@@ -192,7 +192,8 @@ class Writer:
 
 
 @contextlib.contextmanager
-def _clear_errors(place: Path) -> Iterator[None]:
+def clear_errors(place: Path) -> Iterator[None]:
+    """Turn an OSError about `place` into a RunError that says what to do."""
     try:
         yield
     except OSError as error:

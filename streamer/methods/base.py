@@ -17,12 +17,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from safeshard.kernels.factor import Factor
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.adapter import Adapter, LoraModule
 from safeshard.streamer.checkpoint import Checkpoint
 from safeshard.streamer.options import Dtype, Options, Place
 
+ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
 NEAR = 1e-6  # a cosine this close to the threshold is marked in the manifest: another device could decide otherwise
 
 
@@ -41,7 +43,8 @@ class Module:
 
     `finetuned` and `safe` are pairs for adapters and weights for full checkpoints; `safe` is None where the safe
     adapter has no such module. `cosine` (NaN where undefined) and `projected` (P B for a pair, P delta for a weight,
-    fp32) are the gate's. `chosen` is set where the decision needed the cosines of all modules first.
+    fp32) are the gate's. `chosen` is set where the decision needed the cosines of all modules first. `factor` is
+    Safe Delta's; where its Gram has none, `note` says why.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Module:
     projected: Tensor | None = None
     cosine: float | None = None
     chosen: bool | None = None
+    factor: Factor | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,7 @@ class Job(Options):
     gated: ClassVar[bool] = False
     edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, not only decoder linears
     keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
+    calibrated: ClassVar[bool] = False  # needs the factors of the aligned model's Gram matrices
     writes_model: ClassVar[bool] = True
     rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
     dense_scratch: ClassVar[int] = 1  # fp32 copies of a weight that `edit` makes at most
@@ -91,8 +97,7 @@ class Job(Options):
 
     def inputs(self) -> dict[str, str]:
         """Role -> source of every input given, in the manifest's vocabulary."""
-        roles = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
-        return {role: getattr(self, role) for role in roles if getattr(self, role, None) is not None}
+        return {role: place for role in ROLES if (place := getattr(self, role, None)) is not None}
 
     def settings(self) -> dict[str, Any]:
         """Options that decide what is written: all but the places."""
@@ -100,6 +105,16 @@ class Job(Options):
         return {
             key: value for key, value in options.items() if key not in ("adapter", "finetuned", "safe_adapter", "safe")
         }
+
+    @property
+    def writes_checkpoint(self) -> bool:
+        """Whether the output is a full checkpoint."""
+        return self.finetuned is not None
+
+    @property
+    def rest_role(self) -> str:
+        """Whose tensors to take over where the method does not apply: "finetuned" or "aligned"."""
+        return "finetuned"
 
     @property
     def ranks_first(self) -> bool:

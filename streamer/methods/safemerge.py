@@ -140,7 +140,9 @@ class SafeMerge(GatedJob):
         return merge.dare_linear(tensors, weights, self.density, keys)
 
     def _dense(self, module: Module, fields: dict[str, Any]) -> Tensor:
-        assert module.aligned is not None and isinstance(module.finetuned, Tensor) and isinstance(module.safe, Tensor)
+        assert module.aligned is not None
+        assert isinstance(module.finetuned, Tensor)
+        assert isinstance(module.safe, Tensor)
         tensors, dtype = [module.finetuned, module.safe], self.dense_dtype(module.aligned)
         if self.combine == "svd":
             assert self.rank is not None

@@ -98,6 +98,7 @@ def compiled() -> dict[int, dict[str, Any]]:
         for architecture in ARCHITECTURES
     }
     outputs = {architecture: child.communicate()[0] for architecture, child in children.items()}
+    assert all(child.returncode == 0 for child in children.values()), "compiling failed: see the captured stderr"
     return {architecture: json.loads(output.splitlines()[-1]) for architecture, output in outputs.items()}
 
 

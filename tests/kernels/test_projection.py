@@ -138,6 +138,7 @@ def test_torch_never_holds_the_difference_as_a_whole(transposed: bool) -> None:
     assert largest.elements <= TILE_ELEMENTS
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_not_finite_reaches_the_outputs(backend: Backend, device: str, value: float) -> None:
     aligned, unaligned = weights(8, 70, 50, device=device)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from safeshard.streamer import safelora, safemerge, score
+from safeshard.streamer import safedelta, safelora, safemerge, score
 
 COSINE = 1e-6  # absolute, against float64
 LINEAR = 1e-6  # relative, A and B of fp32 adapters
@@ -67,3 +68,28 @@ def test_safelora(golden: Any, load_tensors: Any, tmp_path: Path, rule: str) -> 
             assert torch.equal(got[name], tensor)
         else:
             assert relative(got[name], tensor) <= PROJECTED, name
+
+
+@pytest.mark.parametrize("model", ["llama", "Qwen2"])
+def test_safedelta(golden: Any, load_tensors: Any, tmp_path: Path, model: str) -> None:
+    root = golden(model)
+    published = json.loads((root / "expected/safedelta.json").read_text())
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": tokens}) + "\n" for tokens in published["tokens"]))
+    out = tmp_path / "out"
+    safedelta(
+        aligned=root / "aligned", finetuned=root / "finetuned", calibration=data, samples=len(published["tokens"]),
+        strength=published["s"], block_size=published["blocksize"], sub_block=published["sub_block"],
+        percdamp=published["percdamp"], dtype="float32", output=out,
+    )  # fmt: skip
+    expected = load_file(root / "expected/safedelta.safetensors")
+    aligned, tuned = load_tensors(root / "aligned"), load_tensors(root / "finetuned")
+    got = load_tensors(out)
+    for name, tensor in got.items():
+        if "_proj.weight" not in name:
+            assert torch.equal(tensor, aligned[name].float()), name
+            continue
+        theirs, kept = expected[name].double(), tuned[name].double()
+        assert torch.equal(tensor.double() == kept, theirs == kept), f"{name}: selections differ"
+        change = (theirs - aligned[name].double()).norm()
+        assert ((tensor.double() - theirs).norm() / change).item() <= 1e-5, name

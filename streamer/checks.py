@@ -1,0 +1,107 @@
+"""What headers show to be wrong with a request: between its inputs, and about its outputs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safeshard.manifests.errors import Offence
+from safeshard.streamer.adapter import Adapter
+from safeshard.streamer.checkpoint import BUFFERS, Checkpoint, natural
+from safeshard.streamer.methods.base import Job
+from safeshard.streamer.plan import JobPlan
+
+
+def input_offences(plan: JobPlan) -> Iterator[Offence]:
+    """Offences that the headers of one job's inputs show against each other."""
+    aligned, finetuned, safe = plan.aligned, plan.finetuned, plan.safe
+    for role, other in plan.inputs.items():
+        if role == "aligned":
+            continue
+        if isinstance(other, Checkpoint):
+            if other.source.identity == aligned.source.identity:
+                yield Offence(other.source.spec, "", "another checkpoint than --aligned", "the same", f"check --{role}")
+            yield from _shape_offences(aligned, other)
+    modules = list(finetuned.modules) if isinstance(finetuned, Adapter) else list(aligned.linears)
+    for checkpoint in (c for c in plan.inputs.values() if isinstance(c, Checkpoint)):
+        yield from checkpoint.treatable(
+            modules if checkpoint is aligned or plan.job.gated or checkpoint is finetuned else ()
+        )
+        for module in modules:
+            weight = aligned.weight(module)
+            if weight is not None and checkpoint.weight(module) is None:
+                yield checkpoint.offence(
+                    weight.name, "a weight of the aligned model", "missing", "use a matching checkpoint"
+                )
+    if isinstance(finetuned, Checkpoint):
+        if not modules:
+            yield Offence(aligned.source.spec, "", "decoder layers with 2-D weights", "none", "check the checkpoint")
+        yield from aligned.untreatable_tensors()
+        for checkpoint in (c for c in (finetuned, safe) if isinstance(c, Checkpoint)):
+            yield from _name_offences(aligned, checkpoint)
+    yield from plan.job.check(finetuned, safe)
+
+
+def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
+    for name, ref in aligned.tensors.items():
+        theirs = other.tensors.get(name)
+        if theirs is None or theirs.shape == ref.shape:
+            continue
+        remedy = "use checkpoints of one architecture"
+        if theirs.shape[1:] == ref.shape[1:] and ("embed" in name or "wte" in name or "lm_head" in name):
+            remedy = (
+                "the vocabularies differ (padded, or with added tokens): resize the embeddings to one vocabulary first"
+            )
+        yield other.offence(name, f"{list(ref.shape)}, as in {aligned.source.spec}", str(list(theirs.shape)), remedy)
+
+
+def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
+    remedy = "use checkpoints of one architecture"
+    for name in sorted(aligned.tensors.keys() - other.tensors.keys(), key=natural):
+        if not BUFFERS.fullmatch(name) and not (other.tied and name == "lm_head.weight"):
+            yield other.offence(name, f"every tensor of {aligned.source.spec}", "missing", remedy)
+    for name in sorted(other.tensors.keys() - aligned.tensors.keys(), key=natural):
+        if not BUFFERS.fullmatch(name) and not (aligned.tied and name == "lm_head.weight"):
+            yield other.offence(name, f"no tensor that {aligned.source.spec} lacks", "an extra tensor", remedy)
+
+
+def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bool) -> Iterator[Offence]:
+    seen: set[Path] = set()
+    need: dict[Path, int] = {}
+    sizes = {id(plan.job): plan.bytes_to_write for plan in plans}
+    for job in jobs:
+        if not job.writes_model:
+            continue
+        path = job.output.absolute()
+        if path in seen:
+            yield Offence("--output", str(job.output), "a folder of its own for each job", "named twice", "rename one")
+        seen.add(path)
+        if path.exists() and not overwrite:
+            yield Offence(
+                "--output",
+                str(job.output),
+                "a folder that does not exist",
+                "it exists",
+                "choose another, or --overwrite",
+            )
+        elif path.exists() and not _replaceable(path):
+            got = "something that safeshard did not write"
+            yield Offence(
+                "--output", str(job.output), "an output of safeshard, to overwrite", got, "remove it yourself"
+            )
+        parent = next(p for p in path.parents if p.exists())
+        if not parent.is_dir():
+            yield Offence("--output", str(job.output), "a folder to write in", f"{parent} is a file", "choose another")
+        else:
+            need[parent] = need.get(parent, 0) + sizes.get(id(job), 0)
+    for parent, nbytes in need.items():
+        free = shutil.disk_usage(parent).free
+        if nbytes > free:
+            yield Offence(
+                "--output", str(parent), f"{nbytes} bytes of free space", f"{free}", "free some, or choose another disk"
+            )
+
+
+def _replaceable(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and (not any(path.iterdir()) or (path / "manifest.json").is_file())
