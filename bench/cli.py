@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeshard.bench import models, pipeline
+from safeshard.bench import models, pipeline, rows
 from safeshard.manifests.errors import Offence, RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure; rows go to bench/results.")
@@ -47,6 +47,13 @@ def measure_pipeline(
     _shape(shape)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.run(folder, shape, layers, [int(n) for n in adapters.split(",")], runs, cold, full)
+
+
+@app.command("tables")
+def refresh_tables() -> None:
+    """Make the tables in README.md and bench/README.md anew from the rows in bench/results."""
+    for document in rows.documents():
+        document.write_text(rows.refresh(document))
 
 
 def _shape(name: str) -> models.Shape:

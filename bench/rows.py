@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from datetime import date
@@ -46,8 +48,6 @@ def environment() -> dict[str, str]:
 
 def hardware() -> str:
     """Processor model, cores that may be used, and the GPU if there is one."""
-    import os
-
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
@@ -64,3 +64,35 @@ def _commit() -> str:
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )  # fmt: skip
     return run.stdout.strip() or "unknown"
+
+
+def markdown(file: str) -> str:
+    """The newest row of each measurement in bench/results/<file>.csv, as a Markdown table."""
+    path = RESULTS / f"{file}.csv"
+    with path.open(newline="") as lines:
+        newest = {(row["what"], row["shape"], row["cache"]): row for row in csv.DictReader(lines)}
+    table = [
+        "| what | shape | cache | median | spread | GB/s | share of plain reading | peak memory | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in newest.values():
+        spread = f"{float(row['min_s']):.2f}-{float(row['max_s']):.2f} s"
+        share = f"{100 * float(row['share_of_ceiling']):.0f} %" if row["share_of_ceiling"] else ""
+        rate = row["GB_per_s"] if float(row["bytes"] or 0) else ""
+        peak = f"{float(row['peak_rss_bytes']) / 1e9:.2f} GB"
+        cells = [row["what"], row["shape"], row["cache"], f"{float(row['median_s']):.2f} s", spread, rate, share, peak]
+        table.append("| " + " | ".join([*cells, row["commit"]]) + " |")
+    return "\n".join(table) + "\n"
+
+
+def documents() -> list[Path]:
+    """The documents that show tables of rows."""
+    here = Path(__file__).resolve().parent
+    return [here / "README.md", here.parent / "README.md"]
+
+
+def refresh(document: Path) -> str:
+    """The text of a Markdown document with the tables between its `rows` markers made anew."""
+    text = document.read_text()
+    pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda m: m[1] + markdown(m[2]) + m[3], text)

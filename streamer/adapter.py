@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef, header_digest
@@ -90,45 +89,16 @@ def open_adapter(source: Source, base: Checkpoint) -> Adapter:
     _require_files(source, sizes)
     config = read_config(f"{source.spec}/{CONFIG}", read_json(source, CONFIG))
     header = read_file_header(source, WEIGHTS)
-    refuse = partial(Offence, f"{source.spec}/{WEIGHTS}")
-    offences: list[Offence] = []
-    pairs: dict[str, dict[str, TensorRef]] = {}
-    saved: dict[str, TensorRef] = {}
-    for key, ref in sorted(header.tensors.items(), key=lambda item: natural(item[0])):
-        match = _LORA_KEY.fullmatch(key)
-        if match is None and _is_whole(ref, config):
-            saved[key] = ref
-        elif match is None:
-            offences.append(refuse(key, "plain LoRA weights", "an unknown tensor", "retrain as plain LoRA"))
-        elif pairs.setdefault(_plain(match["path"]), {}).setdefault(match["side"], ref) is not ref:
-            offences.append(refuse(key, "one adapter in the file", "several", "save them separately"))
-    if not pairs:
-        offences.append(refuse("", "lora_A and lora_B tensors", "none", "name a LoRA adapter"))
+    matching = _Matching(f"{source.spec}/{WEIGHTS}", config, base)
+    pairs, saved = matching.sort(header.tensors)
     naming = _naming(pairs, base)
-    modules: dict[str, LoraModule] = {}
-    found: set[str] = set()
-    for path, sides in pairs.items():
-        name = _find(path, naming, base)
-        if name is None or name in found:
-            expected, remedy = f"a module of {base.source.spec}", "use the adapter's own base model"
-            missing = refuse(path, expected, "no such weight" if name is None else f"{name} once more", remedy)
-            offences.append(next(base.treatable([path]), missing))
-            continue
-        found.add(name)
-        module = _module(config, base, name, path, sides, refuse)
-        if isinstance(module, LoraModule):
-            modules[name] = module
-        else:
-            offences += module
-    targets = set(_targets(config, base, naming, found))
-    for name in sorted(targets - found, key=natural):
-        expected = "weights for each module that the config targets"
-        offences.append(refuse(naming.to_own(name), expected, "none", "complete the adapter, or correct its config"))
-    if offences:
-        raise RequestError(offences)
+    modules = matching.match(pairs, naming)
+    targets = matching.expect(naming)
+    if matching.offences:
+        raise RequestError(matching.offences)
     files = [FileHeader(WEIGHTS, sizes[WEIGHTS], header_digest(header.raw))]
     modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
-    return Adapter(source, config, files, modules, saved, len(targets | found), str(naming))
+    return Adapter(source, config, files, modules, saved, len(targets | modules.keys()), str(naming))
 
 
 def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
@@ -142,6 +112,97 @@ def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
         offences.append(Offence(source.spec, "", WEIGHTS, "no such file", "name the folder of a PEFT adapter"))
     if offences:
         raise RequestError(offences)
+
+
+class _Matching:
+    """Matches an adapter's tensors to a checkpoint; every offence goes into `offences`."""
+
+    def __init__(self, where: str, config: LoraConfig, base: Checkpoint) -> None:
+        self.where, self.config, self.base = where, config, base
+        self.offences: list[Offence] = []
+        self._found: set[str] = set()
+
+    def sort(self, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+        """A and B by the adapter's plain module names, and the tensors saved whole by key."""
+        pairs: dict[str, dict[str, TensorRef]] = {}
+        saved: dict[str, TensorRef] = {}
+        for key, ref in sorted(tensors.items(), key=lambda item: natural(item[0])):
+            match = _LORA_KEY.fullmatch(key)
+            if match is None and _is_whole(ref, self.config):
+                saved[key] = ref
+            elif match is None:
+                self._refuse(key, "plain LoRA weights", "an unknown tensor", "retrain as plain LoRA")
+            elif pairs.setdefault(_plain(match["path"]), {}).setdefault(match["side"], ref) is not ref:
+                self._refuse(key, "one adapter in the file", "several", "save them separately")
+        if not pairs:
+            self._refuse("", "lora_A and lora_B tensors", "none", "name a LoRA adapter")
+        return pairs, saved
+
+    def match(self, pairs: Mapping[str, Sides], naming: _Naming) -> dict[str, LoraModule]:
+        """The pairs by the checkpoint's module names, checked."""
+        modules = {}
+        for path, sides in pairs.items():
+            name = _find(path, naming, self.base)
+            if name is None or name in self._found:
+                untreatable = list(self.base.treatable([path]))
+                self.offences += untreatable
+                if not untreatable:
+                    got = "no such weight" if name is None else f"{name} once more"
+                    self._refuse(path, f"a module of {self.base.source.spec}", got, "use the adapter's own base model")
+                continue
+            self._found.add(name)
+            if module := self._check(name, path, sides):
+                modules[name] = module
+        return modules
+
+    def expect(self, naming: _Naming) -> set[str]:
+        """The modules that the config targets; those that the file lacks are offences."""
+        targets = set(_targets(self.config, self.base, naming, self._found))
+        for name in sorted(targets - self._found, key=natural):
+            expected, remedy = "weights for each module that the config targets", "complete the adapter or its config"
+            self._refuse(naming.to_own(name), expected, "none", remedy)
+        return targets
+
+    def _check(self, name: str, path: str, sides: Sides) -> LoraModule | None:
+        before = len(self.offences)
+        self.offences += self.base.treatable([name])
+        if len(self.offences) > before:
+            return None
+        if len(sides) != 2:
+            missing = f"{path}.lora_{'B' if 'A' in sides else 'A'}.weight"
+            self._refuse(missing, "both A and B", "one of them", "fetch or save the adapter again")
+        meaning = self._meaning(path, next(iter(sides.values())))
+        if meaning is None or len(self.offences) > before:
+            return None
+        module = LoraModule(sides["A"], sides["B"], *meaning)
+        self._check_shapes(name, module)
+        return module
+
+    def _meaning(self, path: str, ref: TensorRef) -> tuple[int, float] | None:
+        """Rank and scaling. A model compiled before PEFT wrapped it had another name then, which anchors may miss."""
+        match = _LORA_KEY.fullmatch(ref.name)
+        assert match is not None
+        own, config = _own(match["path"]), self.config
+        meanings = {(config.rank(n), config.scaling(n)) for n in (path, own) if config.targets(n) is not False}
+        if len(meanings) != 1:
+            got = "several readings" if meanings else "not a target"
+            self._refuse(own, f"one target of {CONFIG}", got, "make the config and the weights agree")
+            return None
+        return meanings.pop()
+
+    def _check_shapes(self, name: str, module: LoraModule) -> None:
+        weight = self.base.weight(name)
+        assert weight is not None
+        outputs, inputs = weight.shape[::-1] if self.base.is_transposed(name) else weight.shape
+        for ref, shape in ((module.a, (module.rank, inputs)), (module.b, (outputs, module.rank))):
+            if ref.dtype not in FLOATS:
+                self._refuse(ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype")
+            if ref.shape != shape:
+                remedy = f"check the rank in {CONFIG}, and that this is the adapter's base model"
+                self._refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy)
+
+    def _refuse(self, what: str, expected: str, got: str, remedy: str) -> None:
+        self.offences.append(Offence(self.where, what, expected, got, remedy))
 
 
 def _own(path: str) -> str:
@@ -191,36 +252,6 @@ def _find(name: str, naming: _Naming, base: Checkpoint) -> str | None:
     moved = naming.to_base(name)
     candidates = [moved] if layer_of(name) is not None else [name, moved]
     return next((candidate for candidate in candidates if base.weight(candidate) is not None), None)
-
-
-def _module(
-    config: LoraConfig, base: Checkpoint, name: str, path: str, sides: Sides, refuse: partial[Offence]
-) -> LoraModule | list[Offence]:
-    """Check one pair against its weight and the config."""
-    untreatable = list(base.treatable([name]))
-    if untreatable:
-        return untreatable
-    if len(sides) != 2:
-        missing = f"{path}.lora_{'B' if 'A' in sides else 'A'}.weight"
-        return [refuse(missing, "both A and B", "one of them", "fetch or save the adapter again")]
-    a, b, weight = sides["A"], sides["B"], base.weight(name)
-    assert weight is not None
-    # A model compiled before PEFT wrapped it had other names then; the config's patterns may see only one of the two.
-    own = _own(a.name.removesuffix(".weight").rpartition(".lora_A")[0])
-    meanings = {(config.rank(n), config.scaling(n)) for n in (path, own) if config.targets(n) is not False}
-    if len(meanings) != 1:
-        expected, got = f"one target of {CONFIG}", "several readings" if meanings else "not a target"
-        return [refuse(own, expected, got, "make the config and the weights agree")]
-    rank, scaling = meanings.pop()
-    outputs, inputs = weight.shape[::-1] if base.is_transposed(name) else weight.shape
-    offences = []
-    for ref, shape in ((a, (rank, inputs)), (b, (outputs, rank))):
-        if ref.dtype not in FLOATS:
-            offences.append(refuse(ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype"))
-        if ref.shape != shape:
-            remedy = f"check the rank in {CONFIG}, and that this is the adapter's base model"
-            offences.append(refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy))
-    return offences or LoraModule(a, b, rank, scaling)
 
 
 def _targets(config: LoraConfig, base: Checkpoint, naming: _Naming, found: Iterable[str]) -> Iterator[str]:

@@ -30,7 +30,7 @@ _NEUTRAL = {
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) train B A against
 # a changed base, so B A is not the delta to the aligned model.
 _NEUTRAL_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
-_EMPTY = (None, False, {}, [], "", 0)
+_EMPTY: tuple[object, ...] = (None, False, {}, [], "", 0)
 _REMEDY = "merge the adapter into a full checkpoint and use --finetuned, or retrain as plain LoRA"
 
 Names = str | Sequence[str] | None

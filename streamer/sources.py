@@ -170,15 +170,11 @@ class HubSource:
     def read(self, name: str, start: int, stop: int) -> bytes:
         from huggingface_hub import try_to_load_from_cache
 
-        self._check(name)
+        _require(self, name)
         cached = isinstance(try_to_load_from_cache(self.repo, name, revision=self.revision), str)
         if name.endswith(".safetensors") and not cached:
             return self._request(name, start, stop)
         return self._fetch(name).read(name, start, stop)
-
-    def _check(self, name: str) -> None:
-        if name not in self._sizes:
-            raise _refuse(f"{self.spec}/{name}", "a file of the repository", "no such file", "check the index")
 
     def _request(self, name: str, start: int, stop: int) -> bytes:
         from huggingface_hub import constants, hf_hub_url
@@ -206,7 +202,7 @@ class HubSource:
     def _fetch(self, name: str) -> LocalSource:
         from huggingface_hub import hf_hub_download
 
-        self._check(name)
+        _require(self, name)
         with self._locks[name]:  # one download a file, however many readers wait for it
             if name not in self._fetched:
                 try:
@@ -260,9 +256,8 @@ class UrlSource:
         return dict(self._sizes)
 
     def read(self, name: str, start: int, stop: int) -> bytes:
+        _require(self, name)
         where = f"{self.spec}/{name}"
-        if name not in self._sizes:
-            raise _refuse(where, "a file of the folder", "no such file", "check the index")
         if start == stop:  # no range says this
             return b""
         try:
@@ -284,6 +279,11 @@ class UrlSource:
 
 def _refuse(where: str, expected: str, got: str, remedy: str) -> RequestError:
     return RequestError(Offence(where, "", expected, got, remedy))
+
+
+def _require(source: Source, name: str) -> None:
+    if name not in source.sizes():
+        raise _refuse(f"{source.spec}/{name}", "a file that is listed there", "no such file", "check the index")
 
 
 def _short(where: str, end: int, expected: int) -> RunError:

@@ -102,7 +102,9 @@ class World:
         """Write an adapter folder; `config` overrides keys of adapter_config.json."""
         folder = self.root / name
         folder.mkdir(parents=True)
-        save_file(tensors or self.pairs(base, rank, seed, dtype), folder / "adapter_model.safetensors", {"format": "pt"})
+        save_file(
+            tensors or self.pairs(base, rank, seed, dtype), folder / "adapter_model.safetensors", {"format": "pt"}
+        )
         targets = [name.rpartition(".")[2] for name in PROJECTIONS]
         config = {
             "peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none",

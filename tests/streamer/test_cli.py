@@ -35,7 +35,9 @@ def test_safemerge_inspect_verify(capsys: pytest.CaptureFixture[str], world: Any
     assert status == 0
     [outcome] = json.loads(stdout.splitlines()[-1])
     assert outcome["modules"] == outcome["expected"] == 14
-    assert {"adapter_model.safetensors", "adapter_config.json", "manifest.json", "README.md"} == {p.name for p in out.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "manifest.json", "README.md"} == {
+        p.name for p in out.iterdir()
+    }
     status, stdout, _ = run(capsys, "inspect", out)
     assert status == 0
     assert "q_proj" in stdout

@@ -1,0 +1,60 @@
+"""What gets installed, and the names that others build on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import safeshard.streamer as streamer
+from safeshard.streamer.calibrate import Calibrate
+from safeshard.streamer.methods import METHODS
+from safeshard.streamer.options import RunOptions
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_nothing_but_safeshard(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+    )
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"safeshard"}
+    sources = {
+        f"safeshard/{file.relative_to(ROOT)}"
+        for package in ("streamer", "kernels", "manifests", "bench")
+        for file in (ROOT / package).rglob("*.py")
+    }
+    assert sources <= set(names)
+    assert {"safeshard/streamer/data/refusals.jsonl", "safeshard/manifests/manifest.schema.json"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("safemerge", "aligned unaligned adapter safe_adapter finetuned safe output threshold weights combine density rank seed dtype"),
+        ("safelora", "aligned unaligned adapter output threshold num_layers dtype"),
+        ("safedelta", "aligned finetuned adapter calibration factors output strength selection block_size sub_block percdamp rest "
+                      "samples max_tokens seed output_format rank dtype"),
+        ("scale", "aligned finetuned adapter factor output dtype"),
+    ],
+)  # fmt: skip
+def test_options_of_the_contract(method: str, options: str) -> None:
+    assert set(options.split()) <= METHODS[method].model_fields.keys()
+
+
+def test_run_options_of_the_contract() -> None:
+    assert set(RunOptions.model_fields) == {"device", "memory", "dry_run", "overwrite", "quiet"}
+    assert {"aligned", "calibration", "output", "samples", "max_tokens", "seed"} <= Calibrate.model_fields.keys()
+
+
+def test_public_functions() -> None:
+    names = ["safemerge", "safelora", "safedelta", "calibrate", "scale", "score", "batch", "inspect", "verify"]
+    assert set(names) <= set(streamer.__all__)
+    assert all(callable(getattr(streamer, name)) for name in names)
