@@ -91,6 +91,7 @@ def score(
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
     results = run(jobs, run_options)
     if table is not None and not run_options.dry_run:
+        table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text(score_table(results, table.suffix))
     return results
 

@@ -19,6 +19,15 @@ ADAPTER = "adapter_model.safetensors"
 FLOATS = ("BF16", "F16", "F32")
 # Buffers that old transformers releases saved and new ones do not; they are recomputed and carry no training.
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+# Parts of decoder names in the order they run, for people who read lists; other names follow alphabetically.
+_RUNS = {
+    part: place
+    for place, part in enumerate(
+        "model transformer embed_tokens wte wpe layers h input_layernorm ln_1 self_attn attn q_proj k_proj v_proj qkv_proj "
+        "c_attn o_proj post_attention_layernorm ln_2 mlp gate_proj up_proj gate_up_proj c_fc down_proj c_proj norm ln_f "
+        "lm_head".split()
+    )
+}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 # What GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes and quanto store beside a weight or in its place.
 _QUANTISED = re.compile(
@@ -262,8 +271,8 @@ def layer_of(name: str) -> int | None:
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key by dotted parts, numbers as numbers: layer 2 before layer 10."""
-    return tuple((0, int(p), "") if _is_number(p) else (1, 0, p) for p in name.split("."))
+    """Sort key for dotted names: numbers as numbers, and what decoders commonly hold in the order it runs."""
+    return tuple((0, int(p), "") if _is_number(p) else (1, _RUNS.get(p, len(_RUNS)), p) for p in name.split("."))
 
 
 def _is_number(part: str) -> bool:

@@ -10,7 +10,7 @@ from safeshard.manifests.errors import Offence
 from safeshard.streamer.adapter import Adapter
 from safeshard.streamer.checkpoint import BUFFERS, Checkpoint, natural
 from safeshard.streamer.methods.base import Job
-from safeshard.streamer.plan import JobPlan
+from safeshard.streamer.plan import JobPlan, staging_of
 
 
 def input_offences(plan: JobPlan) -> Iterator[Offence]:
@@ -62,7 +62,8 @@ def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
         if not BUFFERS.fullmatch(name) and not (other.tied and name == "lm_head.weight"):
             yield other.offence(name, f"every tensor of {aligned.source.spec}", "missing", remedy)
     for name in sorted(other.tensors.keys() - aligned.tensors.keys(), key=natural):
-        if not BUFFERS.fullmatch(name) and not (aligned.tied and name == "lm_head.weight"):
+        tied = aligned.tied and other.config.get("tie_word_embeddings", True)
+        if not BUFFERS.fullmatch(name) and not (tied and name == "lm_head.weight"):
             yield other.offence(name, f"no tensor that {aligned.source.spec} lacks", "an extra tensor", remedy)
 
 
@@ -94,13 +95,18 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
         if not parent.is_dir():
             yield Offence("--output", str(job.output), "a folder to write in", f"{parent} is a file", "choose another")
         else:
-            need[parent] = need.get(parent, 0) + sizes.get(id(job), 0)
+            need[parent] = need.get(parent, 0) + sizes.get(id(job), 0) - _taken(staging_of(path))
     for parent, nbytes in need.items():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
             yield Offence(
                 "--output", str(parent), f"{nbytes} bytes of free space", f"{free}", "free some, or choose another disk"
             )
+
+
+def _taken(staging: Path) -> int:
+    """Bytes of the disk that an unfinished output has already."""
+    return sum(p.stat().st_blocks * 512 for p in staging.iterdir()) if staging.is_dir() else 0
 
 
 def _replaceable(path: Path) -> bool:

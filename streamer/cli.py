@@ -26,6 +26,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Streaming safety re-alignment for fine-tuned language models.",
 )
 Json = Annotated[bool, typer.Option("--json", help="print the outcome as one line of JSON at the end")]
@@ -51,9 +52,9 @@ def _parameter(name: str, field: FieldInfo, many: bool) -> introspection.Paramet
     """One command-line option from a model's field. Its default stays with the model: not given is None."""
     kind = _plain_type(field.annotation)
     shown = (
-        "" if field.is_required() or field.default in (None, False, True) else f" [default: {_shown(field.default)}]"
+        "" if field.is_required() or field.default in (None, False, True) else f" (default: {_shown(field.default)})"
     )
-    required = " [required]" if field.is_required() else ""
+    required = " (required)" if field.is_required() else ""
     flag = f"--{name.replace('_', '-')}"
     if field.default is True:
         flag += f"/--no-{name.replace('_', '-')}"

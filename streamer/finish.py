@@ -30,7 +30,7 @@ from safeshard.streamer import adapter as lora
 from safeshard.streamer.adapter import Adapter
 from safeshard.streamer.checkpoint import INDEX, Checkpoint, natural
 from safeshard.streamer.plan import JobPlan, ModulePlan, Pair
-from safeshard.streamer.sources import Source
+from safeshard.streamer.sources import LocalSource, Source
 from safeshard.streamer.steps import JobRun
 
 # What else a folder of weights needs to be loaded and prompted; never code.
@@ -68,6 +68,10 @@ def tool_versions(device: str) -> Tool:
 def fingerprint(plan: JobPlan) -> dict[str, Any]:
     """All that the output's bytes depend on, to notice on resume that something changed."""
     inputs = {role: given.model_dump(mode="json") for role, given in _inputs(plan).items()}
+    for role, opened in plan.inputs.items():
+        if isinstance(opened.source, LocalSource):  # other weights may have the same header
+            times = {f.name: opened.source.local_path(f.name).stat().st_mtime_ns for f in opened.files}
+            inputs[role]["modified"] = times
     return {
         "safeshard": version("safeshard"),
         "method": plan.job.method,
@@ -172,8 +176,8 @@ def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
     files = _side_files(plan.aligned.source) | _side_files(plan.finetuned.source)
     if config := dict(tuned.config or plan.aligned.config):
         written = {ref.dtype for file in plan.files for ref in file.tensors.values() if ref.dtype in TORCH_NAMES}
-        for key in {"dtype", "torch_dtype"} & config.keys():
-            config[key] = TORCH_NAMES[written.pop()] if len(written) == 1 else config[key]
+        if len(written) == 1:
+            config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), TORCH_NAMES[written.pop()])
         files["config.json"] = _json(config)
     if len(plan.files) > 1:
         weight_map = {name: file.name for file in plan.files for name in file.tensors}

@@ -23,6 +23,7 @@ directory. Unknown keys are errors.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -61,7 +62,7 @@ def read_jobs(path: Path) -> list[Job]:
         except RequestError as error:
             offences += error.offences
         if len(jobs) > MAX_JOBS:
-            raise RequestError(Offence(where, "matrix", f"at most {MAX_JOBS} jobs", "more", "split the file"))
+            raise RequestError(_too_many(where))
     if offences:
         raise RequestError(offences)
     return jobs
@@ -71,10 +72,12 @@ def _jobs(where: str, defaults: Any, entry: Any) -> Iterator[Job]:
     if not isinstance(defaults, dict) or not isinstance(entry, dict):
         raise RequestError(Offence(where, "", "a mapping of options", type(entry).__name__))
     method, matrix = entry.get("method"), entry.get("matrix", {})
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise RequestError(Offence(where, "method", " or ".join(METHODS), repr(method)))
     if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise RequestError(Offence(where, "matrix", "lists of values by option", repr(matrix)[:80]))
+    if math.prod(map(len, matrix.values())) > MAX_JOBS:
+        raise RequestError(_too_many(where))
     known = METHODS[method].model_fields.keys()
     usable = {key: value for key, value in defaults.items() if key in known}  # a default may be for other methods
     unknown = [key for key in defaults if not any(key in job.model_fields for job in METHODS.values())]
@@ -92,6 +95,10 @@ def _jobs(where: str, defaults: Any, entry: Any) -> Iterator[Job]:
             offences += error.offences
     if offences:
         raise RequestError(offences)
+
+
+def _too_many(where: str) -> Offence:
+    return Offence(where, "matrix", f"at most {MAX_JOBS} jobs", "more", "split the file")
 
 
 def _fill(where: str, options: Mapping[str, Any]) -> str | None:
@@ -112,9 +119,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases are not supported", None
-            )
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", None)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from safeshard.manifests.safetensors_header import layout
+from safeshard.manifests.safetensors_header import TensorRef, layout
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.adapter import WEIGHTS, Adapter
 from safeshard.streamer.checkpoint import FLOATS, SINGLE, Checkpoint, natural
@@ -60,7 +60,7 @@ def _weight_modules(plan: JobPlan) -> None:
     if plan.factors is not None:
         treated = {name: ref for name, ref in treated.items() if name in plan.factors.modules}
     elif job.edits_all:
-        floats = {n: r for n, r in aligned.tensors.items() if r.dtype in FLOATS and n in tuned.tensors}
+        floats = {n: r for n, r in aligned.tensors.items() if r.dtype in FLOATS and _counterpart(tuned, n)}
         treated = {n.removesuffix(".weight"): floats[n] for n in sorted(floats, key=natural)}
     for name, ref in treated.items():
         plan.modules[name] = ModulePlan(
@@ -107,10 +107,10 @@ def _checkpoint_files(plan: JobPlan) -> None:
         shards.setdefault(file, []).append((name, _dtype(job, ref.dtype), ref.shape))
         if name in written:
             continue
-        origin = rest if name in rest.tensors else aligned
-        plan.copies.append(Copy(name, origin.source, origin.tensors[name]))
-        if origin is not rest:
-            why = f"{rest.source.spec} lacks it; it is a buffer or a tied weight"
+        theirs = _counterpart(rest, name)
+        plan.copies.append(Copy(name, rest.source, theirs) if theirs else Copy(name, aligned.source, ref))
+        if theirs is None:
+            why = f"{rest.source.spec} lacks it; it is a buffer"
             plan.fallbacks.append(
                 Fallback(asked="the fine-tuned tensor", done="the aligned one", why=why, subject=name)
             )
@@ -148,13 +148,19 @@ def _weight(checkpoint: Checkpoint | Adapter, module: str) -> Weight:
     assert isinstance(checkpoint, Checkpoint)
     ref = checkpoint.weight(module)
     assert ref is not None
-    return Weight(checkpoint.source, ref, checkpoint.stores_transposed and ref.name.startswith(module))
+    return Weight(checkpoint.source, ref, checkpoint.is_transposed(module))
 
 
 def _tensor(checkpoint: Checkpoint | Adapter, name: str) -> Weight:
     assert isinstance(checkpoint, Checkpoint)
-    transposed = checkpoint.stores_transposed and name.removesuffix(".weight") in checkpoint.linears
-    return Weight(checkpoint.source, checkpoint.tensors[name], transposed)
+    ref = _counterpart(checkpoint, name)
+    assert ref is not None
+    return Weight(checkpoint.source, ref, checkpoint.is_transposed(name.removesuffix(".weight")))
+
+
+def _counterpart(checkpoint: Checkpoint, name: str) -> TensorRef | None:
+    """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding."""
+    return checkpoint.weight("lm_head") if name == "lm_head.weight" else checkpoint.tensors.get(name)
 
 
 def _dtype(job: Job, dtype: str) -> str:

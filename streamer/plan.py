@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from safeshard.manifests.safetensors_header import TensorRef
@@ -65,6 +66,11 @@ class OutputFile:
     @cached_property
     def nbytes(self) -> int:
         return len(self.header) + sum(ref.nbytes for ref in self.tensors.values())
+
+
+def staging_of(output: Path) -> Path:
+    """The folder beside an output that holds it while it is written."""
+    return output.with_name(output.name + ".partial")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.streamer.adapter import Adapter, open_adapter
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.checks import input_offences, output_offences
@@ -77,6 +77,9 @@ class Planner:
                 self._opened[key] = opener()
             except RequestError as error:
                 self.offences += error.offences
+                self._opened[key] = None
+            except RunError as error:  # reading a header failed: nothing was begun yet
+                self.offences.append(Offence(error.message, remedy=error.remedy))
                 self._opened[key] = None
         return self._opened[key]  # type: ignore[no-any-return]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,11 +48,12 @@ def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
         RequestError: some job cannot run; every offence of every job.
     """
     plans = Planner().plan(jobs, options.overwrite)
-    costly = [step for step in module_steps([JobRun(plan) for plan in plans]) if step.cost > options.memory]
+    runs = [JobRun(plan) for plan in plans]
+    costly = [step for step in (*module_steps(runs), *copy_steps(runs)) if step.cost > options.memory]
     if costly:
         limit, remedy = str(int(options.memory)), "raise --memory, or split the batch"
         raise RequestError(
-            [Offence("--memory", s.name, f"at least {s.cost} bytes for this module", limit, remedy) for s in costly]
+            [Offence("--memory", s.name, f"at least {s.cost} bytes for this step", limit, remedy) for s in costly]
         )
     return plans
 
@@ -69,8 +71,7 @@ def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
         return [Result(plan.job, plan, None, {}) for plan in plans]
     runs: list[JobRun] = []
     try:
-        for plan in plans:
-            runs.append(_start(plan, options))
+        _start(plans, options, runs)
         pass_ = _Pass(options, device)
         pass_.execute(runs)
         return [_finish(job_run, pass_.measured(), options) for job_run in runs]
@@ -80,12 +81,27 @@ def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
                 job_run.writer.abandon()
 
 
-def _start(plan: JobPlan, options: RunOptions) -> JobRun:
+def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) -> None:
+    """Add a run for each plan to `runs`, so that the caller can close those begun when another is refused."""
+    offences: list[Offence] = []
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # each job holds files open; 1024 end at 300 adapters
+    for plan in plans:
+        try:
+            runs.append(_begin(plan, options))
+        except RequestError as error:
+            offences += error.offences
+    if offences:
+        raise RequestError(offences)
+
+
+def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     if not plan.job.writes_model:
         return JobRun(plan)
     writer = Writer(plan.job.output, plan.files, fingerprint(plan), options.overwrite)
     entries = {record["entry"]["name"]: record["entry"] for record in writer.journal.entries("module")}
-    cosines = {record["name"]: record["cosine"] for record in writer.journal.entries("cosine")}
+    cosines = {name: entry.get("cosine") for name, entry in entries.items()}
+    cosines |= {record["name"]: record["cosine"] for record in writer.journal.entries("cosine")}
     return JobRun(plan, writer, entries, cosines)
 
 

@@ -119,11 +119,10 @@ def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
     """Steps for the tensors that are taken over and not yet written."""
     steps = []
     for job_run in runs:
-        if job_run.writer is None:
-            continue
+        dtypes = {name: ref.dtype for file in job_run.plan.files for name, ref in file.tensors.items()}
         for copy in job_run.plan.copies:
-            if copy.name not in job_run.writer.hashes:
-                task = CopyTask(job_run, copy, cast=job_run.writer.place(copy.name).dtype != copy.ref.dtype)
+            if job_run.writer is None or copy.name not in job_run.writer.hashes:
+                task = CopyTask(job_run, copy, cast=dtypes[copy.name] != copy.ref.dtype)
                 reads = {read.key: read for read in task.reads()}
                 steps.append(
                     Step(copy.name, reads, [task], copied=copy.ref.nbytes, scratch=copy.ref.nbytes * 2 * task.cast)

@@ -97,16 +97,15 @@ class Buffers:
                     f"{step.name} needs {cost} bytes of host memory, --memory is {self.limit}", "raise --memory"
                 )
             self._changed.wait_for(lambda: self.used + cost <= self.limit)
-            self.used += cost
             size = _aligned(step.nbytes, GRAIN)
-            fits = [b for b in self._free if size <= b.numel() <= 2 * size]
-            if fits:
-                buffer = min(fits, key=Tensor.numel)
-                self._free = [b for b in self._free if b is not buffer]
-            else:
-                self._trim(self.limit - self.used)
+            largest = min(2 * size, size + self.limit - self.used - cost)
+            fits = [b for b in self._free if size <= b.numel() <= largest]
+            buffer = min(fits, key=Tensor.numel, default=None)
+            self._free = [b for b in self._free if b is not buffer]
+            self.used += cost + (0 if buffer is None else buffer.numel() - size)
+            self._trim(self.limit - self.used)
+            if buffer is None:
                 buffer = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
-            self.used += buffer.numel() - size
             self.peak = max(self.peak, self.used + sum(map(Tensor.numel, self._free)))
             return buffer
 

@@ -24,7 +24,8 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes, hash_tensor_region
 from safeshard.manifests.journal import Journal
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.plan import Copy, OutputFile
+from safeshard.manifests.schema import MANIFEST_NAME
+from safeshard.streamer.plan import Copy, OutputFile, staging_of
 from safeshard.streamer.stream import TORCH_DTYPES
 
 JOURNAL = "journal.jsonl"
@@ -46,7 +47,7 @@ class Writer:
 
     def __init__(self, output: Path, files: list[OutputFile], fingerprint: dict[str, Any], overwrite: bool) -> None:
         self.output = output.absolute()
-        self.staging = self.output.with_name(self.output.name + ".partial")
+        self.staging = staging_of(self.output)
         self.files, self.bytes_written = files, 0
         self.hashes: dict[str, str] = {}
         self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
@@ -54,22 +55,30 @@ class Writer:
         self._lock = threading.Lock()
         self._committed = time.monotonic()
         with clear_errors(self.staging):
+            _check_ours(self.staging)
             if overwrite and self.staging.exists():
                 _discard(self.staging)
             self.staging.mkdir(parents=True, exist_ok=True)
         self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
-        with clear_errors(self.staging):
-            for file in files:
-                self._open(file)
-        for record in self.journal.entries("tensor"):
-            self.hashes[record["name"]] = record["blake3"]
+        try:
+            self.hashes = {record["name"]: record["blake3"] for record in self.journal.entries("tensor")}
+            with clear_errors(self.staging):
+                for file in files:
+                    self._open(file)
+        except BaseException:
+            self.close_files()
+            self.journal.close()
+            raise
 
     def _open(self, file: OutputFile) -> None:
         part = self.staging / (file.name + ".part")
         if (self.staging / file.name).exists():  # completed before an interruption
             part = self.staging / file.name
         fd = self._fds[file.name] = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if os.fstat(fd).st_size != file.nbytes:
+        if (size := os.fstat(fd).st_size) != file.nbytes:
+            if not self.hashes.keys().isdisjoint(file.tensors):
+                expected = f"{file.nbytes} bytes, some of them finished"
+                raise RequestError(Offence(str(part), "", expected, f"{size} bytes", "--overwrite starts anew"))
             _allocate(fd, file.nbytes)
         _write_all(fd, memoryview(file.header), 0)
         self.bytes_written += len(file.header)
@@ -166,13 +175,14 @@ class Writer:
 
     def abandon(self) -> None:
         """Release everything; what was finished stays for a resume, and where nothing was, no trace is left."""
-        self.close_files()
-        if self.staging.exists():
-            if self.hashes:
+        try:
+            if self.hashes and self.staging.exists():
                 self.commit()
-            else:
+        finally:
+            self.close_files()
+            if not self.hashes and self.staging.exists():
                 shutil.rmtree(self.staging)
-        self.journal.close()
+            self.journal.close()
 
     def close_files(self) -> None:
         """Release the safetensors files."""
@@ -188,7 +198,7 @@ class Writer:
         with self._lock:
             self.hashes[name] = digest
             self.bytes_written += nbytes
-        self.journal.record("tensor", name=name, blake3=digest)
+        self.record("tensor", name=name, blake3=digest)
 
 
 @contextlib.contextmanager
@@ -246,11 +256,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _discard(staging: Path) -> None:
-    journal = staging / JOURNAL
-    if any(staging.iterdir()) and not journal.is_file():
+def _check_ours(staging: Path) -> None:
+    """Refuse a folder that somebody else filled: it would be published, or removed."""
+    ours = {JOURNAL, MANIFEST_NAME}  # the journal goes last, when the manifest is there
+    if staging.exists() and any(staging.iterdir()) and not any((staging / name).is_file() for name in ours):
         expected = "an unfinished output of safeshard"
         raise RequestError(Offence(str(staging), "", expected, "another folder", "remove it yourself"))
+
+
+def _discard(staging: Path) -> None:
+    journal = staging / JOURNAL
     if journal.is_file():
         Journal.claim(journal).close()
     shutil.rmtree(staging)
