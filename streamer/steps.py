@@ -157,18 +157,21 @@ def _projected(task: ModuleTask) -> int:
 
 
 def _scratch(task: ModuleTask) -> int:
-    """Host bytes that computing and writing one task adds to its inputs, counted generously in fp32."""
-    finetuned = task.plan.finetuned
-    if isinstance(finetuned, Pair) and task.run.job.writes_checkpoint and task.plan.aligned is not None:
-        return (1 + task.run.job.dense_scratch) * 4 * math.prod(task.plan.aligned.ref.shape)
-    if isinstance(finetuned, Pair):
-        return 3 * 4 * (finetuned.lora.a.shape[1] + finetuned.lora.b.shape[0]) * _written_rank(task)
-    total = count = 4 * math.prod(finetuned.ref.shape)
-    if task.run.job.gated and len(finetuned.ref.shape) == 2:
-        rows, columns = finetuned.ref.shape[:: -1 if finetuned.transposed else 1]
-        total += 4 * rows * (4 * min(columns, DENSE_COLUMNS) + (rows if rows < columns else 0))
-        total += count if task.run.job.keeps_dense_projection else 0
-    return total + task.run.job.dense_scratch * count
+    """Host bytes that computing and writing one task adds to its inputs, at most."""
+    job, finetuned = task.run.job, task.plan.finetuned
+    if job.writes_checkpoint:
+        weight = task.plan.aligned or finetuned
+        assert isinstance(weight, Weight)
+        return job.dense_scratch * math.prod(weight.ref.shape) + (_gate_scratch(weight) if job.gated else 0)
+    if isinstance(finetuned, Weight):
+        return _gate_scratch(finetuned)
+    return 3 * 4 * (finetuned.lora.a.shape[1] + finetuned.lora.b.shape[0]) * _written_rank(task)
+
+
+def _gate_scratch(weight: Weight) -> int:
+    """Of a full delta's gate: some columns of it and of its products, and V V^T where that is the smaller way."""
+    rows, columns = weight.ref.shape[:: -1 if weight.transposed else 1]
+    return 4 * rows * (4 * min(columns, DENSE_COLUMNS) + (rows if rows < columns else 0))
 
 
 def _written_rank(task: ModuleTask) -> int:

@@ -114,6 +114,7 @@ class Buffers:
         with self._changed:
             self.used -= step.cost + buffer.numel() - _aligned(step.nbytes, GRAIN)
             self._free.append(buffer)
+            self._trim(self.used)  # large tensors are few: their buffers must not outlive them
             self._changed.notify_all()
 
     def _trim(self, room: int) -> None:

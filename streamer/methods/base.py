@@ -79,7 +79,6 @@ class Job(Options):
     calibrated: ClassVar[bool] = False  # needs the factors of the aligned model's Gram matrices
     writes_model: ClassVar[bool] = True
     rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
-    dense_scratch: ClassVar[int] = 1  # fp32 copies of a weight that `edit` makes at most
 
     aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
     adapter: Place | None = Field(None, description="fine-tuned LoRA adapter")
@@ -105,6 +104,11 @@ class Job(Options):
         return {
             key: value for key, value in options.items() if key not in ("adapter", "finetuned", "safe_adapter", "safe")
         }
+
+    @property
+    def dense_scratch(self) -> int:
+        """Bytes that `edit` holds at most for each element of a full weight, its output included."""
+        return 4
 
     @property
     def writes_checkpoint(self) -> bool:

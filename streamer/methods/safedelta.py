@@ -43,7 +43,6 @@ class SafeDelta(Job, Calibrated):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"
     calibrated: ClassVar[bool] = True
     rescales: ClassVar[bool] = True
-    dense_scratch: ClassVar[int] = 5  # the delta, what is written, its mask, and a block's errors and triangle
 
     factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
     strength: Finite = Field(0.1, ge=0, description="the safety budget s; the paper uses about 0.1 on Llama-2-7B")
@@ -77,6 +76,10 @@ class SafeDelta(Job, Calibrated):
         """Equal for jobs that share their factors."""
         shared = json.loads(self.model_dump_json(include={"aligned", "factors", "dtype", *Calibrated.model_fields}))
         return json.dumps(shared, sort_keys=True)
+
+    @property
+    def dense_scratch(self) -> int:
+        return 20  # in fp32 the delta, what is written, a block's errors and triangle; the mask; the output
 
     @property
     def writes_checkpoint(self) -> bool:

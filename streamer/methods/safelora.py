@@ -35,6 +35,10 @@ class SafeLora(GatedJob):
         return self
 
     @property
+    def dense_scratch(self) -> int:
+        return 8  # the projected delta in fp32, and the output
+
+    @property
     def ranks_first(self) -> bool:
         return self.num_layers is not None
 

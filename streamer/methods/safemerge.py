@@ -38,7 +38,6 @@ class SafeMerge(GatedJob):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.17239"
 
     rescales: ClassVar[bool] = True
-    dense_scratch: ClassVar[int] = 6  # svd: the delta, its factors and the result
 
     safe_adapter: Place | None = Field(None, description="LoRA adapter trained on safety data")
     safe: Place | None = Field(None, description="full checkpoint trained on safety data, in place of --safe-adapter")
@@ -60,6 +59,10 @@ class SafeMerge(GatedJob):
         if self.combine == "svd" and self.rank is None and self.finetuned is not None:
             raise ValueError("combine=svd on full checkpoints needs rank")
         return self
+
+    @property
+    def dense_scratch(self) -> int:
+        return 24 if self.combine == "svd" else 4  # the delta, its factors and the result in fp32
 
     def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
         if not isinstance(finetuned, Adapter) or not isinstance(safe, Adapter):

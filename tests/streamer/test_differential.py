@@ -106,7 +106,9 @@ def pairs_of(folder: Path, tensors: Tensors) -> dict[str, tuple[Tensor, Tensor, 
         if match := re.fullmatch(r"base_model\.model\.(.+)\.lora_A\.weight", name):
             b = tensors[name.replace("lora_A", "lora_B")]
             patterns = config.get("alpha_pattern") or {}
-            alpha = next((v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?{k}", match[1])), config["lora_alpha"])
+            alpha = next(
+                (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?{k}", match[1])), config["lora_alpha"]
+            )
             rank = a.shape[0]
             scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             pairs[match[1]] = (a.double(), b.double(), scaling)
@@ -320,9 +322,7 @@ def test_scale_of_a_full_checkpoint(small: Any, load_tensors: Any, data: st.Data
     case = small(data)
     factor = data.draw(st.sampled_from([0.0, 0.4, 1.0]))
     out = case.world.root / "out"
-    scale(
-        aligned=case.folders["aligned"], finetuned=case.folders["finetuned"], output=out, factor=factor, quiet=True
-    )
+    scale(aligned=case.folders["aligned"], finetuned=case.folders["finetuned"], output=out, factor=factor, quiet=True)
     got = load_tensors(out)
     assert got.keys() == case.aligned.keys()
     for name, weight in case.aligned.items():
@@ -426,9 +426,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("method", ["safemerge", "safelora", "scale"])
-def test_conv1d_in_full_checkpoints(
-    gpt2: dict[str, Path], tmp_path: Path, load_tensors: Any, method: str
-) -> None:
+def test_conv1d_in_full_checkpoints(gpt2: dict[str, Path], tmp_path: Path, load_tensors: Any, method: str) -> None:
     tensors = {role: load_tensors(folder) for role, folder in gpt2.items()}
     aligned, tuned = tensors["aligned"], tensors["finetuned"]
     linears = [n for n, t in aligned.items() if t.ndim == 2 and ".h." in n]
@@ -457,9 +455,7 @@ def test_conv1d_in_full_checkpoints(
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-def test_conv1d_under_an_adapter(
-    gpt2: dict[str, Path], world: Any, load_tensors: Any, dtype: str
-) -> None:
+def test_conv1d_under_an_adapter(gpt2: dict[str, Path], world: Any, load_tensors: Any, dtype: str) -> None:
     aligned, unaligned = (load_tensors(gpt2[role]) for role in ("aligned", "unaligned"))
     tensors = {}
     for name, weight in aligned.items():
@@ -472,7 +468,9 @@ def test_conv1d_under_an_adapter(
         "tuned", {}, 2, tensors=tensors, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True
     )
     out = world.root / "out"
-    safelora(aligned=gpt2["aligned"], unaligned=gpt2["unaligned"], adapter=tuned, output=out, threshold=1.01, quiet=True)
+    safelora(
+        aligned=gpt2["aligned"], unaligned=gpt2["unaligned"], adapter=tuned, output=out, threshold=1.01, quiet=True
+    )
     got = pairs_of(out, load_tensors(out))
     assert len(got) == 8
     for module, (a, b, s) in pairs_of(tuned, tensors).items():

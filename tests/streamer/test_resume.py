@@ -1,0 +1,301 @@
+"""Interrupted runs: the same command goes on from the journal and ends with the same bytes, or refuses."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safeshard.manifests.errors import RequestError, RunError
+from safeshard.streamer import api, safelora, safemerge
+from safeshard.streamer.stream import Clock
+from safeshard.streamer.writer import Writer
+
+# Runs one command and kills itself after a number of calls of a Writer method. One worker, and every record committed at
+# once, so that the journal holds exactly what was finished before.
+DRIVER = """
+import json, os, signal, sys
+import safeshard.streamer.run as run
+import safeshard.streamer.writer as writer
+from safeshard.streamer import api
+
+method, count, function, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+writer.COMMIT_SECONDS, run.workers_for = -1.0, lambda device: 1
+original, calls = getattr(writer.Writer, method), []
+
+def counted(self, *args, **kwargs):
+    calls.append(None)
+    if len(calls) > count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+
+setattr(writer.Writer, method, counted)
+getattr(api, function)(**options)
+"""
+
+
+def killed_after(method: str, count: int, function: str, options: dict[str, Any]) -> None:
+    """Run a public function in another process that is killed at the call number `count` + 1 of a Writer method."""
+    argv = [sys.executable, "-c", DRIVER, method, str(count), function, json.dumps(options, default=str)]
+    finished = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert finished.returncode == -signal.SIGKILL, finished.stderr
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of an output; of the manifest all but what differs from run to run."""
+    files: dict[str, Any] = {p.name: p.read_bytes() for p in folder.iterdir()}
+    manifest = json.loads(files["manifest.json"])
+    for key in ("run", "seal", "checksum"):
+        manifest.pop(key, None)
+    files["manifest.json"] = {k: v for k, v in manifest.items() if "blake3" not in k}
+    return files
+
+
+@pytest.fixture
+def journaled(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """The names of the tensors that this process writes, in order."""
+    written: list[str] = []
+    for method in ("write", "copy"):
+        original = getattr(Writer, method)
+
+        def spy(self: Writer, what: Any, *args: Any, original: Any = original) -> None:
+            original(self, what, *args)
+            written.append(what if isinstance(what, str) else what.name)
+
+        monkeypatch.setattr(Writer, method, spy)
+    return lambda: written
+
+
+def merge_options(world: Any, **more: Any) -> dict[str, Any]:
+    return world.trio() | {"threshold": 0.13, "quiet": True} | more
+
+
+def full_options(world: Any, **more: Any) -> dict[str, Any]:
+    """A job on full checkpoints of three shards, which it partly copies."""
+    aligned = world.llama(2, seed=1)
+    folders = {"aligned": world.checkpoint("aligned", aligned, 3)}
+    for seed, role in enumerate(("unaligned", "finetuned")):
+        generator = torch.Generator().manual_seed(seed)
+        moved = {n: t + 0.2 * torch.randn(t.shape, generator=generator).bfloat16() for n, t in aligned.items()}
+        folders[role] = world.checkpoint(role, moved)
+    return folders | {"num_layers": 5, "quiet": True} | more
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "done"),  # a module: two writes, three records
+    [
+        ("write", 0, 0),
+        ("write", 17, 16),
+        ("record", 5, 2),
+        ("complete", 0, 28),
+        ("add_file", 2, 28),
+        ("publish", 0, 28),
+    ],
+)
+def test_a_killed_adapter_job_resumes(world: Any, journaled: Any, method: str, count: int, done: int) -> None:
+    options = merge_options(world)
+    safemerge(**options, output=world.root / "whole")
+    total = len(journaled())
+    journaled().clear()
+    killed_after(method, count, "safemerge", options | {"output": world.root / "out"})
+    assert not (world.root / "out").exists()
+    assert (world.root / "out.partial").exists()
+    result = safemerge(**options, output=world.root / "out")
+    assert contents(world.root / "out") == contents(world.root / "whole")
+    assert not (world.root / "out.partial").exists()
+    assert total == 28
+    assert len(journaled()) == total - done
+    assert set(result.cosines.values()).isdisjoint({None})
+    assert api.verify(world.root / "out") == []
+
+
+@pytest.mark.parametrize(("method", "count"), [("record", 6), ("write", 9), ("copy", 3)])
+def test_a_killed_checkpoint_job_resumes(world: Any, journaled: Any, method: str, count: int) -> None:
+    options = full_options(world)
+    safelora(**options, output=world.root / "whole")
+    total = len(journaled())
+    journaled().clear()
+    killed_after(method, count, "safelora", options | {"output": world.root / "out"})
+    safelora(**options, output=world.root / "out")
+    assert contents(world.root / "out") == contents(world.root / "whole")
+    assert len(journaled()) < total or method == "record"
+    assert api.verify(world.root / "out") == []
+
+
+def test_an_error_underway_keeps_what_was_finished(world: Any, journaled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = merge_options(world)
+    safemerge(**options, output=world.root / "whole")
+    total = len(journaled())
+    journaled().clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", failing_after(8))
+        with pytest.raises(RunError, match="no more"):
+            safemerge(**options, output=world.root / "out")
+    before = len(journaled())
+    assert 0 < before <= 8
+    journaled().clear()
+    safemerge(**options, output=world.root / "out")
+    assert len(journaled()) <= total - before + 8  # the modules under way in each worker are done again
+    assert contents(world.root / "out") == contents(world.root / "whole")
+
+
+def test_a_failure_before_the_first_tensor_leaves_no_trace(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "write", failing_after(0))
+    with pytest.raises(RunError, match="no more"):
+        safemerge(**merge_options(world), output=world.root / "out")
+    assert list(world.root.glob("out*")) == []
+
+
+@pytest.fixture
+def interrupted(world: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of a run that ended early; its unfinished output is there."""
+    options = merge_options(world) | {"output": world.root / "out"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", failing_after(9))
+        with pytest.raises(RunError, match="no more"):
+            safemerge(**options)
+    return options
+
+
+def failing_after(count: int) -> Callable[..., None]:
+    """A `Writer.write` that fails after a number of calls."""
+    original, calls = Writer.write, []
+
+    def write(self: Writer, name: str, tensor: torch.Tensor) -> None:
+        calls.append(name)
+        if len(calls) > count:
+            raise RunError("no more")
+        original(self, name, tensor)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"threshold": 0.2}, "options.threshold"),
+        ({"weights": (0.5, 0.5)}, "options.weights.0"),
+        ({"combine": "exact"}, "options.combine"),
+    ],
+)
+def test_another_request_is_refused_by_name(
+    interrupted: dict[str, Any], world: Any, change: dict[str, Any], named: str
+) -> None:
+    options = interrupted
+    with pytest.raises(RequestError) as refused:
+        safemerge(**options | change)
+    assert named in {o.what for o in refused.value.offences}
+    assert all("--overwrite" in o.remedy for o in refused.value.offences)
+    assert not options["output"].exists()
+    safemerge(**options)  # the unfinished output is still good
+
+
+def test_overwrite_starts_anew(interrupted: dict[str, Any], world: Any, journaled: Any) -> None:
+    options = interrupted
+    safemerge(**options | {"threshold": 0.2, "overwrite": True})
+    assert len(journaled()) == 28
+    fresh = safemerge(**options | {"threshold": 0.2, "output": world.root / "fresh"})
+    assert contents(options["output"]) == contents(fresh.output)
+
+
+def test_changed_weights_under_the_same_header_are_noticed(
+    interrupted: dict[str, Any], world: Any, load_tensors: Any
+) -> None:
+    from safetensors.torch import save_file
+
+    options = interrupted
+    file = options["adapter"] / "adapter_model.safetensors"
+    save_file({n: t + 1 for n, t in load_tensors(options["adapter"]).items()}, file, {"format": "pt"})
+    with pytest.raises(RequestError, match="adapter_model"):
+        safemerge(**options)
+
+
+def test_a_lost_part_is_noticed(interrupted: dict[str, Any], world: Any) -> None:
+    options = interrupted
+    (world.root / "out.partial/adapter_model.safetensors.part").unlink()
+    with pytest.raises(RequestError, match="--overwrite starts anew"):
+        safemerge(**options)
+    safemerge(**options, overwrite=True)
+
+
+def test_a_second_run_at_once_is_refused(interrupted: dict[str, Any], world: Any) -> None:
+    options = interrupted
+    with (world.root / "out.partial/journal.jsonl").open("rb") as journal:
+        fcntl.flock(journal, fcntl.LOCK_EX)  # as a run underway does
+        for overwrite in (False, True):
+            with pytest.raises(RequestError, match="no other run"):
+                safemerge(**options, overwrite=overwrite)
+    safemerge(**options)
+
+
+def test_a_folder_that_somebody_filled_is_left_alone(world: Any) -> None:
+    """It is neither published with the output nor removed after a failure."""
+    options = merge_options(world) | {"output": world.root / "out"}
+    foreign = world.root / "out.partial/thesis.txt"
+    foreign.parent.mkdir()
+    foreign.write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(RequestError, match="another folder"):
+            safemerge(**options, overwrite=overwrite)
+    assert [p.name for p in foreign.parent.iterdir()] == ["thesis.txt"]
+
+
+def test_data_reaches_the_disk_before_the_journal_says_so(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when a run is abandoned: a journal ahead of its data would resume to zeros after a power cut."""
+    synced: list[str] = []
+
+    def fsync(fd: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+
+    def failing(self: Clock, stage: str, start: float, nbytes: int = 0) -> None:
+        if stage == "write":
+            raise RunError("no")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("safeshard.manifests.journal._datasync", fsync)
+    monkeypatch.setattr(Clock, "add", failing)
+    with pytest.raises(RunError, match="no"):
+        safemerge(**merge_options(world), output=world.root / "out")
+    assert synced[-2:] == ["adapter_model.safetensors.part", "journal.jsonl"]
+
+
+def test_space_that_an_unfinished_output_holds_is_not_asked_for_again(
+    world: Any, interrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = interrupted
+    free = (0, 0, 64)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), dict(zip(("total", "used", "free"), free)))())
+    with pytest.raises(RequestError, match="free space"):
+        safemerge(**options | {"output": world.root / "elsewhere"})
+    safemerge(**options)
+
+
+def test_a_killed_batch_resumes(world: Any, journaled: Any) -> None:
+    paths = {role: str(path) for role, path in world.trio().items()}
+    for name in ("whole", "out"):
+        (world.root / f"{name}.yaml").write_text(json.dumps({
+            "defaults": {k: v for k, v in paths.items() if k != "adapter"},
+            "jobs": [
+                {"method": "safemerge", "adapter": paths["adapter"], "matrix": {"threshold": [0.1, 0.2]},
+                 "output": f"{world.root}/{name}/merge-{{threshold}}"},
+                {"method": "safelora", "adapter": paths["adapter"], "num_layers": 4,
+                 "output": f"{world.root}/{name}/lora"},
+            ],
+        }))  # fmt: skip
+    api.batch(world.root / "whole.yaml", quiet=True)
+    total = len(journaled())
+    journaled().clear()
+    killed_after("write", 20, "batch", {"jobs": world.root / "out.yaml", "quiet": True})
+    api.batch(world.root / "out.yaml", quiet=True)
+    assert len(journaled()) < total
+    for job in ("merge-0.1", "merge-0.2", "lora"):
+        assert contents(world.root / "out" / job) == contents(world.root / "whole" / job)
