@@ -230,22 +230,27 @@ def _naming(names: Iterable[str], base: Checkpoint) -> _Naming:
     A prefix ends before the layer's number: layers are never taken for one another.
     """
     layered = sorted((name for name in names if layer_of(name) is not None), key=natural)
-    probe = next((name for name in layered if base.weight(name) is None), None)
-    if probe is None:
-        return _Naming()
+    missing = [name for name in layered if base.weight(name) is None]
+    # A vision tower may have layers with the same names of attention, but hardly of everything: try a whole layer.
+    for probe in (name for name in missing if layer_of(name) == layer_of(missing[0])):
+        naming = _exchange(probe, base)
+        if naming and all(name.startswith(naming.own) and base.weight(naming.to_base(name)) for name in layered):
+            return naming
+    return _Naming()
+
+
+def _exchange(probe: str, base: Checkpoint) -> _Naming | None:
+    """The exchange by which one module is found, if its longest tail that the checkpoint knows stands there once."""
     parts = probe.split(".")
     for cut in range(len(parts)):
         tail = ".".join(parts[cut:])
         if layer_of(tail) != layer_of(probe):
-            break
+            return None
         heads = {module.removesuffix(tail) for module in base.linears if f".{module}".endswith(f".{tail}")}
-        if len(heads) == 1:
-            naming = _Naming(probe.removesuffix(tail), heads.pop())
-            fits = layer_of(naming.base) is None and all(name.startswith(naming.own) for name in layered)
-            return naming if fits and all(base.weight(naming.to_base(name)) for name in layered) else _Naming()
         if heads:
-            break
-    return _Naming()
+            head = heads.pop()
+            return _Naming(probe.removesuffix(tail), head) if not heads and layer_of(head) is None else None
+    return None
 
 
 def _find(name: str, naming: _Naming, base: Checkpoint) -> str | None:

@@ -1,8 +1,12 @@
-"""Small checkpoints and adapters, written as Hub folders."""
+"""Small checkpoints and adapters, written as Hub folders; and, without a GPU, Triton's interpreter.
+
+Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before any test imports one.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 GOLDENS = Path(__file__).parent / "goldens"
 PROJECTIONS = {

@@ -1,22 +1,14 @@
 """Kernel tests run on the CPU: the torch implementations as they are, the Triton ones in Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before any test module imports a kernel.
 On a machine with a GPU the kernels are compiled and run there instead.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"
-
-torch.set_num_threads(1)
-
 
 # Session scope: Hypothesis runs many examples within one set-up of the fixtures.
 @pytest.fixture(scope="session", params=["torch", "triton"])

@@ -460,7 +460,7 @@ def test_commands_take_hub_names(hub: StubHub, world: Any, tmp_path: Path) -> No
     checkpoint = ["config.json", "model.safetensors.index.json", *SHARDS]
     assert sorted(hub.got()) == sorted(2 * [*checkpoint, "adapter_config.json", "adapter_model.safetensors"])
     hub.denied[SHARDS[1]] = (403, "GatedRepo")
-    assert SHARDS[1] in run("denied", "hf://org", status=1, HF_HOME=str(tmp_path / "empty"))
+    assert SHARDS[1] in run("denied", "hf://org", status=2, HF_HOME=str(tmp_path / "empty"))
     hub.close()
     assert "Connect" in run("down", "hf://org", status=2)
     run("offline", "hf://org", HF_HUB_OFFLINE="1")
