@@ -15,7 +15,7 @@ from safeshard.manifests.render import render
 from safeshard.manifests.schema import load
 from safeshard.manifests.verify import Finding
 from safeshard.manifests.verify import verify as verify_output
-from safeshard.streamer.calibrate import Calibrate, run_calibrate
+from safeshard.streamer.calibrate import Calibrate, Factors, run_calibrate
 from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
@@ -47,8 +47,8 @@ def safedelta(**options: Any) -> Result:
     return _run_one("safedelta", options)
 
 
-def calibrate(**options: Any) -> Path:
-    """Save the factors of an aligned model, for reuse by Safe Delta jobs; return their folder.
+def calibrate(**options: Any) -> Factors:
+    """Save the factors of an aligned model, for reuse by Safe Delta jobs; return their folder, and what has none.
 
     Keywords are the fields of `safeshard.streamer.calibrate.Calibrate` and of `RunOptions`.
     """

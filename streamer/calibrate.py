@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,11 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
-from safeshard.streamer.factor_files import INDEX, SCHEMA, FactorIndex, SavedGroup
-from safeshard.streamer.factors import Calibration, Group, forward_dtype
+from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedGroup, sample_weights
+from safeshard.streamer.factors import Calibration, Group, device_bytes, forward_dtype, hash_factor, resident_bytes
 from safeshard.streamer.methods.safedelta import Calibrated
 from safeshard.streamer.options import Dtype, Place, RunOptions
 from safeshard.streamer.progress import Progress
@@ -36,106 +37,153 @@ class Calibrate(Calibrated):
     dtype: Dtype | None = Field(None, description="dtype of the forward pass (default: the aligned checkpoint's)")
 
 
-def run_calibrate(options: Calibrate, run: RunOptions) -> Path:
-    """Write factors; return their folder.
+@dataclass(frozen=True)
+class Factors:
+    """What came of a calibration: the folder, and the modules without a factor, with the reason."""
+
+    output: Path
+    reverted: Mapping[str, str]
+
+
+def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
+    """Write factors.
 
     Raises:
-        RequestError: the model or the data is refused, or the output exists; nothing was written.
+        RequestError: the model or the data is refused, the output exists, or there is too little room; nothing was
+            written.
         RunError: it failed underway.
     """
     device = torch.device(run.resolved_device())
     output = options.output.absolute()
-    if output.exists() and not (run.overwrite and (output / INDEX).is_file()):
-        raise RequestError(
-            Offence("--output", str(options.output), "a new folder", "it exists", "choose another, or --overwrite")
-        )
+    staging = output.with_name(output.name + ".partial")
+    _check_places(output, staging, run.overwrite)
     aligned = open_checkpoint(open_source(options.aligned))
     calibration = Calibration(aligned, options, forward_dtype(aligned, options.dtype))
-    staging = output.with_name(output.name + ".partial")
-    with clear_errors(staging):
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+    _check_room(calibration, output, int(run.memory), _host_bytes(calibration, device))
     if run.dry_run:
-        staging.rmdir()
-        return output
+        return Factors(output, {})
     try:
+        with clear_errors(staging):
+            shutil.rmtree(staging, ignore_errors=True)  # what an earlier call left unfinished
+            staging.mkdir(parents=True)
         index = _write_layers(calibration, options, run, device, staging)
         with clear_errors(output):
-            _write(staging / INDEX, index.model_dump_json(by_alias=True, indent=1).encode())
-            if output.exists():
-                shutil.rmtree(output)
-            staging.rename(output)
+            (staging / INDEX).write_text(index.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+            _sync(staging / INDEX)
+            _publish(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return output
+    return Factors(output, index.reverted)
+
+
+def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
+    for folder, replaceable in ((output, overwrite), (staging, True)):
+        if folder.exists() and not (replaceable and _is_ours(folder)):
+            got = "it exists" if not replaceable else "something that calibrate did not write"
+            remedy = "choose another, or --overwrite" if not replaceable else "remove it yourself"
+            raise RequestError(Offence("--output", str(folder), "a folder that does not exist", got, remedy))
+
+
+def _is_ours(folder: Path) -> bool:
+    return folder.is_dir() and all(p.name == INDEX or re.fullmatch(FILE, p.name) for p in folder.iterdir())
+
+
+def _check_room(calibration: Calibration, output: Path, memory: int, need: int) -> None:
+    if need > memory:
+        expected, remedy = f"at least {need} bytes for one layer", "raise --memory"
+        raise RequestError(Offence("--memory", "", expected, str(memory), remedy))
+    parent = next(folder for folder in output.parents if folder.exists())
+    size = sum(group.resident for layer in calibration.planned() for group in layer)
+    if size > (free := shutil.disk_usage(parent).free):
+        remedy = "free some, or choose another disk"
+        raise RequestError(Offence("--output", str(parent), f"up to {size} bytes of free space", str(free), remedy))
+
+
+def _host_bytes(calibration: Calibration, device: torch.device) -> int:
+    """Host memory that a layer takes besides the hidden states: on a device only its finished factors."""
+    if device.type != "cpu":
+        return resident_bytes(calibration)
+    return device_bytes(calibration, [_step(group) for layer in calibration.planned() for group in layer])
+
+
+def _step(group: Group) -> Step:
+    return Step(group.modules[0], scratch=group.scratch)
 
 
 def _write_layers(
     calibration: Calibration, options: Calibrate, run: RunOptions, device: torch.device, staging: Path
 ) -> FactorIndex:
+    memory = int(run.memory)
+    hidden = min(memory // 2, memory - _host_bytes(calibration, device))
+    buffers = Buffers(memory - hidden - resident_bytes(calibration))
     layers: list[tuple[SavedGroup, ...]] = []
     reverted: dict[str, str] = {}
     with Progress(len(calibration.modules), run.quiet, unit="module") as progress:
-        for number, groups in enumerate(calibration.layers(device, int(run.memory), staging)):
-            file = f"factors-{number:05d}.safetensors"
-            factors, failed = _factors(groups, options.percdamp, run, device)
-            with clear_errors(staging):
-                save_file({name: u for name, (u, _) in factors.items()}, staging / file, {"format": "pt"})
-                _sync(staging / file)
-            layers.append(
-                tuple(
-                    _saved(group, file, *factors[group.modules[0]]) for group in groups if group.modules[0] in factors
-                )
-            )
-            reverted |= {
-                name: failed[group.modules[0]]
-                for group in groups
-                if group.modules[0] in failed
-                for name in group.modules
-            }
-            progress.done(groups[0].modules[0], sum(len(group.modules) for group in groups))
+        for number, groups in enumerate(calibration.layers(device, hidden, staging)):
+            _factor(groups, options.percdamp, device, buffers)
+            saved, failed = _save(groups, staging / f"factors-{number:05d}.safetensors", options.percdamp, device)
+            layers.append(saved)
+            reverted |= failed
+            progress.done(str(number), sum(len(group.modules) for group in groups))
+            groups.clear()
     return FactorIndex(
-        schema=SCHEMA,
         safeshard=version("safeshard"), torch=torch.__version__, aligned=_model_input(calibration.aligned),
-        calibration=calibration.inputs()["calibration"], options=options.model_dump(mode="json", exclude={"output"}),
+        sample=sample_weights(calibration.aligned),
+        calibration=calibration.inputs()["calibration"],
+        options=options.model_dump(mode="json", exclude={"aligned", "calibration", "output"}),
         layers=tuple(layers), reverted=reverted,
     )  # fmt: skip
 
 
-def _factors(
-    groups: Sequence[Group], percdamp: float, run: RunOptions, device: torch.device
-) -> tuple[dict[str, tuple[Tensor, float]], dict[str, str]]:
-    """Factor a layer's Grams side by side: by leading module, (U on the host, damping), or why there is none."""
+def _factor(groups: Sequence[Group], percdamp: float, device: torch.device, buffers: Buffers) -> None:
+    """Factor a layer's Grams side by side, each single-threaded: the same bytes as in a job's own calibration."""
     by_name = {group.modules[0]: group for group in groups}
-    done: dict[str, tuple[Tensor, float]] = {}
-    failed: dict[str, str] = {}
 
     def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
-        factor = by_name[step.name].factor(percdamp, loaded, device)
-        if isinstance(factor, str):
-            failed[step.name] = factor
-        else:
-            done[step.name] = (factor.u.cpu(), factor.damping)
+        by_name[step.name].factor(percdamp, loaded, device)
 
-    steps = [Step(name, scratch=group.scratch) for name, group in by_name.items()]
-    buffers = Buffers(max(int(run.memory), *(step.cost for step in steps)))
+    steps = [_step(group) if device.type == "cpu" else Step(group.modules[0]) for group in groups]
     run_steps(steps, compute, buffers=buffers, clock=Clock(), workers=workers_for(device))
-    return done, failed
 
 
-def _saved(group: Group, file: str, u: Tensor, damping: float) -> SavedGroup:
-    digest = hash_bytes(u.view(-1).view(torch.uint8).numpy().data)
-    return SavedGroup(modules=group.modules, file=file, tensor=group.modules[0], damping=damping, blake3=digest)
+def _save(
+    groups: Sequence[Group], file: Path, percdamp: float, device: torch.device
+) -> tuple[tuple[SavedGroup, ...], dict[str, str]]:
+    """Write a layer's factors; return their places, and the modules without one."""
+    tensors: dict[str, Tensor] = {}
+    saved: list[SavedGroup] = []
+    failed: dict[str, str] = {}
+    for group in groups:
+        factor, name = group.factor(percdamp, {}, device), group.modules[0]
+        if isinstance(factor, str):
+            failed |= dict.fromkeys(group.modules, factor)
+            continue
+        u = tensors[name] = factor.u.cpu()
+        saved.append(
+            SavedGroup(
+                modules=group.modules, file=file.name, tensor=name, damping=factor.damping, blake3=hash_factor(u)
+            )
+        )
+    with clear_errors(file.parent):
+        save_file(tensors, file, {"format": "pt"})
+        _sync(file)
+    return tuple(saved), failed
+
+
+def _publish(staging: Path, output: Path) -> None:
+    old = None
+    if output.exists():
+        old = output.with_name(f"{output.name}.replaced-{os.getpid()}")
+        output.rename(old)
+    staging.rename(output)
+    _sync(output.parent)
+    if old is not None:
+        shutil.rmtree(old)
 
 
 def _model_input(aligned: Checkpoint) -> Input:
     files = tuple(InputFile(name=f.name, size=f.size, header_sha256=f.sha256) for f in aligned.files)
     return Input(source=aligned.source.spec, revision=aligned.source.revision, files=files)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,42 +11,80 @@ import torch
 from torch import Tensor
 
 from safeshard.streamer.compute import compute_step
-from safeshard.streamer.factors import Group
+from safeshard.streamer.factors import FactorSource, Group, device_bytes, resident_bytes
 from safeshard.streamer.steps import JobRun, module_step
-from safeshard.streamer.stream import Clock, Step
+from safeshard.streamer.stream import Buffers, Clock, Step
 
 Compute = Callable[[Step, Mapping[Hashable, Tensor]], None]
+RunSteps = Callable[[Sequence[Step], Compute], None]
 
 
 def run_calibrated(
-    runs: Sequence[JobRun],
-    run_steps: Callable[[Sequence[Step], Compute], None],
-    *,
-    device: torch.device,
-    memory: int,
-    clock: Clock,
+    runs: Sequence[JobRun], run_steps: RunSteps, *, device: torch.device, buffers: Buffers, clock: Clock
 ) -> None:
-    """Serve all jobs that share a factor source in one pass over its layers.
+    """Serve all jobs that share a factor source in one pass over its layers; nothing is run where all is done."""
+    for source, sharing in _by_source(runs):
+        if _all_steps(source, sharing):
+            _serve(source, sharing, run_steps, device, buffers, clock)
 
-    A layer's steps are its groups of linears with one input: a worker factors the group's Gram and serves every job.
-    """
-    shared: dict[int, list[JobRun]] = {}
+
+def planned_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """The steps of the calibrated pass, as far as headers tell."""
+    return [step for source, sharing in _by_source(runs) for step in _all_steps(source, sharing)]
+
+
+def arithmetic_bytes(runs: Sequence[JobRun]) -> int:
+    """What the calibrated pass holds at most where the arithmetic is done, one step at a time."""
+    return max([device_bytes(source, _all_steps(source, sharing)) for source, sharing in _by_source(runs)], default=0)
+
+
+def host_bytes(runs: Sequence[JobRun], device: torch.device) -> int:
+    """What it holds of host memory at least. Hidden states come on top, in memory or in a file."""
+    if device.type == "cpu":
+        return arithmetic_bytes(runs)
+    steps = [step for source, sharing in _by_source(runs) for step in _all_steps(source, sharing, on_device=True)]
+    return max([step.cost for step in steps], default=0)
+
+
+def _by_source(runs: Sequence[JobRun]) -> list[tuple[FactorSource, list[JobRun]]]:
+    shared: dict[int, tuple[FactorSource, list[JobRun]]] = {}
     for job_run in runs:
-        if any(not job_run.is_done(name) for name in job_run.plan.modules if job_run.has_factor(name)):
-            shared.setdefault(id(job_run.plan.factors), []).append(job_run)
-    for sharing in shared.values():
-        _serve(sharing, run_steps, device, memory, clock)
+        if (source := job_run.plan.factors) is not None:
+            shared.setdefault(id(source), (source, []))[1].append(job_run)
+    return list(shared.values())
+
+
+def _all_steps(source: FactorSource, runs: Sequence[JobRun], on_device: bool = False) -> list[Step]:
+    return [step for layer in source.planned() for group in layer for step in _steps(group, runs, on_device)]
+
+
+def _steps(group: Group, runs: Sequence[JobRun], on_device: bool = False) -> list[Step]:
+    """A step a linear, or one for the group where its factor is read; `on_device` leaves out what arithmetic takes."""
+    block = max(getattr(r.job, "block_size", 0) for r in runs)
+    rows_of_u = 4 * group.width * min(block, group.width)  # those of a block's kept columns
+    steps = []
+    for modules in [group.modules] if group.saved else [(name,) for name in group.modules]:
+        step = module_step(modules[0], [(r, name) for r in runs for name in modules])
+        if group.saved is not None:
+            step.reads[group.saved.read.key] = group.saved.read
+        if not on_device:
+            step.scratch = max(step.scratch + rows_of_u, group.scratch)
+        if step.tasks:
+            steps.append(step)
+    return steps
 
 
 def _serve(
+    source: FactorSource,
     runs: Sequence[JobRun],
-    run_steps: Callable[[Sequence[Step], Compute], None],
+    run_steps: RunSteps,
     device: torch.device,
-    memory: int,
+    buffers: Buffers,
     clock: Clock,
 ) -> None:
-    source, percdamp = runs[0].plan.factors, getattr(runs[0].job, "percdamp", 0.0)
-    assert source is not None
+    on_device = device.type != "cpu"
+    percdamp = getattr(runs[0].job, "percdamp", 0.0)
+    hidden = min(source.hidden_bytes, buffers.limit // 2, buffers.limit - host_bytes(runs, device))
     groups: dict[str, Group] = {}
 
     def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
@@ -54,29 +93,34 @@ def _serve(
         clock.add("factor", start)
         compute_step(step, loaded, device, clock, factor)
 
-    for layer in _timed(source.layers(device, memory, _spill_folder(runs)), clock):
-        groups.update({group.modules[0]: group for group in layer})
-        run_steps([step for group in layer if (step := _step(group, runs)).tasks], compute)
-        groups.clear()  # the Grams go before the next layer runs
+    with _held(buffers, hidden + (0 if on_device else resident_bytes(source))):
+        layers = source.layers(device, hidden, _spill_folder(runs))
+        forward = 0 if on_device else source.forward_bytes
+        while (layer := _next(layers, buffers, forward, clock)) is not None:
+            groups.update({name: group for group in layer for name in group.modules})
+            run_steps([step for group in layer for step in _steps(group, runs, on_device)], compute)
+            groups.clear()  # the factors go before the next layer runs
+            layer.clear()
 
 
-def _step(group: Group, runs: Sequence[JobRun]) -> Step:
-    step = module_step(group.modules[0], [(r, name) for r in runs for name in group.modules])
-    step.scratch += group.scratch
-    if group.saved is not None:
-        step.reads[group.saved.key] = group.saved
-    return step
+def _next(layers: Iterator[list[Group]], buffers: Buffers, nbytes: int, clock: Clock) -> list[Group] | None:
+    """The next layer, its time counted as calibration."""
+    start = time.perf_counter()
+    with _held(buffers, nbytes):
+        layer = next(layers, None)
+    clock.add("calibrate", start)
+    return layer
 
 
-def _timed(layers: Iterator[Sequence[Group]], clock: Clock) -> Iterator[Sequence[Group]]:
-    """The same layers, with the time to produce each counted as calibration."""
-    while True:
-        start = time.perf_counter()
-        groups = next(layers, None)
-        clock.add("calibrate", start)
-        if groups is None:
-            return
-        yield groups
+@contextlib.contextmanager
+def _held(buffers: Buffers, nbytes: int) -> Iterator[None]:
+    """Count bytes that are held outside of any step."""
+    step = Step("calibration", scratch=nbytes)
+    buffer = buffers.take(step)
+    try:
+        yield
+    finally:
+        buffers.give(step, buffer)
 
 
 def _spill_folder(runs: Sequence[JobRun]) -> Path:

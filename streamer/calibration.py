@@ -88,7 +88,7 @@ def calibrate(
         RunError: while iterating, for a non-finite Gram (module and sample named), or a linear that does not run.
     """
     skeleton = Skeleton(config_folder, names, dtype)
-    _check_lengths(config_folder, tokens, skeleton.max_positions)
+    check_lengths(config_folder, tokens, skeleton.max_positions)
     batches = _batches(tokens, batch_tokens)
     return _run(skeleton, load, batches, device, lambda numel: _host_buffer(numel, dtype, budget_bytes, spill_folder))
 
@@ -213,7 +213,8 @@ class GramCollector:
         )
 
 
-def _check_lengths(folder: Path, tokens: Sequence[Sequence[int]], longest: int | None) -> None:
+def check_lengths(folder: Path, tokens: Sequence[Sequence[int]], longest: int | None) -> None:
+    """RequestError for no samples, empty ones, or one of more tokens than the model takes (`longest`)."""
     if not tokens or not all(tokens):
         raise RequestError(Offence("calibration data", expected="samples of at least one token", got="none"))
     if longest is not None and (got := max(map(len, tokens))) > longest:

@@ -23,9 +23,12 @@ BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias
 _RUNS = {
     part: place
     for place, part in enumerate(
-        "model transformer embed_tokens wte wpe layers h input_layernorm ln_1 self_attn attn q_proj k_proj v_proj qkv_proj "
-        "c_attn o_proj post_attention_layernorm ln_2 mlp gate_proj up_proj gate_up_proj c_fc down_proj c_proj norm ln_f "
-        "lm_head".split()
+        (
+            *("model", "transformer", "embed_tokens", "wte", "wpe", "layers", "h", "input_layernorm", "ln_1"),
+            *("self_attn", "attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "o_proj"),
+            *("post_attention_layernorm", "ln_2", "mlp", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "down_proj"),
+            *("c_proj", "norm", "ln_f", "lm_head"),
+        )
     )
 }
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}

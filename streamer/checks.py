@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
         yield from checkpoint.treatable(
             modules if checkpoint is aligned or plan.job.gated or checkpoint is finetuned else ()
         )
-        for module in modules:
+        for module in modules if checkpoint not in (finetuned, safe) else ():  # theirs are compared whole, below
             weight = aligned.weight(module)
             if weight is not None and checkpoint.weight(module) is None:
                 yield checkpoint.offence(
@@ -68,32 +69,27 @@ def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
 
 
 def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bool) -> Iterator[Offence]:
-    seen: set[Path] = set()
+    """Offences about where jobs write: what is there already, each other's way, and too small a disk."""
     need: dict[Path, int] = {}
-    sizes = {id(plan.job): plan.bytes_to_write for plan in plans}
-    for job in jobs:
-        if not job.writes_model:
+    sizes = {id(plan.job): 0 if plan.finished else plan.bytes_to_write for plan in plans}
+    done = {id(plan.job) for plan in plans if plan.finished}
+    paths = [job.output.absolute() for job in jobs if job.writes_model]
+    taken = Counter(paths) + Counter(staging_of(path) for path in paths)
+    for job in (job for job in jobs if job.writes_model):
+        path, shown = job.output.absolute(), str(job.output)
+        if taken[path] > 1 or any(parent in taken for parent in path.parents):
+            yield Offence("--output", shown, "a folder of its own for each job", "another job's", "rename one")
+        if id(job) in done:
             continue
-        path = job.output.absolute()
-        if path in seen:
-            yield Offence("--output", str(job.output), "a folder of its own for each job", "named twice", "rename one")
-        seen.add(path)
         if path.exists() and not overwrite:
-            yield Offence(
-                "--output",
-                str(job.output),
-                "a folder that does not exist",
-                "it exists",
-                "choose another, or --overwrite",
-            )
+            remedy = "choose another, or --overwrite"
+            yield Offence("--output", shown, "a folder that does not exist", "it exists", remedy)
         elif path.exists() and not _replaceable(path):
             got = "something that safeshard did not write"
-            yield Offence(
-                "--output", str(job.output), "an output of safeshard, to overwrite", got, "remove it yourself"
-            )
+            yield Offence("--output", shown, "an output of safeshard, to overwrite", got, "remove it yourself")
         parent = next(p for p in path.parents if p.exists())
         if not parent.is_dir():
-            yield Offence("--output", str(job.output), "a folder to write in", f"{parent} is a file", "choose another")
+            yield Offence("--output", shown, "a folder to write in", f"{parent} is a file", "choose another")
         else:
             need[parent] = need.get(parent, 0) + sizes.get(id(job), 0) - _taken(staging_of(path))
     for parent, nbytes in need.items():

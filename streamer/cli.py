@@ -6,7 +6,7 @@ import inspect as introspection
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -133,11 +133,12 @@ def _score(*, json: Json = False, **options: Any) -> None:
 @app.command("calibrate", help=Calibrate.__doc__)
 @_command([Calibrate, RunOptions])
 def _calibrate(*, json: Json = False, **options: Any) -> None:
-    folder = api.calibrate(**options)
+    made = api.calibrate(**options)
     if not options["quiet"]:
-        print(f"dry run: nothing was written to {folder}" if options["dry_run"] else f"factors: {folder}")
+        print(f"dry run: nothing was written to {made.output}" if options["dry_run"] else f"factors: {made.output}")
     if json:
-        _print_json({"output": str(folder)})
+        _print_json({"output": str(made.output), "reverted": dict(made.reverted)})
+    _exit_reverted(made.reverted, "no factor")
 
 
 @app.command("batch", help="Run the jobs of a YAML file in one pass over the checkpoints they share.")
@@ -170,6 +171,17 @@ def _done(results: Sequence[Any], options: dict[str, Any], as_json: bool) -> Non
         print(report.summary(results))
     if as_json:
         _print_json([report.outcome(r) for r in results])
+    _exit_reverted(
+        {f"{r.job.output}: {name}": why for r in results for name, why in r.reverted.items()}, "kept aligned"
+    )
+
+
+def _exit_reverted(reverted: Mapping[str, str], what: str) -> None:
+    """Where modules could not be treated, say which; the output is complete, the exit status 1."""
+    for name, why in reverted.items():
+        print(f"safeshard: {what}: {printable(name)}: {printable(why)}", file=sys.stderr)
+    if reverted:
+        raise typer.Exit(1)
 
 
 def _print_json(value: Any) -> None:

@@ -18,7 +18,7 @@ from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan import Pair, Weight
 from safeshard.streamer.steps import CopyTask, ModuleTask
 from safeshard.streamer.stream import Clock, Read, Step
-from safeshard.streamer.writer import NotFiniteError
+from safeshard.streamer.writer import NotFiniteError, all_finite
 
 UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
 
@@ -120,6 +120,8 @@ def _decide(
             job_run.score(plan.name, cosine)
     if job_run.is_done(plan.name):
         return
+    if job_run.job.calibrated or (plan.writes.keys() == {"b"} and gate is None):
+        _refuse_not_finite(task, inputs)  # what is not selected, or an A that is only copied, the writer never sees
     edit = job_run.job.edit(_module(task, inputs, gate, cosine, factor))
     start = time.perf_counter()
     try:
@@ -163,6 +165,6 @@ def _write(task: ModuleTask, tensors: Mapping[str, Tensor]) -> None:
 def _refuse_not_finite(task: ModuleTask, inputs: Inputs) -> None:
     """Name the input tensor that holds NaN or infinity, if one does."""
     for read in task.reads():
-        if not bool(torch.isfinite(inputs.tensor(read)).all()):
+        if not all_finite(inputs.tensor(read)):
             where = f"{read.source.spec}/{read.ref.file}: {read.ref.name}"
             raise RunError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from safeshard.kernels.factor import Factor, NonFiniteGramError, NotPositiveDefiniteError, safety_factor
-from safeshard.manifests.errors import RequestError, RunError
+from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
-from safeshard.streamer.calibration import calibrate
+from safeshard.streamer.calibration import calibrate, check_lengths
 from safeshard.streamer.checkpoint import Checkpoint
 from safeshard.streamer.methods.safedelta import Calibrated
 from safeshard.streamer.prompts import BUILT_IN, Prompts, load_prompts
-from safeshard.streamer.skeleton import Skeleton
+from safeshard.streamer.skeleton import Skeleton, read_config
 from safeshard.streamer.sources import Source
-from safeshard.streamer.stream import TORCH_DTYPES, Read
+from safeshard.streamer.stream import TORCH_DTYPES, Read, Step
 
 BATCH_TOKENS = 4096  # part of what decides the last bits of a Gram
 # What transformers reads to build a model and its tokenizer.
@@ -33,54 +35,107 @@ MODEL_FILES = (
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A factor in a file: its place, the damping it took, and the BLAKE3 of its bytes."""
+
+    read: Read
+    damping: float
+    blake3: str
+
+
+@dataclass
 class Group:
-    """Linears that share an input, hence a factor: made of its Gram (I x I fp32), or saved, or missing for a reason."""
+    """Linears with one input of `width` features, hence one factor: made of the Gram, or saved, or missing."""
 
     modules: tuple[str, ...]
-    gram: Tensor | None = None
-    saved: Read | None = None
-    damping: float = 0.0
-    blake3: str = ""  # of the saved factor's bytes
-    reason: str = ""
+    width: int
+    gram: Tensor | None = None  # I x I fp32, until the factor takes its place
+    saved: Saved | None = None
+    reason: str = ""  # why there is no factor
+    _made: Factor | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def resident(self) -> int:
+        """Bytes held while the layer is served: the Gram, then the factor."""
+        return 4 * self.width**2 if self.saved is None else 0
 
     @property
     def scratch(self) -> int:
-        """Host bytes of the Gram, and of the two more matrices that factoring it takes."""
-        return 3 * self.gram.numel() * 4 if self.gram is not None else 0
+        """Bytes that making or reading the factor takes besides."""
+        return 4 * self.width**2 * (2 if self.saved is None else 0)
 
-    def factor(self, percdamp: float, loaded: Mapping[Any, Tensor], device: torch.device) -> Factor | str:
-        """The factor, or why there is none.
+    def factor(self, percdamp: float, loaded: Mapping[Hashable, Tensor], device: torch.device) -> Factor | str:
+        """The factor, or why there is none. Whoever asks first makes it; others wait.
 
         Raises:
-            RunError: the Gram is not finite.
+            RunError: the Gram is not finite, or the saved factor is not what was saved.
         """
         if self.saved is not None:
-            host = loaded[self.saved.key]
-            if hash_bytes(host.view(-1).view(torch.uint8).numpy().data) != self.blake3:
-                place = f"{self.saved.source.spec}/{self.saved.ref.file}: {self.saved.ref.name}"
-                raise RunError(f"{place} is not what calibrate wrote", "calibrate again")
-            return Factor(host.to(device), self.damping, (self.damping,))
-        if self.gram is None:
-            return self.reason
+            return _read_factor(self.saved, loaded[self.saved.read.key], device)
+        with self._lock:
+            if self.gram is not None:
+                self._make(self.gram, percdamp)
+                self.gram = None
+        return self._made or self.reason
+
+    def _make(self, gram: Tensor, percdamp: float) -> None:
         try:
-            return safety_factor(self.gram, percdamp)
+            self._made = safety_factor(gram, percdamp)
         except NotPositiveDefiniteError as error:
-            return f"its Gram matrix has no factor: {error}"
+            self.reason = f"its Gram matrix has no factor: {error}"
         except NonFiniteGramError as error:
             remedy = "look at the calibration data and the aligned checkpoint"
             raise RunError(f"{self.modules[0]}: {error}", remedy) from error
 
 
+def _read_factor(saved: Saved, host: Tensor, device: torch.device) -> Factor:
+    if hash_factor(host) != saved.blake3:
+        place = f"{saved.read.source.spec}/{saved.read.ref.file}: {saved.read.ref.name}"
+        raise RunError(f"{place} is not what calibrate wrote", "calibrate again")
+    return Factor(host.to(device), saved.damping, (saved.damping,))
+
+
+def hash_factor(u: Tensor) -> str:
+    """BLAKE3 of a factor's bytes; it lies on the host, contiguous."""
+    return hash_bytes(u.view(-1).view(torch.uint8).numpy().data)
+
+
 class FactorSource(Protocol):
-    """Factors of an aligned model's linears."""
+    """Factors of an aligned model's linears.
+
+    Attributes:
+        modules: the linears it answers for.
+        forward_bytes: what running a layer of the aligned model holds, besides the Grams; 0 if nothing runs.
+        hidden_bytes: host bytes of the hidden states at most; 0 if nothing runs.
+    """
 
     modules: frozenset[str]
+    forward_bytes: int
+    hidden_bytes: int
 
     def inputs(self) -> dict[str, Input]:
         """What the manifest says of it, by role."""
 
-    def layers(self, device: torch.device, memory: int, spill: Path) -> Iterator[Sequence[Group]]:
-        """The groups of each decoder layer, in order. Drop one before asking for the next."""
+    def planned(self) -> Sequence[Sequence[Group]]:
+        """The groups of each decoder layer as far as headers tell, without Grams: none of them shared, if one runs."""
+
+    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
+        """The groups of each decoder layer, in order. Clear one before asking for the next.
+
+        Args:
+            budget: host bytes for hidden states; beyond them they lie in a file in `spill`.
+        """
+
+
+def resident_bytes(source: FactorSource) -> int:
+    """What a layer's Grams, and the factors that take their place, hold at most where the arithmetic is done."""
+    return max((sum(group.resident for group in layer) for layer in source.planned()), default=0)
+
+
+def device_bytes(source: FactorSource, steps: Iterable[Step]) -> int:
+    """What calibrating and serving layer by layer holds at most where the arithmetic is done, one step at a time."""
+    return resident_bytes(source) + max([source.forward_bytes, *(step.cost for step in steps)])
 
 
 class Calibration:
@@ -97,29 +152,41 @@ class Calibration:
         self.folder = _model_folder(aligned.source, Path(self._local.name))
         with _named(self.folder, aligned.source):
             skeleton = Skeleton(self.folder, aligned.tensors.keys(), dtype)
-            self.modules = frozenset(name for path in skeleton.layers for name in skeleton.linears(path))
+            _check_shapes(aligned, skeleton)
+            self._layers = {path: list(skeleton.linears(path)) for path in skeleton.layers}
             data, samples, longest = options.calibration, options.samples, options.max_tokens
             self.prompts: Prompts = load_prompts(
                 data, self.folder, samples=samples, max_tokens=longest, seed=options.seed
             )
+            check_lengths(self.folder, self.prompts.tokens, skeleton.max_positions)
+        self.modules = frozenset(name for names in self._layers.values() for name in names)
+        longest = max(map(len, self.prompts.tokens))
+        width = int(read_config(self.folder).get_text_config().hidden_size)
+        self.hidden_bytes = len(self.prompts.tokens) * longest * width * dtype.itemsize
+        self.forward_bytes = self._forward_bytes(skeleton.shapes(), max(BATCH_TOKENS, longest))
 
     def inputs(self) -> dict[str, Input]:
         path = Path(self.options.calibration) if self.options.calibration else BUILT_IN
         file = InputFile(name=path.name, size=path.stat().st_size, blake3=self.prompts.blake3)
         return {"calibration": Input(source=self.prompts.source, files=(file,))}
 
-    def layers(self, device: torch.device, memory: int, spill: Path) -> Iterator[Sequence[Group]]:
-        for layer in calibrate(
-            self.folder, self._load, self.aligned.tensors.keys(), self.prompts.tokens, device=device, dtype=self.dtype,
-            batch_tokens=BATCH_TOKENS, budget_bytes=memory // 2, spill_folder=spill,
-        ):  # fmt: skip
-            shared: dict[int, list[str]] = {}
-            for name, gram in layer.grams.items():
-                shared.setdefault(id(gram), []).append(name)
-            groups = [Group(tuple(names), layer.grams[names[0]]) for names in shared.values()]
-            layer.grams.clear()
-            yield groups
-            groups.clear()
+    def planned(self) -> list[list[Group]]:
+        return [[Group((name,), self._shape(name)[1]) for name in names] for names in self._layers.values()]
+
+    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
+        with _named(self.folder, self.aligned.source):
+            for layer in calibrate(
+                self.folder, self._load, self.aligned.tensors.keys(), self.prompts.tokens, device=device,
+                dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, spill_folder=spill,
+            ):  # fmt: skip
+                shared: dict[int, list[str]] = {}
+                for name, gram in layer.grams.items():
+                    shared.setdefault(id(gram), []).append(name)
+                groups = [
+                    Group(tuple(names), len(layer.grams[names[0]]), layer.grams[names[0]]) for names in shared.values()
+                ]
+                layer.grams.clear()
+                yield groups
 
     def _load(self, name: str) -> Tensor:
         ref = self.aligned.tensors[name]
@@ -127,15 +194,45 @@ class Calibration:
         self.aligned.source.readinto(ref.file, ref.offset, tensor.numpy().data)
         return tensor.view(TORCH_DTYPES[ref.dtype]).view(ref.shape)
 
+    def _shape(self, module: str) -> tuple[int, int]:
+        """(O, I) of a linear."""
+        shape = self.aligned.linears[module].shape
+        return (shape[1], shape[0]) if self.aligned.is_transposed(module) else (shape[0], shape[1])
+
+    def _forward_bytes(self, shapes: Mapping[str, Sequence[int]], tokens: int) -> int:
+        """The weights of a layer, or of the embeddings, and the inputs and outputs of a layer's linears for a batch."""
+        layer_of = {name: path for path in self._layers for name in shapes if name.startswith(path + ".")}
+        held = dict.fromkeys(["", *self._layers], 0)
+        for name, shape in shapes.items():
+            held[layer_of.get(name, "")] += math.prod(shape)
+        for path, names in self._layers.items():
+            held[path] += tokens * sum(sum(self._shape(name)) for name in names)
+        return max(held.values()) * self.dtype.itemsize
+
+
+def _check_shapes(aligned: Checkpoint, skeleton: Skeleton) -> None:
+    remedy = "config.json and the weights do not belong together"
+    offences = [
+        aligned.offence(name, f"{list(shape)} by config.json", str(list(aligned.tensors[name].shape)), remedy)
+        for name, shape in skeleton.shapes().items()
+        if aligned.tensors[name].shape != tuple(shape)
+    ]
+    if offences:
+        raise RequestError(offences)
+
 
 @contextlib.contextmanager
 def _named(folder: Path, source: Source) -> Iterator[None]:
     """Let offences name the model's source, not the local folder that stands for it."""
+
+    def renamed(offence: Offence) -> Offence:
+        where, got = (text.replace(str(folder), source.spec) for text in (offence.where, offence.got))
+        return replace(offence, where=where, got=got)
+
     try:
         yield
     except RequestError as error:
-        where = [offence.where.replace(str(folder), source.spec) for offence in error.offences]
-        raise RequestError([replace(o, where=w) for o, w in zip(error.offences, where, strict=True)]) from error
+        raise RequestError([renamed(offence) for offence in error.offences]) from error
 
 
 def _model_folder(source: Source, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from safeshard.manifests.card import card
+from safeshard.manifests.errors import RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.safetensors_header import header_digest
 from safeshard.manifests.schema import (
@@ -25,6 +26,7 @@ from safeshard.manifests.schema import (
     Run,
     TensorEntry,
     Tool,
+    load,
 )  # fmt: skip
 from safeshard.streamer import adapter as lora
 from safeshard.streamer.adapter import Adapter
@@ -78,6 +80,17 @@ def fingerprint(plan: JobPlan) -> dict[str, Any]:
         "options": plan.job.settings(),
         "inputs": inputs,
     }
+
+
+def finished(plan: JobPlan) -> Manifest | None:
+    """The manifest of an output that this very plan wrote before; None where there is none, or another's."""
+    job = plan.job
+    try:
+        manifest = load(job.output / MANIFEST_NAME)
+    except RequestError:
+        return None
+    theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, manifest.inputs)
+    return manifest if theirs == (version("safeshard"), job.method, job.settings(), _inputs(plan)) else None
 
 
 def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:

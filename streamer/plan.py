@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.manifests.schema import Fallback
+from safeshard.manifests.schema import Fallback, Manifest
 from safeshard.streamer.adapter import Adapter, LoraModule
 from safeshard.streamer.checkpoint import Checkpoint
 from safeshard.streamer.factors import FactorSource
@@ -86,6 +86,7 @@ class JobPlan:
     expected: int = 0
     adapter_config: dict[str, Any] | None = None
     factors: FactorSource | None = None
+    finished: Manifest | None = None  # of an output that an interrupted batch has completed already
 
     @property
     def aligned(self) -> Checkpoint:

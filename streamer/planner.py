@@ -1,7 +1,8 @@
 """The planner: opens every input by its headers, checks everything, and says what will be read and written.
 
-It reads no weights, with one exception: to refuse a fine-tuned model that equals the aligned one (or an aligned one
-that equals the unaligned), it compares bytes until the first difference.
+It reads no weights, with two exceptions: to refuse a fine-tuned model that equals the aligned one (or an aligned one
+that equals the unaligned), it compares bytes until the first difference; and to refuse factors of another model, it
+hashes a few KiB of some weights.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.checks import input_offences, output_offences
 from safeshard.streamer.compare import same_tensors
 from safeshard.streamer.factor_files import open_factors
+from safeshard.streamer.finish import finished
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.outputs import plan_outputs
@@ -39,6 +41,9 @@ class Planner:
             RequestError: some job cannot run; every offence of every job.
         """
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
+        if len(jobs) > 1 and not overwrite:  # an interrupted batch goes on with the jobs that are not done
+            for plan in plans:
+                plan.finished = finished(plan) if plan.job.writes_model else None
         self.offences += output_offences(jobs, plans, overwrite)
         if self.offences:
             raise RequestError(list(dict.fromkeys(self.offences)))

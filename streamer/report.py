@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from safeshard.manifests.errors import printable
+from safeshard.streamer.calibrated import arithmetic_bytes, planned_steps
 from safeshard.streamer.plan import JobPlan
 from safeshard.streamer.progress import human
 from safeshard.streamer.run import Result
@@ -42,7 +43,8 @@ def plan(plans: Sequence[JobPlan]) -> str:
     """What a dry run says: bytes to read and write, modules, and the memory it takes."""
     import torch
 
-    steps = module_steps([JobRun(p) for p in plans])
+    runs = [JobRun(p) for p in plans]
+    steps = [*module_steps(runs), *planned_steps(runs)]
     read = sum(step.nbytes for step in steps) + sum(copy.ref.nbytes for p in plans for copy in p.copies)
     lines = []
     for each in plans:
@@ -53,6 +55,10 @@ def plan(plans: Sequence[JobPlan]) -> str:
         lines += [f"  note: {f.asked} -> {f.done} ({f.why})" for f in each.fallbacks[:5]]
     in_flight = sorted((step.cost for step in steps), reverse=True)[: workers_for(torch.device("cpu")) + 4]
     lines.append(f"to read {human(read)} in {len(steps)} steps; tensors in flight take at most {human(sum(in_flight))}")
+    if calibrated := arithmetic_bytes(runs):
+        lines.append(
+            f"a layer with its Gram matrices, factors and compensation takes at most {human(calibrated)} on the device"
+        )
     lines.append("dry run: nothing was written")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import Manifest
-from safeshard.streamer.calibrated import Compute, run_calibrated
+from safeshard.streamer.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.compute import compute_step
 from safeshard.streamer.finish import Measured, fingerprint, publish
 from safeshard.streamer.methods.base import Job
@@ -28,12 +28,16 @@ from safeshard.streamer.writer import Writer
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a job: its plan, its manifest (None for a score or a dry run), and each module's cosine."""
+    """What came of a job: its plan, its manifest (None for a score or a dry run), and each module's cosine.
+
+    `reverted` names the modules that the method could not treat, kept aligned instead, and says why.
+    """
 
     job: Job
     plan: JobPlan
     manifest: Manifest | None
     cosines: Mapping[str, float | None]
+    reverted: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def output(self) -> Path:
@@ -49,12 +53,15 @@ def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
     """
     plans = Planner().plan(jobs, options.overwrite)
     runs = [JobRun(plan) for plan in plans]
-    costly = [step for step in (*module_steps(runs), *copy_steps(runs)) if step.cost > options.memory]
+    costs = [
+        (f"at least {s.cost} bytes for this step", s.name, s.cost) for s in (*module_steps(runs), *copy_steps(runs))
+    ]
+    layer = host_bytes(runs, torch.device(options.resolved_device()))
+    costs.append((f"at least {layer} bytes for a layer of the calibrated pass", "", layer))
+    limit, remedy = str(int(options.memory)), "raise --memory, or split the batch"
+    costly = [Offence("--memory", name, need, limit, remedy) for need, name, cost in costs if cost > options.memory]
     if costly:
-        limit, remedy = str(int(options.memory)), "raise --memory, or split the batch"
-        raise RequestError(
-            [Offence("--memory", s.name, f"at least {s.cost} bytes for this step", limit, remedy) for s in costly]
-        )
+        raise RequestError(costly)
     return plans
 
 
@@ -71,10 +78,11 @@ def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
         return [Result(plan.job, plan, None, {}) for plan in plans]
     runs: list[JobRun] = []
     try:
-        _start(plans, options, runs)
+        _start([plan for plan in plans if not plan.finished], options, runs)
         pass_ = _Pass(options, device)
         pass_.execute(runs)
-        return [_finish(job_run, pass_.measured(), options) for job_run in runs]
+        results = {id(r.plan): _finish(r, pass_.measured(), options) for r in runs}
+        return [results.get(id(plan)) or _earlier(plan) for plan in plans]
     finally:
         for job_run in runs:
             if job_run.writer:
@@ -105,10 +113,17 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     return JobRun(plan, writer, entries, cosines)
 
 
+def _earlier(plan: JobPlan) -> Result:
+    assert plan.finished is not None
+    cosines = {entry.name: entry.cosine for entry in plan.finished.modules}
+    reverted = {entry.name: entry.note or "" for entry in plan.finished.modules if entry.decision == "reverted"}
+    return Result(plan.job, plan, plan.finished, cosines, reverted)
+
+
 def _finish(job_run: JobRun, measured: Measured, options: RunOptions) -> Result:
     manifest = publish(job_run, measured, options.overwrite) if job_run.writer else None
     cosines = {name: job_run.cosines.get(name) for name in job_run.plan.modules}
-    return Result(job_run.job, job_run.plan, manifest, cosines)
+    return Result(job_run.job, job_run.plan, manifest, cosines, job_run.untreated())
 
 
 class _Pass:
@@ -136,8 +151,7 @@ class _Pass:
                 progress.extend(_bytes(steps))
                 self._run(steps, progress, compute)
 
-            memory = int(self.options.memory)
-            run_calibrated(runs, run_steps, device=self.device, memory=memory, clock=self.clock)
+            run_calibrated(runs, run_steps, device=self.device, buffers=self.buffers, clock=self.clock)
 
     def measured(self) -> Measured:
         """The run so far, for the manifest."""

@@ -85,6 +85,11 @@ class Skeleton:
         inside = self.layers[path].named_modules()
         return {_join(path, name): module for name, module in inside if isinstance(module, kinds)}
 
+    def shapes(self) -> dict[str, torch.Size]:
+        """The checkpoint's tensors of all but the output head, with the shapes that config.json gives them."""
+        tensors = self._body.state_dict()
+        return {self._spell(_join(self._body_path, name)): tensor.shape for name, tensor in tensors.items()}
+
     @contextmanager
     def filled(self, path: str | None, load: Load, device: torch.device) -> Iterator[None]:
         """Inside, the decoder layer at `path` has its weights, on `device` and in the dtype of the forward pass.

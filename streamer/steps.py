@@ -56,6 +56,14 @@ class JobRun:
         """Whether a module is served in the calibrated pass."""
         return self.plan.factors is not None and module in self.plan.factors.modules
 
+    def untreated(self) -> dict[str, str]:
+        """The modules that a factor was due for and that have none, kept aligned, and why."""
+        return {
+            name: entry["note"]
+            for name, entry in self.entries.items()
+            if entry["decision"] == "reverted" and self.has_factor(name)
+        }
+
     def needs_gate(self, module: str) -> bool:
         """Whether this pass computes a module's gate: not where ranking has already left it alone."""
         return self.job.gated and (self.chosen is None or module in self.chosen)

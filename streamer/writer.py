@@ -32,7 +32,8 @@ JOURNAL = "journal.jsonl"
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
 _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all set in NaN and infinity alone
-    torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00), torch.float32: (torch.int32, 0x7F800000),
+    torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00),
+    torch.float32: (torch.int32, 0x7F800000),
 }  # fmt: skip
 
 

@@ -62,8 +62,8 @@ class SafeDelta(Job, Calibrated):
 
     @model_validator(mode="after")
     def _consistent(self) -> SafeDelta:
-        if self.factors is not None and self.calibration is not None:
-            raise ValueError("give calibration or factors, not both")
+        if self.factors is not None and (fixed := sorted(self.model_fields_set & Calibrated.model_fields.keys())):
+            raise ValueError(f"factors were made with their own {', '.join(fixed)}: leave that to calibrate")
         if self.finetuned is not None and (self.output_format == "adapter" or self.rank is not None):
             raise ValueError("a full checkpoint gives a checkpoint: output_format and rank go with adapter")
         if self.output_format == "checkpoint" and self.rank is not None:
@@ -74,8 +74,15 @@ class SafeDelta(Job, Calibrated):
 
     def factors_key(self) -> str:
         """Equal for jobs that share their factors."""
-        shared = json.loads(self.model_dump_json(include={"aligned", "factors", "dtype", *Calibrated.model_fields}))
-        return json.dumps(shared, sort_keys=True)
+        decisive = (
+            {"aligned", "factors"} if self.factors is not None else {"aligned", "dtype", *Calibrated.model_fields}
+        )
+        return json.dumps(self.model_dump(mode="json", include=decisive), sort_keys=True)
+
+    def settings(self) -> dict[str, Any]:
+        places = {"calibration", "factors"}
+        left_out = places | (Calibrated.model_fields.keys() if self.factors is not None else set())
+        return {key: value for key, value in super().settings().items() if key not in left_out}
 
     @property
     def dense_scratch(self) -> int:
@@ -93,7 +100,7 @@ class SafeDelta(Job, Calibrated):
         if isinstance(finetuned, Adapter) and self.writes_checkpoint and self.rest == "finetuned":
             for key in sorted(finetuned.saved):
                 expected, remedy = "no whole tensors in the adapter", "use --rest aligned, or an adapter output"
-                yield Offence(finetuned.source.spec, key, expected, "modules_to_save", remedy)
+                yield Offence(finetuned.source.spec, key, expected, "one, of modules_to_save or an embedding", remedy)
 
     def parts(self, module: LoraModule, safe: LoraModule | None) -> dict[str, int]:
         columns = module.a.shape[1]
@@ -115,6 +122,8 @@ class SafeDelta(Job, Calibrated):
         if isinstance(pair, Lora) and self.selection == "block":
             b = pair.b.float() * pair.scaling
             result = self._lora(pair.a.float(), b, factor)
+            if result.scores.selected_fraction == 0:
+                return Edit("selected", {"weight": module.aligned}, _fields(result.scores, factor))
             delta = torch.cat([b[start:stop] @ m for start, stop, m in result.groups])
             return Edit("selected", {"weight": add(module.aligned, delta, dtype)}, _fields(result.scores, factor))
         return self._dense(module, factor, module.aligned, dtype)
@@ -126,6 +135,8 @@ class SafeDelta(Job, Calibrated):
             delta, factor, self.strength, selection=self.selection, block_size=self.block_size,
             sub_block=self.sub_block, compensate=self.compensate,
         )  # fmt: skip
+        if result.scores.selected_fraction == 0:  # to the bit, where adding zero would turn -0 into 0
+            return Edit("selected", {"weight": aligned}, _fields(result.scores, factor))
         new = add(aligned, result.delta, dtype)
         if isinstance(tuned, Tensor):  # to the bit, where adding the delta back may round otherwise
             new = torch.where(result.mask, tuned.to(dtype), new)

@@ -67,7 +67,8 @@ class SafeMerge(GatedJob):
     def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
         if not isinstance(finetuned, Adapter) or not isinstance(safe, Adapter):
             return
-        for key in sorted(safe.saved):
+        trained = (key for key in safe.saved if ".base_layer." not in key)  # PEFT saves a targeted head's frozen weight
+        for key in sorted(trained):
             expected = "whole tensors in the fine-tuned adapter alone"
             yield Offence(f"{safe.source.spec}", key, expected, "modules_to_save", "train the safe adapter without it")
         for name, module in finetuned.modules.items():

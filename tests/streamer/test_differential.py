@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -125,7 +126,7 @@ def gate(aligned: Tensor, unaligned: Tensor, delta: Tensor) -> tuple[float, Tens
 def between(cosines: Mapping[str, float]) -> float:
     """A threshold in the widest gap, so that both decisions occur and none is a matter of rounding."""
     values = sorted(cosines.values())
-    low, high = max(zip(values, values[1:], strict=False), key=lambda pair: pair[1] - pair[0])
+    low, high = max(itertools.pairwise(values), key=lambda pair: pair[1] - pair[0])
     return (low + high) / 2
 
 
@@ -409,6 +410,31 @@ def test_modules_to_save_are_carried_through(world: Any, load_tensors: Any) -> N
         head = load_tensors(out)["base_model.model.lm_head.weight"]
         assert torch.equal(head.view(torch.int16), tensors["base_model.model.lm_head.weight"].view(torch.int16))
         assert json.loads((out / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
+
+
+def test_a_tied_head_follows_its_embedding(world: Any, load_tensors: Any) -> None:
+    """The aligned checkpoint stores the head that it ties; the fine-tuned one does not."""
+    aligned = world.llama(1, seed=1)
+    aligned["lm_head.weight"] = aligned["model.embed_tokens.weight"].clone()
+    generator = torch.Generator().manual_seed(3)
+    tuned = {n: t + 0.1 * torch.randn(t.shape, generator=generator).bfloat16() for n, t in aligned.items()}
+    del tuned["lm_head.weight"]
+    folders = {
+        role: world.checkpoint(role, tensors, tie_word_embeddings=True)
+        for role, tensors in (
+            ("aligned", aligned),
+            ("finetuned", tuned),
+            ("unaligned", {n: 2 * t for n, t in tuned.items()}),
+        )
+    }
+    unaligned = folders.pop("unaligned")
+    safelora(**folders, unaligned=unaligned, threshold=0.0, output=world.root / "projected", quiet=True)
+    scale(**folders, factor=0.5, output=world.root / "scaled", quiet=True)
+    for name in ("projected", "scaled"):
+        got = load_tensors(world.root / name)
+        assert got.keys() == aligned.keys()
+        assert torch.equal(got["lm_head.weight"], got["model.embed_tokens.weight"])
+        assert not torch.equal(got["lm_head.weight"], aligned["lm_head.weight"])
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,20 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import api, safelora, safemerge
 from safeshard.streamer.stream import Clock
 from safeshard.streamer.writer import Writer
 
-# Runs one command and kills itself after a number of calls of a Writer method. One worker, and every record committed at
-# once, so that the journal holds exactly what was finished before.
+# Runs one command and kills itself after a number of calls of a Writer method. One worker, and every record committed
+# at once, so that the journal holds exactly what was finished before.
 DRIVER = """
 import json, os, signal, sys
 import safeshard.streamer.run as run
@@ -118,6 +120,16 @@ def test_a_killed_adapter_job_resumes(world: Any, journaled: Any, method: str, c
     assert api.verify(world.root / "out") == []
 
 
+def test_a_job_killed_just_before_it_is_published_resumes(world: Any) -> None:
+    """Also without its journal, which goes last."""
+    options = merge_options(world)
+    safemerge(**options, output=world.root / "whole")
+    killed_after("publish", 0, "safemerge", options | {"output": world.root / "out"})
+    (world.root / "out.partial/journal.jsonl").unlink()
+    safemerge(**options, output=world.root / "out")
+    assert contents(world.root / "out") == contents(world.root / "whole")
+
+
 @pytest.mark.parametrize(("method", "count"), [("record", 6), ("write", 9), ("copy", 3)])
 def test_a_killed_checkpoint_job_resumes(world: Any, journaled: Any, method: str, count: int) -> None:
     options = full_options(world)
@@ -210,8 +222,6 @@ def test_overwrite_starts_anew(interrupted: dict[str, Any], world: Any, journale
 def test_changed_weights_under_the_same_header_are_noticed(
     interrupted: dict[str, Any], world: Any, load_tensors: Any
 ) -> None:
-    from safetensors.torch import save_file
-
     options = interrupted
     file = options["adapter"] / "adapter_model.safetensors"
     save_file({n: t + 1 for n, t in load_tensors(options["adapter"]).items()}, file, {"format": "pt"})
@@ -254,7 +264,7 @@ def test_data_reaches_the_disk_before_the_journal_says_so(world: Any, monkeypatc
     synced: list[str] = []
 
     def fsync(fd: int) -> None:
-        synced.append(Path(os.readlink(f"/proc/self/fd/{fd}")).name)
+        synced.append(Path(f"/proc/self/fd/{fd}").readlink().name)
 
     def failing(self: Clock, stage: str, start: float, nbytes: int = 0) -> None:
         if stage == "write":
@@ -272,8 +282,7 @@ def test_space_that_an_unfinished_output_holds_is_not_asked_for_again(
     world: Any, interrupted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = interrupted
-    free = (0, 0, 64)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), dict(zip(("total", "used", "free"), free)))())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64))
     with pytest.raises(RequestError, match="free space"):
         safemerge(**options | {"output": world.root / "elsewhere"})
     safemerge(**options)
