@@ -80,10 +80,9 @@ def _opening(manifest: Manifest, kind: Kind) -> str:
 
 
 def _options(manifest: Manifest) -> str:
-    rows = [[_code(name), _code(json.dumps(value))] for name, value in manifest.method.options.items()]
-    if manifest.method.seed is not None:
-        rows.append([_code("seed"), _code(manifest.method.seed)])
-    return _table(["option", "value"], rows)
+    seed = {"seed": manifest.method.seed} if manifest.method.seed is not None else {}
+    options = seed | manifest.method.options
+    return _table(["option", "value"], ([_code(name), _code(json.dumps(value))] for name, value in options.items()))
 
 
 def _input_row(role: str, given: Input) -> list[str]:

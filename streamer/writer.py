@@ -213,7 +213,7 @@ def all_finite(tensor: Tensor) -> bool:
     if tensor.dtype not in _EXPONENTS:
         return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
     integer, mask = _EXPONENTS[tensor.dtype]
-    parts = tensor.reshape(-1).view(integer).split(1 << 20)
+    parts = torch.split(tensor.reshape(-1).view(integer), 1 << 20)
     return all(int(part.bitwise_and(mask).max()) != mask for part in parts if part.numel())
 
 
