@@ -81,7 +81,7 @@ def _opening(manifest: Manifest, kind: Kind) -> str:
 
 def _options(manifest: Manifest) -> str:
     seed = {"seed": manifest.method.seed} if manifest.method.seed is not None else {}
-    options = seed | manifest.method.options
+    options = manifest.method.options | seed
     return _table(["option", "value"], ([_code(name), _code(json.dumps(value))] for name, value in options.items()))
 
 
