@@ -5,8 +5,8 @@ share the kept columns S it equals one triangular solve and one product:
 
     E tri(U_SS) = (X - D)_S,   X_rest -= E U_S,rest,   X_S = D_S
 
-with U's entries within each sub-block of `sub_block` columns left out (the published approximation; 1 is exact OBS). The
-solve and the product run over chunks of columns, so that no work is spent below U's diagonal.
+with U's entries within each sub-block of `sub_block` columns left out (the published approximation; 1 is exact OBS).
+The solve and the product run over chunks of columns, so that no work is spent below U's diagonal.
 Shapes: X is k x I, D k x n in a block of n columns, U I x I; all fp32.
 """
 

@@ -1,12 +1,12 @@
 """Safe Delta on one weight: keep selected entries of the fine-tuned delta, and compensate the rest.
 
-Source: Safe Delta (ICML 2025). In delta space D is the fine-tuned delta and X the delta written, zero at first. Blocks of
-columns are handled in order: select entries by their loss (`safeshard.kernels.selection`), set them to D, and move the
-later entries of their rows so that the layer's output on the calibration inputs changes least (`column_compensation`
-where rows share their columns, `row_compensation` where they do not).
+Source: Safe Delta (ICML 2025). In delta space D is the fine-tuned delta and X the delta written, zero at first. Blocks
+of columns are handled in order: select entries by their loss (`safeshard.kernels.selection`), set them to D, and move
+the later entries of their rows so that the layer's output on the calibration inputs changes least
+(`column_compensation` where rows share their columns, `row_compensation` where they do not).
 
-Shapes: D and X are O x I; U is I x I; for LoRA D = B A with A r x I and B O x r; a block has n columns. All fp32, losses and
-budgets fp64.
+Shapes: D and X are O x I; U is I x I; for LoRA D = B A with A r x I and B O x r; a block has n columns. All fp32,
+losses and budgets fp64.
 """
 
 from __future__ import annotations

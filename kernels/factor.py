@@ -107,7 +107,7 @@ def safety_factor(gram: torch.Tensor, percdamp: float = 0.01, *, ladder: tuple[f
         raise NonFiniteGramError(f"{int((~diagonal.isfinite()).sum())} of {len(gram)} diagonal entries are not finite")
     diagonal = torch.where(diagonal == 0, 1.0, diagonal)
     attempts = []
-    work = torch.empty_like(gram)
+    work = torch.empty_like(gram, memory_format=torch.contiguous_format)
     for rung in ladder:
         attempts.append(percdamp * rung)
         _reverse(gram, work).diagonal().copy_((diagonal + attempts[-1] * diagonal.mean()).flip(0))
@@ -116,7 +116,8 @@ def safety_factor(gram: torch.Tensor, percdamp: float = 0.01, *, ladder: tuple[f
         transposed, _ = torch.linalg.cholesky_ex(work.T, upper=True, out=(work.T, info))
         if int(info) == 0:
             _invert_upper_(transposed)
-            return Factor(_reverse(transposed.T, torch.empty_like(gram)), attempts[-1], tuple(attempts))
+            u = _reverse(transposed.T, torch.empty_like(work))
+            return Factor(u, attempts[-1], tuple(attempts))
     if not gram.triu().isfinite().all():
         raise NonFiniteGramError("entries above the diagonal are not finite")
     raise NotPositiveDefiniteError(f"not positive definite with damping {', '.join(f'{a:g}' for a in attempts)}")

@@ -78,6 +78,8 @@ COMPILE_CASES = [
 
 
 def _accumulate_triton(gram: torch.Tensor, x: torch.Tensor) -> None:
+    if x.dtype == torch.bfloat16 and not isinstance(_gram_kernel, triton.JITFunction):
+        x = x.float()  # Triton's interpreter multiplies the bit patterns of bf16 operands
     n, size = x.shape
     settings = _tiles(x.dtype)
     tiles = triton.cdiv(size, settings["BLOCK_I"])

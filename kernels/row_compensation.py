@@ -12,6 +12,8 @@ to the columns after it is one matrix product. Shapes: X and D are O x I, U is I
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -63,7 +65,7 @@ def _row_chunk_kernel(
     tl.store(error_ptr + row[:, None] * stride_error + col[None, :], error, mask=inside)
 
 
-COMPILE_CASES = [
+COMPILE_CASES: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]] = [
     (
         _row_chunk_kernel,
         {

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -165,7 +166,7 @@ def _column_squares_kernel(
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * n + col, acc, mask=col < n)
 
 
-COMPILE_CASES = [
+COMPILE_CASES: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]] = [
     (
         _column_squares_kernel,
         {

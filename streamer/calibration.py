@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,14 +102,26 @@ def _run(
     device: torch.device,
     allocate: Callable[[int], torch.Tensor],
 ) -> Iterator[LayerGrams]:
-    hidden, calls = _embed(skeleton, load, batches, device, allocate)
+    with _one_thread():
+        hidden, calls = _embed(skeleton, load, batches, device, allocate)
     for index, path in enumerate(skeleton.layers):
         collector = GramCollector(skeleton.linears(path), batches)
-        with skeleton.filled(path, load, device), collector:
+        with _one_thread(), skeleton.filled(path, load, device), collector:
             for batch, states, batch_calls in zip(batches, hidden, calls, strict=True):
                 collector.start(batch)
                 states.copy_(batch_calls[index].run(skeleton.layers[path], states.to(device)))
         yield LayerGrams(index, path, collector.finish(), sum(len(batch.rows) for batch in batches))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Inside, torch computes on one thread of the CPU: how it cuts work into pieces changes the last bits of a Gram."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _embed(

@@ -163,6 +163,7 @@ def run_steps(
             failures.append(error)
         computing.submit(work, step, buffer)
 
+    threads = torch.get_num_threads()  # MKL's part of that setting is the process's, whichever thread sets it
     with (
         ThreadPoolExecutor(workers, "worker", initializer=torch.set_num_threads, initargs=(1,)) as computing,
         ThreadPoolExecutor(readers, "reader") as reading,
@@ -176,6 +177,7 @@ def run_steps(
         except BaseException as error:
             failures.append(error)
         reading.shutdown()  # readers hand their steps to the workers, so they end first
+    torch.set_num_threads(threads)
     if failures:
         raise failures[0]
 

@@ -37,7 +37,7 @@ def test_docstring_example(backend: Backend, device: str) -> None:
 
 
 @settings(deadline=None, max_examples=25)
-@given(seed=st.integers(0, 2**16), n=st.integers(0, 150), size=st.integers(1, 150), dtype=st.sampled_from(DTYPES))
+@given(seed=st.integers(0, 2**16), n=st.integers(0, 100), size=st.integers(1, 130), dtype=st.sampled_from(DTYPES))
 def test_matches_fp64(backend: Backend, device: str, seed: int, n: int, size: int, dtype: torch.dtype) -> None:
     x = inputs(seed, n, size, device, dtype)
     gram = torch.zeros(size, size, device=device)

@@ -297,3 +297,18 @@ def test_groups_that_change_between_batches_are_an_error(models, monkeypatch):
     monkeypatch.setattr(mlp, "forward", changing)
     with pytest.raises(RunError, match=r"up_proj: .*changes from batch to batch"):
         next(run(models("llama")[1], random_tokens([4, 5]), batch_tokens=1))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 4])
+def test_any_number_of_threads_gives_the_same_bytes(tmp_path, threads):
+    make_model(tmp_path, "llama", hidden_size=64, intermediate_size=1056)  # wide enough that torch cuts it into pieces
+    tokens = random_tokens([60] * 8)
+    expected = all_grams(run(tmp_path, tokens))
+    torch.set_num_threads(threads)
+    try:
+        got = all_grams(run(tmp_path, tokens))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(gram, expected[name]) for name, gram in got.items())

@@ -77,7 +77,6 @@ def test_adapter(case: Any, kind: str, strength: str) -> None:
 
 def test_adapter_equals_its_merged_checkpoint(llama: Any) -> None:
     """LoRA space against the full-checkpoint path on a checkpoint that holds W + scaling B A exactly."""
-    deltas = llama.deltas(llama.adapter, load_file(llama.adapter / "adapter_model.safetensors"))
     tensors = load_file(llama.adapter / "adapter_model.safetensors")
     tensors = {name: (t * 256).round() / 256 for name, t in tensors.items()}
     adapter = llama.root / "exact"
