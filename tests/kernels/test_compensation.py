@@ -27,6 +27,7 @@ from safeshard.kernels.row_compensation import compensate_rows
 from safeshard.kernels.selection import BlockSelection
 
 TOLERANCE = 5e-6  # of the norm of what is written, as for the published cases
+LORA = 1e-6  # of the norm of |B| |M|: where the terms of B M cancel, an M in fp32 cannot hold more
 BUDGET = 1e-5  # how much of a budget the rounding of fp32 losses may be worth
 
 SEEDS = st.integers(0, 2**16)
@@ -134,7 +135,7 @@ def test_dense_is_obs_entry_by_entry(
     assert result.scores.loss <= result.scores.budget
 
 
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=10)
 @given(seed=SEEDS, rows=ROWS, cols=st.integers(1, 150), sub_block=SUB_BLOCKS, strength=STRENGTHS, dead=DEAD)
 @pytest.mark.parametrize("selection", ["block", "row"])
 def test_dense_on_triton_is_obs_entry_by_entry(
@@ -164,7 +165,8 @@ def test_lora_is_obs_entry_by_entry(
     mask = selection_mask(result.selections, rows)
     exact = safe_delta_by_entries(b.double() @ a.double(), factor.u, mask, strength, block_size, sub_block, "block")
     b = b.to(device)
-    assert close(lora_delta(result, b), exact)
+    reach = torch.cat([b[start:stop].abs() @ m.abs() for start, stop, m in result.groups]).norm()
+    assert (lora_delta(result, b).cpu() - exact).norm() <= LORA * reach
     assert [(start, stop) for start, stop, _ in result.groups] == list(pairwise(edges(result)))
     assert len(result.groups) <= 1 + len(result.selections)
     for start, stop, m in result.groups:

@@ -303,10 +303,10 @@ def test_groups_that_change_between_batches_are_an_error(models, monkeypatch):
 def test_any_number_of_threads_gives_the_same_bytes(tmp_path, threads):
     make_model(tmp_path, "llama", hidden_size=64, intermediate_size=1056)  # wide enough that torch cuts it into pieces
     tokens = random_tokens([60] * 8)
-    expected = all_grams(run(tmp_path, tokens))
+    expected = all_grams(tmp_path, tokens)
     torch.set_num_threads(threads)
     try:
-        got = all_grams(run(tmp_path, tokens))
+        got = all_grams(tmp_path, tokens)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
