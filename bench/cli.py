@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from safeshard.bench import models, pipeline, rows
+from safeshard.bench import models, pipeline, rows, safedelta
 from safeshard.manifests.errors import Offence, RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure; rows go to bench/results.")
@@ -47,6 +47,20 @@ def measure_pipeline(
     _shape(shape)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline.run(folder, shape, layers, [int(n) for n in adapters.split(",")], runs, cold, full)
+
+
+@app.command("safedelta")
+def measure_safedelta(
+    folder: Folder,
+    shape: Shape = "llama-1b",
+    layers: Layers = 2,
+    jobs: Annotated[str, typer.Option(help="numbers of LoRA jobs in a batch")] = "1,16",
+    runs: Annotated[int, typer.Option(help="repetitions; the median counts", min=1)] = 3,
+) -> None:
+    """Time Safe Delta: one weight on its own, and whole jobs that share a calibration."""
+    _shape(shape)
+    safedelta.run_weight(runs)
+    safedelta.run_jobs(folder, shape, layers, [int(n) for n in jobs.split(",")], runs)
 
 
 @app.command("tables")

@@ -32,6 +32,7 @@ class Bench:
     files: Sequence[Path]
     runs: int
     cold: bool
+    file: str = "pipeline"
 
     def measure(self, what: str, job: Callable[[], tuple[float, int]], nbytes: int = 0, floor: float = 0.0) -> float:
         """Repeat `job`, which returns seconds and peak bytes; append and print a row; return the median seconds."""
@@ -44,7 +45,7 @@ class Bench:
             peaks.append(peak)
         seconds = seconds[-self.runs :]
         median, cache = statistics.median(seconds), "cold" if self.cold else "warm"
-        append("pipeline", {
+        append(self.file, {
             "what": what, "shape": self.label, "dtype": "bf16, adapters fp32", "median_s": f"{median:.3f}",
             "min_s": f"{min(seconds):.3f}", "max_s": f"{max(seconds):.3f}", "runs": len(seconds), "bytes": nbytes,
             "GB_per_s": f"{nbytes / median / 1e9:.2f}", "ceiling": "plain read" if floor else "",
@@ -80,11 +81,11 @@ def run(
     bench.measure("start Python and import torch", partial(_process, [sys.executable, "-c", "import torch"]))
     for count in adapters:
         read = gate_bytes + _file_bytes(paths, ["safe", *(f"adapter-{i}" for i in range(count))])
-        job = partial(_clean, folder / "outputs", _merge_command(folder, paths, count))
+        job = partial(clean_run, folder / "outputs", _merge_command(folder, paths, count))
         bench.measure(f"safemerge, {count} adapter{'s' * (count > 1)}", job, read, floor)
     if full:
         for what, (command, names) in _full_commands(paths, folder / "outputs" / "full").items():
-            bench.measure(what, partial(_clean, folder / "outputs", command), _file_bytes(paths, names))
+            bench.measure(what, partial(clean_run, folder / "outputs", command), _file_bytes(paths, names))
 
 
 def _file_bytes(paths: dict[str, Path], names: Iterable[str]) -> int:
@@ -158,7 +159,8 @@ def _full_commands(paths: dict[str, Path], output: Path) -> dict[str, tuple[list
     }  # fmt: skip
 
 
-def _clean(outputs: Path, command: Sequence[str]) -> tuple[float, int]:
+def clean_run(outputs: Path, command: Sequence[str]) -> tuple[float, int]:
+    """Empty `outputs`, then run a process; return its wall time in seconds and its peak resident memory in bytes."""
     shutil.rmtree(outputs, ignore_errors=True)
     outputs.mkdir()
     return _process(command)
