@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 from safeshard.bench import models, pipeline, rows, safedelta
 from safeshard.manifests.errors import Offence, RequestError
 
-app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure; rows go to bench/results.")
+app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure.\n\nRows go to bench/results.")
 Folder = Annotated[Path, typer.Option("--folder", help="where the models lie; they are made once and kept")]
 Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES))]
 Layers = Annotated[
@@ -45,8 +46,9 @@ def measure_pipeline(
 ) -> None:
     """Time whole jobs from outside, with peak memory, against plainly reading the same bytes."""
     _shape(shape)
+    counts = _numbers("--adapters", adapters)
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline.run(folder, shape, layers, [int(n) for n in adapters.split(",")], runs, cold, full)
+    pipeline.run(folder, shape, layers, counts, runs, cold, full)
 
 
 @app.command("safedelta")
@@ -59,8 +61,9 @@ def measure_safedelta(
 ) -> None:
     """Time Safe Delta: one weight on its own, and whole jobs that share a calibration."""
     _shape(shape)
+    counts = _numbers("--jobs", jobs)
     safedelta.run_weight(runs)
-    safedelta.run_jobs(folder, shape, layers, [int(n) for n in jobs.split(",")], runs)
+    safedelta.run_jobs(folder, shape, layers, counts, runs)
 
 
 @app.command("tables")
@@ -74,3 +77,9 @@ def _shape(name: str) -> models.Shape:
     if name not in models.SHAPES:
         raise RequestError(Offence("--shape", "", " or ".join(models.SHAPES), name))
     return models.SHAPES[name]
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d{0,4}(,[1-9]\d{0,4})*", text, re.ASCII):
+        raise RequestError(Offence(option, "", "numbers such as 1,8,32", text))
+    return [int(number) for number in text.split(",")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,12 @@ import torch
 import typer
 
 from safeshard import streamer
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.cli import main
 from safeshard.streamer.extras import require
 from safeshard.streamer.report import summary
 
+MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence remove
 app = typer.Typer(invoke_without_command=True, help="Run the methods on small models made on the spot.")
 
 
@@ -23,8 +27,7 @@ def demo(
     ),
 ) -> None:
     """Make models and adapters, score them, defend them in one batch, verify the outputs, and load one with PEFT."""
-    if (folder / "models").is_dir():
-        shutil.rmtree(folder)
+    _renew(folder)
     models, out = folder / "models", folder / "outputs"
     print(f"Making a 4-layer Llama, an aligned version of it and two LoRA adapters in {models}\n")
     make_models(models)
@@ -58,6 +61,21 @@ def demo(
     print("   safeshard score --aligned org/model-chat --unaligned org/model --adapter path/to/adapter")
     print("   safeshard safemerge --aligned org/model-chat --unaligned org/model --adapter path/to/adapter \\")
     print("       --safe-adapter path/to/safe-adapter --output defended")
+
+
+def _renew(folder: Path) -> None:
+    """Make `folder` anew, empty but for the marker.
+
+    Raises:
+        RequestError: it holds something, and no demo made it.
+    """
+    if (folder / MARKER).is_file():
+        shutil.rmtree(folder)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        got = "something that the demo did not make"
+        raise RequestError(Offence("--folder", str(folder), "a new folder, or a demo's", got, "choose another"))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARKER).touch()
 
 
 JOBS = """\
@@ -115,4 +133,4 @@ def logit_change(models: Path, defended: Path) -> float:
 
 
 if __name__ == "__main__":
-    app()
+    main(["demo", *sys.argv[1:]])

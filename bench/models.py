@@ -7,18 +7,21 @@ do, by a fraction of a weight. They repeat after a few million elements, which n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from safeshard.manifests.safetensors_header import layout
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.safetensors_header import TensorRef, layout
 from safeshard.streamer.adapter import CONFIG, WEIGHTS
 from safeshard.streamer.checkpoint import INDEX
 
 SHARD_BYTES = 5 << 30
+Sizes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype and shape
 POOL = (1 << 22) + 1  # odd, so that tensors start at ever new places of the pool
 
 
@@ -77,19 +80,20 @@ def make_models(
     """Write `aligned`, `unaligned`, `safe` and `adapter-0`, ... below `folder`; full `finetuned` ones on request.
 
     Existing folders are kept. Weights are bf16, adapters fp32, as PEFT saves them.
+
+    Raises:
+        RequestError: an existing folder holds another model, or an unfinished one.
     """
     paths = {name: folder / name for name in ("aligned", "unaligned", *(("finetuned", "finetuned-safe") * finetuned))}
     for seed, path in enumerate(paths.values()):
-        if not path.exists():
-            _write_checkpoint(path, shape, layers, _Values(0, seed or None, 0.02, torch.bfloat16))
+        _make_checkpoint(path, shape, layers, _Values(0, seed or None, 0.02, torch.bfloat16))
     for seed, name in enumerate(["safe", *(f"adapter-{i}" for i in range(adapters))]):
         paths[name] = folder / name
-        if not paths[name].exists():
-            _write_adapter(paths[name], shape, layers, rank, _Values(100 + seed, None, 0.01, torch.float32))
+        _make_adapter(paths[name], shape, layers, rank, _Values(100 + seed, None, 0.01, torch.float32))
     return paths
 
 
-def _write_checkpoint(path: Path, shape: Shape, layers: int, values: _Values) -> None:
+def _make_checkpoint(path: Path, shape: Shape, layers: int, values: _Values) -> None:
     tensors = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)} | {
         f"model.layers.{layer}.{name}.weight": size
         for layer in range(layers)
@@ -103,39 +107,75 @@ def _write_checkpoint(path: Path, shape: Shape, layers: int, values: _Values) ->
         if sum(2 * torch.Size(s).numel() for s in shards[-1].values()) + 2 * torch.Size(size).numel() > SHARD_BYTES:
             shards.append({})
         shards[-1][name] = size
-    path.mkdir(parents=True)
     weight_map: dict[str, str] = {}
+    files: dict[str, Sizes] = {}
     for number, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(path / file, {name: ("BF16", size) for name, size in shard.items()}, values)
+        files[file] = {name: ("BF16", size) for name, size in shard.items()}
         weight_map |= dict.fromkeys(shard, file)
-    if len(shards) > 1:
-        (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
         "intermediate_size": shape.inner, "num_hidden_layers": layers, "num_attention_heads": shape.heads,
         "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab, "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }  # fmt: skip
-    (path / "config.json").write_text(json.dumps(config, indent=2))
+    texts = {"config.json": json.dumps(config, indent=2)}
+    if len(shards) > 1:
+        texts[INDEX] = json.dumps({"metadata": {}, "weight_map": weight_map})
+    _make(path, files, texts, values)
 
 
-def _write_adapter(path: Path, shape: Shape, layers: int, rank: int, values: _Values) -> None:
+def _make_adapter(path: Path, shape: Shape, layers: int, rank: int, values: _Values) -> None:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer in range(layers):
         for name, (rows, columns) in shape.projections.items():
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = ("F32", (rank, columns))
             tensors[f"{key}.lora_B.weight"] = ("F32", (rows, rank))
-    path.mkdir(parents=True)
-    _write(path / WEIGHTS, tensors, values)
     targets = [name.rpartition(".")[2] for name in shape.projections]
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none"}
-    (path / CONFIG).write_text(json.dumps(config, indent=2))
+    _make(path, {WEIGHTS: tensors}, {CONFIG: json.dumps(config, indent=2)}, values)
 
 
-def _write(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], values: _Values) -> None:
-    header, refs = layout(path.name, [(name, dtype, size) for name, (dtype, size) in tensors.items()], {"format": "pt"})
+def _make(path: Path, files: Mapping[str, Sizes], texts: Mapping[str, str], values: _Values) -> None:
+    """Write a folder whole or not at all; one that is there must hold the same."""
+    if path.exists():
+        if not _is_made(path, files, texts):
+            got = "another one, or an unfinished one"
+            raise RequestError(Offence("--folder", str(path), "the model asked for", got, "remove it"))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as scratch:
+        folder = Path(scratch, path.name)
+        folder.mkdir()
+        for name, sizes in files.items():
+            _write(folder / name, sizes, values)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        folder.rename(path)
+
+
+def _is_made(path: Path, files: Mapping[str, Sizes], texts: Mapping[str, str]) -> bool:
+    return (
+        all((path / name).is_file() for name in (*files, *texts))
+        and all((path / name).read_text() == text for name, text in texts.items())
+        and all(_has_layout(path / name, sizes) for name, sizes in files.items())
+    )
+
+
+def _layout(file: str, sizes: Sizes) -> tuple[bytes, dict[str, TensorRef]]:
+    return layout(file, [(name, dtype, size) for name, (dtype, size) in sizes.items()], {"format": "pt"})
+
+
+def _has_layout(path: Path, sizes: Sizes) -> bool:
+    header, refs = _layout(path.name, sizes)
+    with path.open("rb") as file:
+        same_header = file.read(len(header)) == header
+    return same_header and path.stat().st_size == len(header) + sum(ref.nbytes for ref in refs.values())
+
+
+def _write(path: Path, sizes: Sizes, values: _Values) -> None:
+    header, refs = _layout(path.name, sizes)
     with path.open("wb") as file:
         file.write(header)
         for ref in sorted(refs.values(), key=lambda ref: ref.offset):

@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -62,7 +63,7 @@ def run(
     """Measure reading, importing, and SafeMERGE with each number of adapters; append a row each and print it.
 
     Args:
-        folder: where the models are made (kept) and the outputs written (removed).
+        folder: where the models are made (kept) and the outputs written (removed, in a folder of their own).
         shape: a name of `models.SHAPES`.
         layers: decoder layers, or None for the shape's own.
         adapters: numbers of fine-tuned adapters in one batch.
@@ -79,13 +80,15 @@ def run(
     gate_bytes = sum(ref.nbytes for _, ref in pair)
     floor = bench.measure("plain read of the decoder linears", partial(_plain_read, pair), gate_bytes)
     bench.measure("start Python and import torch", partial(_process, [sys.executable, "-c", "import torch"]))
-    for count in adapters:
-        read = gate_bytes + _file_bytes(paths, ["safe", *(f"adapter-{i}" for i in range(count))])
-        job = partial(clean_run, folder / "outputs", _merge_command(folder, paths, count))
-        bench.measure(f"safemerge, {count} adapter{'s' * (count > 1)}", job, read, floor)
-    if full:
-        for what, (command, names) in _full_commands(paths, folder / "outputs" / "full").items():
-            bench.measure(what, partial(clean_run, folder / "outputs", command), _file_bytes(paths, names))
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
+        outputs = Path(scratch, "outputs")
+        for count in adapters:
+            read = gate_bytes + _file_bytes(paths, ["safe", *(f"adapter-{i}" for i in range(count))])
+            job = partial(clean_run, outputs, _merge_command(Path(scratch), outputs, paths, count))
+            bench.measure(f"safemerge, {count} adapter{'s' * (count > 1)}", job, read, floor)
+        if full:
+            for what, (command, names) in _full_commands(paths, outputs / "full").items():
+                bench.measure(what, partial(clean_run, outputs, command), _file_bytes(paths, names))
 
 
 def _file_bytes(paths: dict[str, Path], names: Iterable[str]) -> int:
@@ -123,7 +126,7 @@ def _plain_read(places: Sequence[tuple[Path, TensorRef]], threads: int = 2) -> t
     return time.perf_counter() - start, threads * READ_BYTES
 
 
-def _merge_command(folder: Path, paths: dict[str, Path], count: int) -> list[str]:
+def _merge_command(scratch: Path, outputs: Path, paths: dict[str, Path], count: int) -> list[str]:
     common = {"aligned": paths["aligned"], "unaligned": paths["unaligned"], "safe_adapter": paths["safe"]}
     base = [sys.executable, "-m", "safeshard.streamer.cli"]
     if count == 1:
@@ -135,13 +138,13 @@ def _merge_command(folder: Path, paths: dict[str, Path], count: int) -> list[str
             "--adapter",
             str(paths["adapter-0"]),
             "--output",
-            str(folder / "outputs" / "one"),
+            str(outputs / "one"),
         ]
-    jobs = folder / f"jobs-{count}.yaml"
+    jobs = scratch / f"jobs-{count}.yaml"
     lines = ["defaults:", *(f"  {name}: {path}" for name, path in common.items()), "jobs:"]
     lines += ["  - method: safemerge", "    matrix:", "      adapter:"]
     lines += [f"        - {paths[f'adapter-{i}']}" for i in range(count)]
-    lines += [f"    output: {folder / 'outputs'}/{{adapter}}"]
+    lines += [f"    output: {outputs}/{{adapter}}"]
     jobs.write_text("\n".join(lines) + "\n")
     return [*base, "batch", str(jobs)]
 

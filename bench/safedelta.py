@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -52,20 +52,20 @@ def run_jobs(folder: Path, shape: str, layers: int | None, counts: list[int], ru
     layers = layers or size.layers
     folder.mkdir(parents=True, exist_ok=True)
     paths = make_models(folder, size, layers=layers, adapters=max(counts), rank=16, finetuned=False)
-    data = folder / "tokens.jsonl"
     ids = torch.randint(size.vocab, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
-    data.write_text("".join(json.dumps({"input_ids": sample}) + "\n" for sample in ids))
     bench = Bench(f"{shape} x{layers} layers, {SAMPLES} x {TOKENS} tokens", [], runs, cold=False, file="safedelta")
     nbytes = sum(file.stat().st_size for file in paths["aligned"].glob("*.safetensors"))
-    for count in counts:
-        jobs = folder / f"safedelta-{count}.yaml"
-        entries = [
-            {"method": "safedelta", "adapter": str(paths[f"adapter-{i}"]), "output": str(folder / "outputs" / str(i))}
-            for i in range(count)
-        ]
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
+        data, outputs = Path(scratch, "tokens.jsonl"), Path(scratch, "outputs")
+        data.write_text("".join(json.dumps({"input_ids": sample}) + "\n" for sample in ids))
         defaults = {"aligned": str(paths["aligned"]), "calibration": str(data), "samples": SAMPLES, "strength": 1.0}
-        jobs.write_text(json.dumps({"defaults": defaults, "jobs": entries}))  # JSON is YAML
-        command = [sys.executable, "-m", "safeshard.streamer.cli", "batch", str(jobs), "--memory", "8GiB"]
-        what = f"safedelta, {count} LoRA job{'s' * (count > 1)}"
-        bench.measure(what, partial(clean_run, folder / "outputs", command), nbytes)
-    shutil.rmtree(folder / "outputs")
+        for count in counts:
+            jobs = Path(scratch, f"jobs-{count}.yaml")
+            entries = [
+                {"method": "safedelta", "adapter": str(paths[f"adapter-{i}"]), "output": str(outputs / str(i))}
+                for i in range(count)
+            ]
+            jobs.write_text(json.dumps({"defaults": defaults, "jobs": entries}))  # JSON is YAML
+            command = [sys.executable, "-m", "safeshard.streamer.cli", "batch", str(jobs), "--memory", "8GiB"]
+            what = f"safedelta, {count} LoRA job{'s' * (count > 1)}"
+            bench.measure(what, partial(clean_run, outputs, command), nbytes)

@@ -99,7 +99,10 @@ class ModuleEntry(_Entry):
 
 
 class TensorEntry(_Entry):
-    """One tensor of the output: where it is, its safetensors dtype (`BF16`), its shape and the hash of its bytes."""
+    """One tensor of the output: where it is, its safetensors dtype (`BF16`), its shape and the hash of its bytes.
+
+    `source` is the role of the input that a tensor was taken over from which no method treats.
+    """
 
     name: Name
     file: Name
@@ -107,6 +110,7 @@ class TensorEntry(_Entry):
     shape: tuple[Count, ...]
     action: Action
     blake3: Hash
+    source: Name | None = None
 
 
 class FileEntry(_Entry):

@@ -15,12 +15,12 @@ from safeshard.manifests.render import render
 from safeshard.manifests.schema import load
 from safeshard.manifests.verify import Finding
 from safeshard.manifests.verify import verify as verify_output
-from safeshard.streamer.calibrate import Calibrate, Factors, run_calibrate
 from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import RunOptions, build
 from safeshard.streamer.run import Result, run
+from safeshard.streamer.save_factors import Calibrate, Factors, run_calibrate
 
 
 def safemerge(**options: Any) -> Result:
@@ -50,7 +50,7 @@ def safedelta(**options: Any) -> Result:
 def calibrate(**options: Any) -> Factors:
     """Save the factors of an aligned model, for reuse by Safe Delta jobs; return their folder, and what has none.
 
-    Keywords are the fields of `safeshard.streamer.calibrate.Calibrate` and of `RunOptions`.
+    Keywords are the fields of `safeshard.streamer.save_factors.Calibrate` and of `RunOptions`.
     """
     job_options, run_options = _split(options)
     return run_calibrate(build(Calibrate, job_options), run_options)

@@ -96,19 +96,21 @@ def _serve(
     with _held(buffers, hidden + (0 if on_device else resident_bytes(source))):
         layers = source.layers(device, hidden, _spill_folder(runs))
         forward = 0 if on_device else source.forward_bytes
-        while (layer := _next(layers, buffers, forward, clock)) is not None:
+        while (layer := _next(source, layers, buffers, forward, clock)) is not None:
             groups.update({name: group for group in layer for name in group.modules})
             run_steps([step for group in layer for step in _steps(group, runs, on_device)], compute)
             groups.clear()  # the factors go before the next layer runs
             layer.clear()
 
 
-def _next(layers: Iterator[list[Group]], buffers: Buffers, nbytes: int, clock: Clock) -> list[Group] | None:
-    """The next layer, its time counted as calibration."""
-    start = time.perf_counter()
+def _next(
+    source: FactorSource, layers: Iterator[list[Group]], buffers: Buffers, nbytes: int, clock: Clock
+) -> list[Group] | None:
+    """The next layer; its time and the bytes read for it are counted as calibration."""
+    start, before = time.perf_counter(), source.bytes_read
     with _held(buffers, nbytes):
         layer = next(layers, None)
-    clock.add("calibrate", start)
+    clock.add("calibrate", start, source.bytes_read - before)
     return layer
 
 

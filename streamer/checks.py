@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from safeshard.manifests.errors import Offence
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.schema import MANIFEST_NAME, load
 from safeshard.streamer.adapter import Adapter
 from safeshard.streamer.checkpoint import BUFFERS, Checkpoint, natural
 from safeshard.streamer.methods.base import Job
@@ -41,6 +42,12 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
         yield from aligned.untreatable_tensors()
         for checkpoint in (c for c in (finetuned, safe) if isinstance(c, Checkpoint)):
             yield from _name_offences(aligned, checkpoint)
+    if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint:
+        for module in finetuned.modules:
+            weight = aligned.weight(module)
+            if weight is not None and weight.name != f"{module}.weight":
+                got, remedy = f"it shares {weight.name}", "write an adapter, or untie the weights"
+                yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
     yield from plan.job.check(finetuned, safe)
 
 
@@ -74,11 +81,14 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
     sizes = {id(plan.job): 0 if plan.finished else plan.bytes_to_write for plan in plans}
     done = {id(plan.job) for plan in plans if plan.finished}
     paths = [job.output.absolute() for job in jobs if job.writes_model]
-    taken = Counter(paths) + Counter(staging_of(path) for path in paths)
+    taken = Counter(paths) + Counter(staging_of(path) for path in paths if path.name)
     for job in (job for job in jobs if job.writes_model):
         path, shown = job.output.absolute(), str(job.output)
         if taken[path] > 1 or any(parent in taken for parent in path.parents):
             yield Offence("--output", shown, "a folder of its own for each job", "another job's", "rename one")
+        if not path.name or _crosses_inputs(path, job):
+            yield Offence("--output", shown, "a folder apart from the inputs", "one in their way", "choose another")
+            continue
         if id(job) in done:
             continue
         if path.exists() and not overwrite:
@@ -106,4 +116,16 @@ def _taken(staging: Path) -> int:
 
 
 def _replaceable(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and (not any(path.iterdir()) or (path / "manifest.json").is_file())
+    if not path.is_dir() or path.is_symlink():
+        return False
+    try:
+        return not any(path.iterdir()) or bool(load(path / MANIFEST_NAME))
+    except RequestError:
+        return False
+
+
+def _crosses_inputs(path: Path, job: Job) -> bool:
+    """Whether an output is, holds or lies in the folder of one of the job's inputs."""
+    inputs = [Path(place).resolve() for place in job.inputs().values() if Path(place).is_dir()]
+    target = path.resolve()
+    return any(target == other or target in other.parents or other in target.parents for other in inputs)

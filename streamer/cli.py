@@ -17,10 +17,10 @@ from typer.core import TyperCommand
 
 from safeshard.manifests.errors import SafeshardError, printable
 from safeshard.streamer import api, report
-from safeshard.streamer.calibrate import Calibrate
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions
+from safeshard.streamer.save_factors import Calibrate
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -108,8 +108,10 @@ class FactorSource(Protocol):
         modules: the linears it answers for.
         forward_bytes: what running a layer of the aligned model holds, besides the Grams; 0 if nothing runs.
         hidden_bytes: host bytes of the hidden states at most; 0 if nothing runs.
+        bytes_read: of the aligned model so far, to run it.
     """
 
+    bytes_read: int
     modules: frozenset[str]
     forward_bytes: int
     hidden_bytes: int
@@ -148,6 +150,7 @@ class Calibration:
             RequestError: the model is none that can be calibrated, or the data is refused.
         """
         self.aligned, self.options, self.dtype = aligned, options, dtype
+        self.bytes_read = 0
         self._local = tempfile.TemporaryDirectory(prefix="safeshard-")
         self.folder = _model_folder(aligned.source, Path(self._local.name))
         with _named(self.folder, aligned.source):
@@ -192,6 +195,7 @@ class Calibration:
         ref = self.aligned.tensors[name]
         tensor = torch.empty(ref.nbytes, dtype=torch.uint8)
         self.aligned.source.readinto(ref.file, ref.offset, tensor.numpy().data)
+        self.bytes_read += ref.nbytes
         return tensor.view(TORCH_DTYPES[ref.dtype]).view(ref.shape)
 
     def _shape(self, module: str) -> tuple[int, int]:

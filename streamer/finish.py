@@ -89,6 +89,10 @@ def finished(plan: JobPlan) -> Manifest | None:
         manifest = load(job.output / MANIFEST_NAME)
     except RequestError:
         return None
+    local = [opened for opened in plan.inputs.values() if isinstance(opened.source, LocalSource)]
+    modified = [(opened.source.folder / f.name).stat().st_mtime for opened in local for f in opened.files]
+    if max(modified, default=0.0) > manifest.run.start.timestamp():  # headers do not show that weights were retrained
+        return None
     theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, manifest.inputs)
     return manifest if theirs == (version("safeshard"), job.method, job.settings(), _inputs(plan)) else None
 
@@ -120,10 +124,12 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
     for module in plan.modules.values():
         if _untouched(job_run, module):
             copied.update(module.writes.values())
+    roles = {opened.source.identity: role for role, opened in reversed(plan.inputs.items())}
+    origins = {copy.name: roles[copy.source.identity] for copy in plan.copies}
     tensors = [
         TensorEntry(
             name=name, file=file.name, dtype=ref.dtype, shape=ref.shape, blake3=writer.hashes[name],
-            action="copied" if name in copied else "edited",
+            action="copied" if name in copied else "edited", source=origins.get(name),
         )
         for file in plan.files
         for name, ref in file.tensors.items()
@@ -188,6 +194,8 @@ def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
     tuned = plan.finetuned if isinstance(plan.finetuned, Checkpoint) else plan.aligned
     files = _side_files(plan.aligned.source) | _side_files(plan.finetuned.source)
     if config := dict(tuned.config or plan.aligned.config):
+        if config.get("tie_word_embeddings") and any("lm_head.weight" in file.tensors for file in plan.files):
+            config["tie_word_embeddings"] = False  # or the head that is written would be passed over on loading
         written = {ref.dtype for file in plan.files for ref in file.tensors.values() if ref.dtype in TORCH_NAMES}
         if len(written) == 1:
             config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), TORCH_NAMES[written.pop()])
@@ -207,7 +215,8 @@ def _side_files(source: Source) -> dict[str, bytes]:
 def _base_model(plan: JobPlan) -> str | None:
     if isinstance(plan.finetuned, Adapter) and (named := plan.finetuned.config.raw.get("base_model_name_or_path")):
         return str(named)
-    return plan.aligned.source.spec.removeprefix("hf://").partition("@")[0]
+    source = plan.aligned.source
+    return source.spec.removeprefix("hf://").partition("@")[0] if source.revision else None
 
 
 def _json(value: Any) -> bytes:

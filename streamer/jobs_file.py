@@ -54,6 +54,14 @@ def read_jobs(path: Path) -> list[Job]:
         for key in document.keys() - {"defaults", "jobs"}
     ]
     defaults = document.get("defaults") or {}
+    if not isinstance(defaults, dict):
+        offences.append(Offence(str(path), "defaults", "a mapping of options", type(defaults).__name__))
+        defaults = {}
+    offences += [
+        Offence(str(path), f"defaults.{key}", "an option of some method", "an unknown one", "check the spelling")
+        for key in defaults
+        if not any(key in job.model_fields for job in METHODS.values())
+    ]
     jobs: list[Job] = []
     for number, entry in enumerate(document["jobs"], 1):
         where = f"{path}: job {number}"
@@ -68,8 +76,8 @@ def read_jobs(path: Path) -> list[Job]:
     return jobs
 
 
-def _jobs(where: str, defaults: Any, entry: Any) -> Iterator[Job]:
-    if not isinstance(defaults, dict) or not isinstance(entry, dict):
+def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
+    if not isinstance(entry, dict):
         raise RequestError(Offence(where, "", "a mapping of options", type(entry).__name__))
     method, matrix = entry.get("method"), entry.get("matrix", {})
     if not isinstance(method, str) or method not in METHODS:
@@ -80,11 +88,6 @@ def _jobs(where: str, defaults: Any, entry: Any) -> Iterator[Job]:
         raise RequestError(_too_many(where))
     known = METHODS[method].model_fields.keys()
     usable = {key: value for key, value in defaults.items() if key in known}  # a default may be for other methods
-    unknown = [key for key in defaults if not any(key in job.model_fields for job in METHODS.values())]
-    if unknown:
-        raise RequestError(
-            [Offence(where, f"defaults.{key}", "an option of some method", "an unknown one") for key in unknown]
-        )
     own = {key: value for key, value in entry.items() if key not in ("method", "matrix")}
     offences: list[Offence] = []
     for values in itertools.product(*matrix.values()):

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from safeshard.manifests.errors import Offence, RequestError
 
@@ -15,11 +26,28 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Place = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
+EXPECTED = {  # by pydantic's type of error, where its own message does not go on from "expected"
+    "string_pattern_mismatch": "auto, cpu, cuda or cuda:N",  # --device alone has a pattern
+    "byte_size": "a size such as 2GiB",
+    "byte_size_unit": "a size such as 2GiB",
+    "path_type": "a path",
+    "too_long": "at most {max_length} values",
+}
+
 
 class Options(BaseModel):
     """Frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse YAML's yes and true, which would else count as the number 1."""
+        values = value if isinstance(value, list | tuple) else [value]
+        if cls.model_fields[info.field_name or ""].annotation is not bool and any(isinstance(v, bool) for v in values):
+            raise PydanticCustomError("truth_value", "a value other than true and false")
+        return value
 
 
 class RunOptions(Options):
@@ -43,8 +71,11 @@ class RunOptions(Options):
             return "cuda" if torch.cuda.is_available() else "cpu"
         if self.device != "cpu":
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            got = f"{count} of them"
             if int(self.device.partition(":")[2] or 0) >= count:
-                raise RequestError(Offence("--device", "", self.device, f"{count} CUDA devices", "use --device cpu"))
+                raise RequestError(
+                    Offence("--device", self.device, "a CUDA device", got, "use --device cpu")
+                )
         return self.device
 
 
@@ -71,5 +102,7 @@ def _offence(where: str, details: Any) -> Offence:
             where or option, option if where else "", "a known option", "an unknown one", "check the spelling"
         )
     if details["type"] == "value_error":
-        return Offence(where or option or "options", option if where else "", message, "", "")
-    return Offence(where or option, option if where else "", message, repr(details["input"])[:80], "")
+        return Offence(where or message, message if where else "")  # a whole sentence
+    known = EXPECTED.get(details["type"])
+    expected = known.format_map(details.get("ctx", {})) if known else re.split(", (?:unable|got) ", message)[0]
+    return Offence(where or option, option if where else "", expected, repr(details["input"])[:80], "")

@@ -90,6 +90,9 @@ def _adapter_file(plan: JobPlan, adapter: Adapter) -> None:
         if job.rest_role == "finetuned":
             tensors.append((ref.name, _dtype(job, ref.dtype), ref.shape))
             plan.copies.append(Copy(ref.name, adapter.source, ref))
+            if job.edits_all:
+                why = "it is a whole tensor, not a delta"
+                plan.fallbacks.append(Fallback(asked=job.title, done="carried over", why=why, subject=ref.name))
         else:
             plan.fallbacks.append(_left_out(ref.name, "--rest aligned"))
     plan.files = [_output_file(WEIGHTS, tensors)]

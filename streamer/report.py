@@ -39,8 +39,8 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def plan(plans: Sequence[JobPlan]) -> str:
-    """What a dry run says: bytes to read and write, modules, and the memory it takes."""
+def plan(plans: Sequence[JobPlan], memory: int) -> str:
+    """What a dry run says: bytes to read and write, modules, and the memory it takes, of `memory` bytes allowed."""
     import torch
 
     runs = [JobRun(p) for p in plans]
@@ -53,8 +53,9 @@ def plan(plans: Sequence[JobPlan]) -> str:
             f"  modules {len(each.modules)} of {each.expected} expected, to write {human(each.bytes_to_write)}"
         )
         lines += [f"  note: {f.asked} -> {f.done} ({f.why})" for f in each.fallbacks[:5]]
-    in_flight = sorted((step.cost for step in steps), reverse=True)[: workers_for(torch.device("cpu")) + 4]
-    lines.append(f"to read {human(read)} in {len(steps)} steps; tensors in flight take at most {human(sum(in_flight))}")
+    costs = sorted((step.cost for step in steps), reverse=True)[: workers_for(torch.device("cpu")) + 4]
+    in_flight = human(min(sum(costs), memory))
+    lines.append(f"to read {human(read)} in {len(steps)} steps; tensors in flight take at most {in_flight}")
     if calibrated := arithmetic_bytes(runs):
         lines.append(
             f"a layer with its Gram matrices, factors and compensation takes at most {human(calibrated)} on the device"
@@ -66,7 +67,8 @@ def plan(plans: Sequence[JobPlan]) -> str:
 def scores(results: Sequence[Result]) -> str:
     """A table of cosines: a row a module, a column a fine-tuned model."""
     names = [str(r.job.adapter or r.job.finetuned) for r in results]
-    heads = [printable(name.rstrip("/").rsplit("/", 1)[-1], 24) for name in names]
+    short = [printable(name.rstrip("/").rsplit("/", 1)[-1], 24) for name in names]
+    heads = [printable(name) if short.count(s) > 1 else s for name, s in zip(names, short, strict=True)]
     modules = list(dict.fromkeys(module for r in results for module in r.cosines))
     width = max([6, *(len(printable(m, 60)) for m in modules)])
     lines = ["  ".join(["module".ljust(width), *(h.rjust(max(8, len(h))) for h in heads)])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import time
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import Manifest
 from safeshard.streamer.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.compute import compute_step
@@ -20,7 +21,7 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan import JobPlan
 from safeshard.streamer.planner import Planner
-from safeshard.streamer.progress import Progress
+from safeshard.streamer.progress import Progress, human
 from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
 from safeshard.streamer.writer import Writer
@@ -53,15 +54,13 @@ def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
     """
     plans = Planner().plan(jobs, options.overwrite)
     runs = [JobRun(plan) for plan in plans]
-    costs = [
-        (f"at least {s.cost} bytes for this step", s.name, s.cost) for s in (*module_steps(runs), *copy_steps(runs))
-    ]
-    layer = host_bytes(runs, torch.device(options.resolved_device()))
-    costs.append((f"at least {layer} bytes for a layer of the calibrated pass", "", layer))
-    limit, remedy = str(int(options.memory)), "raise --memory, or split the batch"
-    costly = [Offence("--memory", name, need, limit, remedy) for need, name, cost in costs if cost > options.memory]
-    if costly:
-        raise RequestError(costly)
+    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
+    costs.append((host_bytes(runs, torch.device(options.resolved_device())), "a layer of the calibrated pass"))
+    need, name = max(costs)
+    if need > options.memory:
+        remedy = "raise --memory, or split the batch"
+        expected = f"at least {need} bytes ({human(need)})"
+        raise RequestError(Offence("--memory", name, expected, human(options.memory), remedy))
     return plans
 
 
@@ -86,7 +85,8 @@ def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
     finally:
         for job_run in runs:
             if job_run.writer:
-                job_run.writer.abandon()
+                with contextlib.suppress(RunError):  # the run's own error says more
+                    job_run.writer.abandon()
 
 
 def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) -> None:
@@ -116,7 +116,8 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
 def _earlier(plan: JobPlan) -> Result:
     assert plan.finished is not None
     cosines = {entry.name: entry.cosine for entry in plan.finished.modules}
-    reverted = {entry.name: entry.note or "" for entry in plan.finished.modules if entry.decision == "reverted"}
+    due = plan.factors.modules if plan.factors else frozenset()
+    reverted = {e.name: e.note or "" for e in plan.finished.modules if e.decision == "reverted" and e.name in due}
     return Result(plan.job, plan, plan.finished, cosines, reverted)
 
 
@@ -160,7 +161,7 @@ class _Pass:
             device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
             start=self.started,
             wall_s=time.perf_counter() - self._start,
-            bytes_read=self.clock.bytes["read"] + self.clock.bytes["copy"],
+            bytes_read=sum(self.clock.bytes.values()),
             peak_buffer_bytes=self.buffers.peak,
             peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
             seconds={stage: round(seconds, 3) for stage, seconds in sorted(self.clock.seconds.items())},

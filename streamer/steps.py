@@ -157,11 +157,11 @@ def _reads(place: Pair | Weight | None) -> Iterator[Read]:
 
 
 def _projected(task: ModuleTask) -> int:
-    """Host bytes of a gate's projected B, held until the step ends."""
+    """Host bytes of a gate's fp32 copy of B, of V^T B, and of the projected B, which is held until the step ends."""
     finetuned = task.plan.finetuned
-    return (
-        finetuned.lora.b.shape[0] * finetuned.lora.rank * 4 if isinstance(finetuned, Pair) and task.run.job.gated else 0
-    )
+    if not isinstance(finetuned, Pair) or not task.run.job.gated:
+        return 0
+    return 4 * finetuned.lora.rank * (2 * finetuned.lora.b.shape[0] + finetuned.lora.a.shape[1])
 
 
 def _scratch(task: ModuleTask) -> int:

@@ -65,7 +65,7 @@ class Step:
 
 
 class Clock:
-    """Thread-seconds by stage, and byte counters."""
+    """Thread-seconds, and bytes read, by stage."""
 
     def __init__(self) -> None:
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -73,7 +73,7 @@ class Clock:
         self._lock = threading.Lock()
 
     def add(self, stage: str, start: float, nbytes: int = 0) -> None:
-        """Count the time since `start` (of time.perf_counter) and `nbytes` bytes to a stage."""
+        """Count the time since `start` (of time.perf_counter) and `nbytes` bytes read to a stage."""
         with self._lock:
             self.seconds[stage] += time.perf_counter() - start
             self.bytes[stage] += nbytes

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import safeshard.streamer as streamer
-from safeshard.streamer.calibrate import Calibrate
+from safeshard.streamer.save_factors import Calibrate
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.options import RunOptions
 

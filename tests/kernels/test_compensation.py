@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -99,7 +100,7 @@ def draw(seed: int, *shapes: tuple[int, int]) -> list[Tensor]:
 def calibration(seed: int, size: int, dead: list[int]) -> Tensor:
     """Correlated inputs, some of them dead, fewer tokens than inputs for some sizes."""
     x, mix = draw(seed, (100, size), (size, size))
-    x = x @ (torch.eye(size) + mix / size**0.5)
+    x @= torch.eye(size) + mix / math.sqrt(size)
     x[:, [d % size for d in dead]] = 0
     return x
 

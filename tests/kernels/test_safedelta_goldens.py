@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safeshard.kernels.backend import Backend
-from safeshard.kernels.compensation import safe_delta_dense
+from safeshard.kernels.compensation import Selection, safe_delta_dense
 from safeshard.kernels.factor import safety_factor
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -26,7 +26,7 @@ def written(aligned: Tensor, tuned: Tensor, mask: Tensor, delta: Tensor) -> Tens
 
 
 def error(result: Tensor, expected: Tensor, aligned: Tensor) -> float:
-    return ((result - expected.double()).norm() / (expected.double() - aligned.double()).norm()).item()
+    return float((result - expected.double()).norm() / (expected.double() - aligned.double()).norm())
 
 
 @pytest.mark.parametrize("name", ["one-block", "three-blocks", "ragged-dead-columns"])
@@ -70,7 +70,7 @@ def test_whole_models(backend: Backend, device: str, model: str) -> None:
 
 @pytest.mark.parametrize("model", ["llama", "Qwen2"])
 @pytest.mark.parametrize("selection", ["block", "row"])
-def test_compensation_lowers_the_output_error(device: str, model: str, selection: str) -> None:
+def test_compensation_lowers_the_output_error(device: str, model: str, selection: Selection) -> None:
     """|X change|_F^2 = tr(change H change^T) of every weight, against reverting the same entries."""
     options = json.loads((GOLDENS / model / "expected/safedelta.json").read_text())
     for name, aligned, tuned, gram, _ in modules(model, device):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from safeshard.kernels.factor import NotPositiveDefiniteError
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import calibrate, factors, safedelta
-from safeshard.streamer.calibrate import Factors
+from safeshard.streamer.save_factors import Factors
 from safeshard.streamer.cli import main
 
 MODULES = 7 * 3  # of the golden Llama
