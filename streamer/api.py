@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.render import render
@@ -18,52 +19,91 @@ from safeshard.manifests.verify import verify as verify_output
 from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
-from safeshard.streamer.options import RunOptions, build
+from safeshard.streamer.options import Options, RunOptions, build, fields_of
 from safeshard.streamer.run import Result, run
 from safeshard.streamer.save_factors import Calibrate, Factors, run_calibrate
 
+F = TypeVar("F", bound=Callable[..., Any])
 
+
+def _takes(*models: type[Options]) -> Callable[[F], F]:
+    """Show the fields of models as the keywords of a function, in place of its `**options`."""
+
+    def with_signature(function: F) -> F:
+        hints = {name: hint for model in models for name, hint in get_type_hints(model).items()}
+        keywords = {
+            name: Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if field.is_required() else field.default,
+                annotation=hints[name],
+            )
+            for name, field in fields_of(*models).items()
+        }
+        given = get_type_hints(function)
+        own = {
+            name: parameter.replace(annotation=given[name])
+            for name, parameter in signature(function).parameters.items()
+            if parameter.kind is not Parameter.VAR_KEYWORD
+        }
+        parameters = sorted((keywords | own).values(), key=lambda p: p.kind)
+        function.__signature__ = Signature(parameters, return_annotation=given["return"])  # type: ignore[attr-defined]
+        return function
+
+    return with_signature
+
+
+@_takes(METHODS["safemerge"], RunOptions)
 def safemerge(**options: Any) -> Result:
-    """Merge a fine-tuned adapter with a safe one where it left the alignment subspace (SafeMERGE, arXiv 2503.17239).
+    """SafeMERGE: merge with a safe model, by a gate.
 
+    A fine-tuned delta is merged with a safe one where it left the alignment subspace (arXiv 2503.17239).
     Keywords are the fields of `safeshard.streamer.methods.safemerge.SafeMerge` and of `RunOptions`.
     """
     return _run_one("safemerge", options)
 
 
+@_takes(METHODS["safelora"], RunOptions)
 def safelora(**options: Any) -> Result:
-    """Project a fine-tuned delta onto the alignment subspace (SafeLoRA, arXiv 2405.16833).
+    """SafeLoRA: project onto the alignment subspace.
 
+    A fine-tuned delta is projected where it points elsewhere (arXiv 2405.16833).
     Keywords are the fields of `safeshard.streamer.methods.safelora.SafeLora` and of `RunOptions`.
     """
     return _run_one("safelora", options)
 
 
+@_takes(METHODS["safedelta"], RunOptions)
 def safedelta(**options: Any) -> Result:
-    """Keep of a fine-tuned delta what a safety budget allows and compensate the rest (Safe Delta, arXiv 2505.12038).
+    """Safe Delta: keep what a safety budget allows.
 
+    The rest of the fine-tuned delta is reverted, and compensated (arXiv 2505.12038).
     Keywords are the fields of `safeshard.streamer.methods.safedelta.SafeDelta` and of `RunOptions`.
     """
     return _run_one("safedelta", options)
 
 
+@_takes(Calibrate, RunOptions)
 def calibrate(**options: Any) -> Factors:
-    """Save the factors of an aligned model, for reuse by Safe Delta jobs; return their folder, and what has none.
+    """Save the factors that Safe Delta jobs share.
 
+    Returns their folder, and the modules of the aligned model that have none.
     Keywords are the fields of `safeshard.streamer.save_factors.Calibrate` and of `RunOptions`.
     """
     job_options, run_options = _split(options)
     return run_calibrate(build(Calibrate, job_options), run_options)
 
 
+@_takes(METHODS["scale"], RunOptions)
 def scale(**options: Any) -> Result:
-    """Shrink a fine-tuned delta by a factor: the baseline.
+    """Shrink a fine-tuned delta: the baseline.
 
     Keywords are the fields of `safeshard.streamer.methods.scale.Scale` and of `RunOptions`.
     """
     return _run_one("scale", options)
 
 
+@_takes(Score, RunOptions)
 def score(
     *,
     adapter: str | Sequence[str] = (),
@@ -72,7 +112,9 @@ def score(
     overwrite: bool = False,
     **options: Any,
 ) -> list[Result]:
-    """Cosines of one or many fine-tuned models in one pass over `aligned` and `unaligned`; writes no model.
+    """Measure how far fine-tuned models strayed.
+
+    Cosines of one or many fine-tuned models in one pass over `aligned` and `unaligned`; writes no model.
 
     Args:
         adapter, finetuned: one source or several of each.
@@ -80,20 +122,35 @@ def score(
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
     table = Path(output) if output is not None else None
-    if table is not None and table.suffix not in (".csv", ".json"):
-        raise RequestError(Offence("--output", str(table), "a .csv or .json file", table.suffix or "no suffix"))
-    if table is not None and table.exists() and not overwrite:
-        raise RequestError(
-            Offence("--output", str(table), "a file that does not exist", "it exists", "choose another, or --overwrite")
-        )
+    if table is not None:
+        _check_table(table, overwrite)
     job_options, run_options = _split(options)
     sources = [{"adapter": s} for s in _listed(adapter)] + [{"finetuned": s} for s in _listed(finetuned)]
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
     results = run(jobs, run_options)
     if table is not None and not run_options.dry_run:
         table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(score_table(results, table.suffix))
+        table.write_text(score_table(results, table.suffix), encoding="utf-8", errors="backslashreplace")
     return results
+
+
+def _check_table(table: Path, overwrite: bool) -> None:
+    """Refuse a table that could not be written once all is computed."""
+    if table.suffix not in (".csv", ".json"):
+        raise RequestError(Offence("--output", str(table), "a .csv or .json file", table.suffix or "no suffix"))
+    try:
+        exists = table.exists()
+        if exists and not overwrite and not table.is_dir():
+            remedy = "choose another, or --overwrite"
+            raise RequestError(Offence("--output", str(table), "a file that does not exist", "it exists", remedy))
+        place = table if exists else next(p for p in table.absolute().parents if p.exists())
+        got = "" if os.access(place, os.W_OK) else f"no right to write to {place}"
+        if exists == place.is_dir():  # a folder to replace, or a file to write below
+            got = f"{place} is a {'folder' if exists else 'file'}"
+    except OSError as error:
+        got = error.strerror or "an unreadable place"
+    if got:
+        raise RequestError(Offence("--output", str(table), "a file that can be written", got, "choose another"))
 
 
 def score_table(results: Sequence[Result], suffix: str) -> str:
@@ -108,8 +165,11 @@ def score_table(results: Sequence[Result], suffix: str) -> str:
     return text.getvalue()
 
 
+@_takes(RunOptions)
 def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
-    """Run all jobs of a YAML file in one pass over the checkpoints they share.
+    """Run the jobs of a YAML file in one pass.
+
+    A checkpoint that jobs share is read once.
 
     Args:
         jobs: the file; its form is described in `safeshard.streamer.jobs_file`.
@@ -119,12 +179,18 @@ def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
 
 
 def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: bool = False) -> str:
-    """The decisions of a finished output as a table."""
+    """Show the decisions of a finished output.
+
+    A table of layers and modules, and a summary.
+    """
     return render(load(Path(output)), width=width, color=color)
 
 
 def verify(output: str | os.PathLike[str]) -> list[Finding]:
-    """Hash a finished output again; return what differs from its manifest."""
+    """Hash a finished output again.
+
+    Returns what differs from its manifest.
+    """
     return verify_output(Path(output))
 
 

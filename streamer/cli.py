@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect as introspection
+import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic.fields import FieldInfo
@@ -19,7 +21,7 @@ from safeshard.manifests.errors import SafeshardError, printable
 from safeshard.streamer import api, report
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
-from safeshard.streamer.options import Options, RunOptions
+from safeshard.streamer.options import Options, RunOptions, build, fields_of
 from safeshard.streamer.save_factors import Calibrate
 
 app = typer.Typer(
@@ -29,7 +31,27 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Streaming safety re-alignment for fine-tuned language models.",
 )
-Json = Annotated[bool, typer.Option("--json", help="print the outcome as one line of JSON at the end")]
+OUT_OF_MEMORY = re.compile(  # torch has no one type for it
+    r"out of memory|not enough memory|(can't|cannot|could not|unable to|failed to) allocate|alloc_failed", re.IGNORECASE
+)
+Json = Annotated[
+    bool, typer.Option("--json", help="print the outcome as one line of JSON at the end", show_default=False)
+]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"safeshard {version('safeshard')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    pass
 
 
 class _Variadic(TyperCommand):
@@ -38,12 +60,14 @@ class _Variadic(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         repeatable = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
         spread: list[str] = []
-        option = ""
-        for position, arg in enumerate(args):
+        option, has_value = "", False
+        for arg in args:
             if arg.startswith("-"):
-                option = arg if arg in repeatable else ""
-            elif option and args[position - 1] != option:
-                spread.append(option)
+                name, equals, _ = arg.partition("=")
+                option, has_value = name if name in repeatable else "", bool(equals)
+            elif option:
+                spread += [option] * has_value
+                has_value = True
             spread.append(arg)
         return super().parse_args(ctx, spread)
 
@@ -51,9 +75,8 @@ class _Variadic(TyperCommand):
 def _parameter(name: str, field: FieldInfo, many: bool) -> introspection.Parameter:
     """One command-line option from a model's field. Its default stays with the model: not given is None."""
     kind = _plain_type(field.annotation)
-    shown = (
-        "" if field.is_required() or field.default in (None, False, True) else f" (default: {_shown(field.default)})"
-    )
+    is_plain = field.is_required() or field.default is None or isinstance(field.default, bool)
+    shown = "" if is_plain else f" (default: {_shown(field.default)})"
     required = " (required)" if field.is_required() else ""
     flag = f"--{name.replace('_', '-')}"
     if field.default is True:
@@ -85,20 +108,17 @@ def _shown(value: Any) -> str:
 
 
 def _command(
-    models: Sequence[type[Options]], many: frozenset[str] = frozenset()
+    *models: type[Options], many: frozenset[str] = frozenset(), without: frozenset[str] = frozenset()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a function the options of `models`, and `--json`."""
+    """Give a function the fields of `models` as options, before its own; `many` may repeat."""
 
     def with_options(function: Callable[..., None]) -> Callable[..., None]:
-        fields = {name: field for model in models for name, field in model.model_fields.items()}
-        parameters = [
-            _parameter(name, field, name in many)
-            for name, field in sorted(fields.items(), key=lambda f: not f[1].is_required())
-        ]
-        kept = [p for p in introspection.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        positional = [p for p in kept if p.kind is p.POSITIONAL_OR_KEYWORD]
-        keywords = [p for p in kept if p.kind is p.KEYWORD_ONLY]
-        signature = introspection.Signature([*positional, *parameters, *keywords])
+        fields = {name: field for name, field in fields_of(*models).items() if name not in without}
+        parameters = [_parameter(name, field, name in many) for name, field in fields.items()]
+        hints = get_type_hints(function, include_extras=True)
+        own = introspection.signature(function).parameters.values()
+        kept = [p.replace(annotation=hints[p.name]) for p in own if p.kind is not p.VAR_KEYWORD]
+        signature = introspection.Signature(sorted([*parameters, *kept], key=lambda p: p.kind))
         function.__signature__ = signature  # type: ignore[attr-defined]
         function.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
         return function
@@ -106,23 +126,26 @@ def _command(
     return with_options
 
 
+def _help(function: Callable[..., Any], *paragraphs: str) -> str:
+    """The first line of a public function, for the list of commands, and what follows where one is asked about."""
+    return "\n\n".join([(function.__doc__ or "").splitlines()[0], *paragraphs])
+
+
 def _method_command(method: str) -> None:
     def command(*, json: Json = False, **options: Any) -> None:
         _done([getattr(api, method)(**options)], options, json)
 
     model = METHODS[method]
-    typer_command = app.command(
-        method, help=f"{model.title}: {(model.__doc__ or '').strip().splitlines()[0]} {model.paper}"
-    )
-    typer_command(_command([model, RunOptions])(command))
+    details = f"{(model.__doc__ or '').strip().splitlines()[0]} {model.paper}"
+    app.command(method, help=_help(getattr(api, method), details))(_command(model, RunOptions)(command))
 
 
 for _name in METHODS:
     _method_command(_name)
 
 
-@app.command("score", cls=_Variadic, help=Score.__doc__)
-@_command([Score, RunOptions], many=frozenset({"adapter", "finetuned"}))
+@app.command("score", cls=_Variadic, help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
+@_command(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype"}))
 def _score(*, json: Json = False, **options: Any) -> None:
     results = api.score(**{key: value for key, value in options.items() if value is not None})
     if not options["quiet"] and not options["dry_run"]:
@@ -130,8 +153,8 @@ def _score(*, json: Json = False, **options: Any) -> None:
     _done(results, options | {"quiet": True} if not options["dry_run"] else options, json)
 
 
-@app.command("calibrate", help=Calibrate.__doc__)
-@_command([Calibrate, RunOptions])
+@app.command("calibrate", help=_help(api.calibrate, Calibrate.__doc__ or ""))
+@_command(Calibrate, RunOptions)
 def _calibrate(*, json: Json = False, **options: Any) -> None:
     made = api.calibrate(**options)
     if not options["quiet"]:
@@ -141,18 +164,18 @@ def _calibrate(*, json: Json = False, **options: Any) -> None:
     _exit_reverted(made.reverted, "no factor")
 
 
-@app.command("batch", help="Run the jobs of a YAML file in one pass over the checkpoints they share.")
-@_command([RunOptions])
+@app.command("batch", help=_help(api.batch, "A checkpoint that jobs share is read once."))
+@_command(RunOptions)
 def _batch(jobs: Annotated[Path, typer.Argument(help="the jobs file")], *, json: Json = False, **options: Any) -> None:
     _done(api.batch(jobs, **options), options, json)
 
 
-@app.command("inspect", help="Print the decisions of a finished output as a table.")
+@app.command("inspect", help=_help(api.inspect))
 def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")]) -> None:
     print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=sys.stdout.isatty()))
 
 
-@app.command("verify", help="Hash a finished output again and say what differs from its manifest.")
+@app.command("verify", help=_help(api.verify, "Says what differs from its manifest."))
 def _verify(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")], json: Json = False) -> None:
     findings = api.verify(output)
     for finding in findings:
@@ -166,7 +189,8 @@ def _verify(output: Annotated[Path, typer.Argument(help="a folder that safeshard
 
 def _done(results: Sequence[Any], options: dict[str, Any], as_json: bool) -> None:
     if options["dry_run"]:
-        print(report.plan([r.plan for r in results]))
+        given = {name: options[name] for name in RunOptions.model_fields}
+        print(report.plan([r.plan for r in results], int(build(RunOptions, given).memory)))
     elif not options["quiet"]:
         print(report.summary(results))
     if as_json:
@@ -198,6 +222,9 @@ def _mount(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
+            stream.reconfigure(errors="replace")
     try:
         _mount(arguments)
         app(args=arguments, prog_name="safeshard")
@@ -209,6 +236,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         print(f"safeshard: {printable(error)}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        print(
+            f"safeshard: out of memory; use a smaller --memory or another --device: {printable(error)}", file=sys.stderr
+        )
         sys.exit(1)
 
 

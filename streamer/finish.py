@@ -89,8 +89,8 @@ def finished(plan: JobPlan) -> Manifest | None:
         manifest = load(job.output / MANIFEST_NAME)
     except RequestError:
         return None
-    local = [opened for opened in plan.inputs.values() if isinstance(opened.source, LocalSource)]
-    modified = [(opened.source.folder / f.name).stat().st_mtime for opened in local for f in opened.files]
+    local = [(opened.source, opened.files) for opened in plan.inputs.values() if isinstance(opened.source, LocalSource)]
+    modified = [source.local_path(f.name).stat().st_mtime for source, files in local for f in files]
     if max(modified, default=0.0) > manifest.run.start.timestamp():  # headers do not show that weights were retrained
         return None
     theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, manifest.inputs)
@@ -124,7 +124,7 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
     for module in plan.modules.values():
         if _untouched(job_run, module):
             copied.update(module.writes.values())
-    roles = {opened.source.identity: role for role, opened in reversed(plan.inputs.items())}
+    roles = {opened.source.identity: role for role, opened in plan.inputs.items()}
     origins = {copy.name: roles[copy.source.identity] for copy in plan.copies}
     tensors = [
         TensorEntry(

@@ -17,6 +17,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from safeshard.manifests.errors import Offence, RequestError
@@ -73,9 +74,7 @@ class RunOptions(Options):
             count = torch.cuda.device_count() if torch.cuda.is_available() else 0
             got = f"{count} of them"
             if int(self.device.partition(":")[2] or 0) >= count:
-                raise RequestError(
-                    Offence("--device", self.device, "a CUDA device", got, "use --device cpu")
-                )
+                raise RequestError(Offence("--device", self.device, "a CUDA device", got, "use --device cpu"))
         return self.device
 
 
@@ -89,6 +88,12 @@ def build(model: type[T], values: Mapping[str, Any], where: str = "") -> T:
         return model(**{key: value for key, value in values.items() if value is not None})
     except ValidationError as error:
         raise RequestError([_offence(where, details) for details in error.errors()]) from None
+
+
+def fields_of(*models: type[Options]) -> dict[str, FieldInfo]:
+    """The fields of models by name, required ones first."""
+    fields = [item for model in models for item in model.model_fields.items()]
+    return dict(sorted(fields, key=lambda item: not item[1].is_required()))
 
 
 def _offence(where: str, details: Any) -> Offence:

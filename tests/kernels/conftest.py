@@ -10,6 +10,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+
 # Session scope: Hypothesis runs many examples within one set-up of the fixtures.
 @pytest.fixture(scope="session", params=["torch", "triton"])
 def backend(request: pytest.FixtureRequest) -> str:

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from safeshard import streamer
+from safeshard.streamer import api
 from safeshard.streamer.cli import main
+from safeshard.streamer.methods.safemerge import SafeMerge
+from safeshard.streamer.options import RunOptions
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -110,3 +121,151 @@ def test_overwrite_replaces_only_what_safeshard_wrote(
     assert run(capsys, *merge_args, "--overwrite", "--threshold", "0.5")[0] == 0
     assert (out / "manifest.json").read_bytes() != first
     assert [p.name for p in world.root.iterdir() if "partial" in p.name or "replaced" in p.name] == []
+
+
+@pytest.mark.parametrize("spelling", ["--adapter={}", "--adapter {}"])
+def test_several_values_follow_either_spelling(capsys: pytest.CaptureFixture[str], world: Any, spelling: str) -> None:
+    paths = world.trio()
+    first = spelling.format(paths["adapter"]).split(" ")
+    base = ["score", "--aligned", paths["aligned"], "--unaligned", paths["unaligned"], "--quiet", "--json"]
+    status, stdout, _ = run(capsys, *base, *first, paths["safe_adapter"])
+    assert status == 0
+    assert [r["source"] for r in json.loads(stdout)] == [str(paths["adapter"]), str(paths["safe_adapter"])]
+
+
+def test_score_names_equal_last_parts_in_full(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+    paths = world.trio()
+    twins = [world.root / "alice" / "adapter", world.root / "bob" / "adapter"]
+    for twin in twins:
+        shutil.copytree(paths["adapter"], twin)
+    base = ["score", "--aligned", paths["aligned"], "--unaligned", paths["unaligned"], "--adapter"]
+    status, stdout, _ = run(capsys, *base, *twins, paths["safe_adapter"])
+    assert status == 0
+    assert stdout.splitlines()[0].split() == ["module", *map(str, twins), paths["safe_adapter"].name]
+
+
+@pytest.mark.parametrize("place", ["folder.csv", "file/table.csv", "n" * 300 + ".csv"])
+def test_score_refuses_a_bad_table_before_it_computes(
+    capsys: pytest.CaptureFixture[str], world: Any, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world.root / "folder.csv").mkdir()
+    (world.root / "file").touch()
+    monkeypatch.setattr(api, "run", lambda *_: pytest.fail("it computed"))
+    options = ["--aligned", "a", "--unaligned", "u", "--adapter", "x", "--overwrite"]
+    status, _, stderr = run(capsys, "score", *options, "--output", world.root / place)
+    assert status == 2
+    assert "--output" in stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("safelora --aligned a --unaligned u --adapter x --output o", "give either threshold or num_layers"),
+        ("scale --aligned a --adapter x --output o --factor 1 --device gpu",
+         "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ("scale --aligned a --adapter x --output o --factor 1 --memory lots",
+         "--memory: expected a size such as 2GiB, got 'lots'"),
+        ("safelora --aligned a --unaligned u --adapter x --output o --num-layers 0",
+         "--num-layers: expected greater than 0, got 0"),
+    ],
+)  # fmt: skip
+def test_messages_read_as_sentences(capsys: pytest.CaptureFixture[str], argv: str, message: str) -> None:
+    assert run(capsys, *argv.split()) == (2, "", f"safeshard: {message}\n")
+
+
+@pytest.mark.parametrize("options", ["threshold: yes", "num_layers: true", "adapter: no", "weights: [true, 0.2]"])
+def test_truth_values_are_no_numbers(capsys: pytest.CaptureFixture[str], tmp_path: Path, options: str) -> None:
+    method = "safemerge" if "weights" in options else "safelora"
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(f"jobs:\n  - {{method: {method}, aligned: a, unaligned: u, output: o, {options}}}\n")
+    status, _, stderr = run(capsys, "batch", jobs)
+    assert status == 2
+    assert f"{options.partition(':')[0]}: expected a value other than true and false" in stderr
+
+
+def test_a_wrong_default_is_reported_once_beside_the_jobs_own(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    jobs = tmp_path / "jobs.yaml"
+    jobs.write_text(
+        "defaults: {alinged: a, aligned: a, adapter: x}\n"
+        "jobs: [{method: scale, factor: 1, output: o}, {method: scale, output: p},\n"
+        "       {method: scale, factor: x, output: q}]"
+    )
+    status, _, stderr = run(capsys, "batch", jobs)
+    assert status == 2
+    assert stderr.count("defaults.alinged") == 1
+    assert "3 problems" in stderr
+    assert "job 2: factor" in stderr
+    assert "job 3: factor" in stderr
+
+
+def test_every_command_has_a_short_summary_and_explained_options(capsys: pytest.CaptureFixture[str]) -> None:
+    stdout = run(capsys, "--help")[1]
+    assert "..." not in stdout.partition("Commands:")[2]
+    assert len(stdout.partition("Commands:")[2].strip().splitlines()) == 11
+    assert "(default: 0)" in run(capsys, "safemerge", "--help")[1]
+    batch = run(capsys, "batch", "--help")[1]
+    assert "the jobs file" in batch
+    assert "--no-json" not in batch
+    assert "one line of JSON" in batch
+    assert "--dtype" not in run(capsys, "score", "--help")[1]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, f"safeshard {version('safeshard')}\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "caught"),
+    [
+        (MemoryError(), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("expected 3 dimensions"), False),
+    ],
+)
+def test_out_of_memory_is_a_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception, caught: bool
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "verify", fail)
+    if not caught:
+        with pytest.raises(RuntimeError, match="3 dimensions"):
+            main(["verify", "x"])
+        return
+    status, _, stderr = run(capsys, "verify", "x")
+    assert status == 1
+    assert "out of memory; use a smaller --memory or another --device" in stderr
+
+
+def test_an_ascii_terminal_gets_replacements(world: Any, merge_args: list[object]) -> None:
+    named = world.root / "sortie-é"
+    merge_args[merge_args.index("--quiet")] = "--json"
+    merge_args[merge_args.index(world.root / "out")] = named
+    command = [sys.executable, "-m", "safeshard.streamer.cli", *map(str, merge_args)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "sortie-?" in done.stdout
+    assert (named / "manifest.json").exists()
+
+
+def test_a_plan_takes_no_more_than_the_memory_allowed(
+    capsys: pytest.CaptureFixture[str], merge_args: list[object]
+) -> None:
+    merge_args.remove("--quiet")
+    status, stdout, _ = run(capsys, *merge_args, "--dry-run", "--memory", "18MB")
+    assert status == 0
+    assert "in flight take at most 18.00 MB" in stdout
+
+
+def test_functions_show_their_keywords() -> None:
+    parameters = signature(streamer.safemerge).parameters
+    assert {*SafeMerge.model_fields, *RunOptions.model_fields} == set(parameters)
+    assert parameters["threshold"].default == 0.35
+    assert parameters["threshold"].annotation is float
+    assert parameters["aligned"].default is Parameter.empty
+    assert next(iter(signature(streamer.batch).parameters)) == "jobs"
+    assert signature(streamer.score).parameters["adapter"].default == ()

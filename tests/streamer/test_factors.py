@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from safeshard.kernels.factor import NotPositiveDefiniteError
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import calibrate, factors, safedelta
-from safeshard.streamer.save_factors import Factors
 from safeshard.streamer.cli import main
+from safeshard.streamer.save_factors import Factors
 
 MODULES = 7 * 3  # of the golden Llama
 
