@@ -144,7 +144,10 @@ def lora_gate(
     for (a, b), z in zip(adapters, products, strict=True):
         a, b = a.float(), b.float()
         gram_a = inner(a.T, a.T)
-        dot, projected_square, delta_square = ((inner(x, y) * gram_a).sum() for x, y in ((b, z), (z, z), (b, b)))
+        rank, both = len(gram_a), torch.cat((b, z), dim=1)
+        gram = inner(both, both)  # of [B Z]: one product, for thin ones cost more to start than to compute
+        delta_square, dot = (gram[:rank, :rank] * gram_a).sum(), (gram[:rank, rank:] * gram_a).sum()
+        projected_square = (gram[rank:, rank:] * gram_a).sum()
         gates.append(Gate(_cosine(dot, projected_square, delta_square, squared_norm), _over_norm(z, squared_norm)))
     return gates
 
