@@ -70,7 +70,7 @@ class Journal:
         os.ftruncate(fd, 0)
         _write(fd, line, 0)
         os.fsync(fd)
-        _sync_folder(path.parent)
+        sync_path(path.parent)
         return cls(path, fd, len(line), [])
 
     @classmethod
@@ -170,8 +170,9 @@ def _write(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Make a file, or a folder's list of names, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

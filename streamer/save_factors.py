@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.journal import sync_path
 from safeshard.manifests.schema import Input, InputFile
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedGroup, sample_weights
@@ -69,7 +70,7 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
         index = _write_layers(calibration, options, run, device, staging)
         with clear_errors(output):
             (staging / INDEX).write_text(index.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
-            _sync(staging / INDEX)
+            sync_path(staging / INDEX)
             _publish(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -166,7 +167,7 @@ def _save(
         )
     with clear_errors(file.parent):
         save_file(tensors, file, {"format": "pt"})
-        _sync(file)
+        sync_path(file)
     return tuple(saved), failed
 
 
@@ -176,7 +177,7 @@ def _publish(staging: Path, output: Path) -> None:
         old = output.with_name(f"{output.name}.replaced-{os.getpid()}")
         output.rename(old)
     staging.rename(output)
-    _sync(output.parent)
+    sync_path(output.parent)
     if old is not None:
         shutil.rmtree(old)
 
@@ -184,11 +185,3 @@ def _publish(staging: Path, output: Path) -> None:
 def _model_input(aligned: Checkpoint) -> Input:
     files = tuple(InputFile(name=f.name, size=f.size, header_sha256=f.sha256) for f in aligned.files)
     return Input(source=aligned.source.spec, revision=aligned.source.revision, files=files)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes, hash_tensor_region
-from safeshard.manifests.journal import Journal
+from safeshard.manifests.journal import Journal, sync_path
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import MANIFEST_NAME
 from safeshard.streamer.plan import Copy, OutputFile, staging_of
@@ -165,13 +165,13 @@ class Writer:
         known = {file.name for file in self.files}
         with clear_errors(self.output):
             (self.staging / JOURNAL).unlink()
-            _sync_folder(self.staging)
+            sync_path(self.staging)
             old = None
             if overwrite and self.output.exists():
                 old = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
                 self.output.rename(old)
             self.staging.rename(self.output)
-            _sync_folder(self.output.parent)
+            sync_path(self.output.parent)
             if old is not None:
                 shutil.rmtree(old)
         self.journal.close()
@@ -262,14 +262,6 @@ def _copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
     finally:
         os.close(source)
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _check_ours(staging: Path) -> None:
