@@ -21,7 +21,7 @@ Layers = Annotated[
 
 @app.command("make-models")
 def make_models(
-    folder: Folder,
+    folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
     layers: Layers = None,
     adapters: Annotated[int, typer.Option(help="fine-tuned adapters", min=1)] = 1,
@@ -36,7 +36,7 @@ def make_models(
 
 @app.command("pipeline")
 def measure_pipeline(
-    folder: Folder,
+    folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
     layers: Layers = None,
     adapters: Annotated[str, typer.Option(help="numbers of adapters in a batch")] = "1,8,32",
@@ -53,7 +53,7 @@ def measure_pipeline(
 
 @app.command("safedelta")
 def measure_safedelta(
-    folder: Folder,
+    folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
     layers: Layers = 2,
     jobs: Annotated[str, typer.Option(help="numbers of LoRA jobs in a batch")] = "1,16",
