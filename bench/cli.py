@@ -62,7 +62,8 @@ def measure_safedelta(
     """Time Safe Delta: one weight on its own, and whole jobs that share a calibration."""
     _shape(shape)
     counts = _numbers("--jobs", jobs)
-    safedelta.run_weight(runs)
+    for threads in (1, 2):
+        safedelta.run_weight(runs, threads)
     safedelta.run_jobs(folder, shape, layers, counts, runs)
 
 

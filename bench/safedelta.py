@@ -23,8 +23,12 @@ ROWS, COLUMNS = 2048, 4096  # the weight that the published code was timed with
 SAMPLES, TOKENS = 32, 64
 
 
-def run_weight(runs: int) -> None:
-    """Time factor, selection and compensation of one full delta (2048 x 4096, fp32); append a row and print it."""
+def run_weight(runs: int, threads: int) -> None:
+    """Time factor, selection and compensation of one full delta (2048 x 4096, fp32); append a row and print it.
+
+    A job's worker computes on one thread, so that results do not depend on how many there are.
+    """
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     delta = torch.randn(ROWS, COLUMNS, generator=generator) * 0.01
     inputs = torch.randn(2 * COLUMNS, COLUMNS, generator=generator)
@@ -38,12 +42,16 @@ def run_weight(runs: int) -> None:
     seconds = seconds[1:]
     median, peak = statistics.median(seconds), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     nbytes = 4 * (gram.numel() + 2 * delta.numel())
+    what = "one weight: factor, selection, compensation" + (f", {threads} threads" if threads > 1 else "")
     append("safedelta", {
-        "what": "one weight: factor, selection, compensation", "shape": f"{ROWS} x {COLUMNS}", "dtype": "fp32",
+        "what": what, "shape": f"{ROWS} x {COLUMNS}", "dtype": "fp32",
         "median_s": f"{median:.3f}", "min_s": f"{min(seconds):.3f}", "max_s": f"{max(seconds):.3f}", "runs": runs,
         "bytes": nbytes, "GB_per_s": f"{nbytes / median / 1e9:.2f}", "peak_rss_bytes": peak, "cache": "in memory",
     })  # fmt: skip
-    print(f"one weight {ROWS} x {COLUMNS}: {median:.2f} s ({min(seconds):.2f}-{max(seconds):.2f})", flush=True)
+    print(
+        f"one weight {ROWS} x {COLUMNS}, {threads} threads: {median:.2f} s ({min(seconds):.2f}-{max(seconds):.2f})",
+        flush=True,
+    )
 
 
 def run_jobs(folder: Path, shape: str, layers: int | None, counts: list[int], runs: int) -> None:
