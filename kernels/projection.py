@@ -151,7 +151,7 @@ def _squared_norm(tile: Tensor) -> Tensor:
 def _project_rows(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Projection:
     """Two passes over row tiles of V, for weights stored by rows.
 
-    Tiles of whole rows are converted three times as fast as the column strips that a single pass would need.
+    Tiles of whole rows are converted faster than the column strips that a single pass would need.
     Each factor has its own products: a matrix product's rounding depends on its width, and one adapter's result must
     not depend on the others in the batch.
     """

@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def entry() -> None:
     """The console script: `main`, then an end without the interpreter's last collections.
 
-    They walk every object of torch to free what the process gives back anyway: 0.4 s of a job of 4 s.
+    They walk every object of torch to free what the process gives back anyway.
     """
     status: object = 0
     try:
