@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from safeshard.kernels.projection import LANES
 from safeshard.streamer.checkpoint import layer_of, natural
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import Copy, JobPlan, ModulePlan, Pair, Weight
@@ -157,11 +158,12 @@ def _reads(place: Pair | Weight | None) -> Iterator[Read]:
 
 
 def _projected(task: ModuleTask) -> int:
-    """Host bytes of a gate's fp32 copy of B, of V^T B, and of the projected B, which is held until the step ends."""
+    """Host bytes of a gate's fp32 copies of B, of V^T B, and of the projected B, which is held until the step ends."""
     finetuned = task.plan.finetuned
     if not isinstance(finetuned, Pair) or not task.run.job.gated:
         return 0
-    return 4 * finetuned.lora.rank * (2 * finetuned.lora.b.shape[0] + finetuned.lora.a.shape[1])
+    rank = -(-finetuned.lora.rank // LANES) * LANES
+    return 4 * rank * (4 * finetuned.lora.b.shape[0] + finetuned.lora.a.shape[1])
 
 
 def _scratch(task: ModuleTask) -> int:
