@@ -73,7 +73,8 @@ def _product_kernel(
     """partial[split] = (aligned - unaligned)[:, split] x[split]; with NORM also the sum of the squared differences.
 
     Grid: (tiles of R, tiles of M, splits of K). Programs of one tile of V are neighbours, so that all but the first
-    find it in the L2 cache. Differences, products and sums are fp32 ("ieee"); squares end in fp64.
+    find it in the L2 cache. Differences are fp32, products three TF32 products on the tensor cores, which together are as
+    exact as fp32 ("tf32x3"), sums fp32; squares end in fp64.
     """
     tile_r, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -91,7 +92,7 @@ def _product_kernel(
         v = tl.load(aligned_ptr + aligned_offsets, mask, 0.0).to(tl.float32)
         v -= tl.load(unaligned_ptr + unaligned_offsets, mask, 0.0).to(tl.float32)
         x = tl.load(x_ptr + inner_long[:, None] * r + cols[None, :], (inner < k)[:, None] & col_mask, 0.0)
-        acc = tl.dot(v, x, acc, input_precision="ieee")
+        acc = tl.dot(v, x, acc, input_precision="tf32x3")
         if NORM:
             squares += v * v
     out = (split.to(tl.int64) * m + rows_long) * r + cols[None, :]
