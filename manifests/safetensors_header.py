@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-MAX_NAME_CHARS = 1024  # ten times the longest in use: what walks a name's parts stays quick
+MAX_NAME_CHARS = 8192  # far beyond any in use: what walks the parts of a name stays bounded
 MAX_DIMENSIONS = 64  # torch's; it also bounds the arithmetic that a hostile shape can cause
 # In the library's order, by which it also lays tensors out: the last dtype comes first in a file.
 ITEM_BITS = {
