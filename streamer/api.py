@@ -161,8 +161,15 @@ def score_table(results: Sequence[Result], suffix: str) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["source", "module", "cosine"])
-    rows.writerows((source, name, c) for source, scores in cosines.items() for name, c in scores.items())
+    rows.writerows(
+        (_plain_cell(source), _plain_cell(name), c) for source, scores in cosines.items() for name, c in scores.items()
+    )
     return text.getvalue()
+
+
+def _plain_cell(text: str) -> str:
+    """A name that spreadsheets do not take for a formula: they show what follows an apostrophe as text."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 @_takes(RunOptions)
