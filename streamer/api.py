@@ -255,12 +255,13 @@ def _report_file(outputs: Sequence[Path]) -> Path:
 
 
 def _check_outside(file: Path, outputs: Sequence[Path]) -> None:
-    """Refuse a place inside an output: `verify` would report the page as a file that the manifest does not name."""
+    """Refuse a place inside an output where `verify` would report a file that the manifest does not name."""
+    place = Path(os.path.realpath(file))
     for output in outputs:
-        folder = output.parent if output.is_file() else output
-        if file.resolve().is_relative_to(folder.resolve()):
-            expected, remedy = f"a file outside of {folder}", "verify reports files that the manifest does not name"
-            raise RequestError(Offence("--output", str(file), expected, "a file inside of it", remedy))
+        folder = Path(os.path.realpath(output.parent if output.is_file() else output))
+        if place.is_relative_to(folder) and place != folder / "report.html":
+            expected, got = "a file outside of the output, or its report.html", "a file that its manifest does not name"
+            raise RequestError(Offence("--output", str(file), expected, got, "choose another"))
 
 
 def _run_one(method: str, options: Mapping[str, Any]) -> Result:

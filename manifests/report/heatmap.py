@@ -8,7 +8,7 @@ from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell
 from safeshard.manifests.report.markup import tag
 from safeshard.manifests.schema import ModuleEntry
 
-MAX_CELLS = 20_000  # on a page's one output; of 126 layers with 7 modules there are 882
+MAX_CELLS = 20_000  # of an output's maps, heads included; 126 layers of 7 modules have about a thousand
 SHADES = 8
 
 
@@ -34,9 +34,9 @@ def heat_maps(modules: tuple[ModuleEntry, ...]) -> tuple[list[Element], list[Mod
     maps: list[Element] = []
     room = MAX_CELLS
     for stack in stacks:
-        places = len(stack.layers) * len(stack.titles)
-        if places <= room:
-            room -= places
+        cells = (len(stack.layers) + 1) * (len(stack.titles) + 1)
+        if cells <= room:
+            room -= cells
             maps.append(_map(stack, scale))
         else:
             others += [module for cell in stack.cells.values() for module in cell]

@@ -107,15 +107,17 @@ def _method(manifest: Manifest) -> Element:
     sealed = manifest.blake3 == manifest.content_hash()
     link = tag("a", method.paper, href=method.paper, rel="noreferrer") if PLAIN_LINK.fullmatch(method.paper) else None
     pairs: list[tuple[str, Child]] = [("method", method.name), ("paper", method.paper if link is None else link)]
-    options = islice(method.options.items(), MAX_ROWS)
-    pairs += [(f"--{name.replace('_', '-')}", tag("code", json.dumps(value))) for name, value in options]
+    options = {"seed": method.seed} | method.options if method.seed is not None else method.options
     pairs += [
-        ("seed", method.seed),
+        (f"--{name.replace('_', '-')}", "not set" if value is None else tag("code", json.dumps(value)))
+        for name, value in islice(options.items(), MAX_ROWS)
+    ]
+    pairs += [
         ("device", tool.device),
         ("versions", f"safeshard {tool.safeshard}, torch {tool.torch or '-'}, triton {tool.triton or '-'}"),
         ("manifest", (manifest.blake3 or "")[:HASH_CHARS] if sealed else "edited after it was written"),
     ]
-    return facts([pair for pair in pairs if pair[1] is not None])
+    return facts(pairs)
 
 
 def _inputs(inputs: dict[str, Input]) -> Element:
