@@ -6,8 +6,9 @@ import csv
 import os
 import platform
 import re
+import statistics
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
-    "what", "shape", "dtype", "median_s", "min_s", "max_s", "runs", "bytes", "GB_per_s", "ceiling", "share_of_ceiling",
-    "peak_rss_bytes", "cache", "versions", "hardware", "commit", "date",
+    "what", "shape", "dtype", "backend", "layers", "adapters", "rank", "median_s", "min_s", "max_s", "runs", "bytes",
+    "GB_per_s", "operations", "TFLOP_per_s", "ceiling", "share_of_ceiling", "peak_rss_bytes", "peak_device_bytes",
+    "cache", "stages", "versions", "hardware", "commit", "date",
 )  # fmt: skip
 
 
@@ -27,12 +29,57 @@ def append(file: str, row: Mapping[str, Any]) -> None:
         raise ValueError(f"unknown columns {sorted(unknown)}")
     path = RESULTS / f"{file}.csv"
     new = not path.exists()
-    RESULTS.mkdir(exist_ok=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as out:
         rows = csv.DictWriter(out, COLUMNS, lineterminator="\n")
         if new:
             rows.writeheader()
         rows.writerow({**environment(), **row})
+
+
+def record(
+    file: str, seconds: Sequence[float], *, nbytes: int = 0, operations: int = 0, floor: float = 0.0, **columns: Any
+) -> float:
+    """Append and print a row of repeated timings; return their median.
+
+    Args:
+        file: the table, bench/results/<file>.csv.
+        seconds: one a run.
+        nbytes: read and written, in all.
+        operations: floating-point operations.
+        floor: the time of the ceiling that `columns["ceiling"]` names, in seconds.
+        columns: further columns; `stages` is a mapping of seconds.
+    """
+    median = statistics.median(seconds)
+    row = {
+        "median_s": f"{median:.4g}", "min_s": f"{min(seconds):.4g}", "max_s": f"{max(seconds):.4g}",
+        "runs": len(seconds), **columns,
+    }  # fmt: skip
+    if nbytes:
+        row |= {"bytes": nbytes, "GB_per_s": f"{nbytes / median / 1e9:.2f}"}
+    if operations:
+        row |= {"operations": operations, "TFLOP_per_s": f"{operations / median / 1e12:.4g}"}
+    if floor:
+        row["share_of_ceiling"] = f"{floor / median:.3f}"
+    if "stages" in row:
+        stages = row["stages"]
+        row["stages"] = " ".join(f"{name}={value:.3f}" for name, value in sorted(stages.items()))
+    append(file, row)
+    rate = f"{nbytes / median / 1e9:.2f} GB/s" if nbytes else ""
+    print(
+        f"{row['what']:48} {row.get('shape', ''):22} {row.get('backend', ''):10} {median:10.4g} s  {rate}", flush=True
+    )
+    return median
+
+
+def read(file: str) -> list[dict[str, str]]:
+    """The newest row of each measurement in bench/results/<file>.csv, in the order in which they were first made."""
+    path = RESULTS / f"{file}.csv"
+    if not path.exists():
+        return []
+    keys = ("what", "shape", "dtype", "backend", "adapters", "rank", "cache")
+    with path.open(newline="") as lines:
+        return list({tuple(row[key] for key in keys): row for row in csv.DictReader(lines)}.values())
 
 
 def environment() -> dict[str, str]:
@@ -68,19 +115,17 @@ def _commit() -> str:
 
 def markdown(file: str) -> str:
     """The newest row of each measurement in bench/results/<file>.csv, as a Markdown table."""
-    path = RESULTS / f"{file}.csv"
-    with path.open(newline="") as lines:
-        newest = {(row["what"], row["shape"], row["cache"]): row for row in csv.DictReader(lines)}
     table = [
-        "| what | shape | cache | median | spread | GB/s | share of plain reading | peak memory | commit |",
+        "| what | shape | cache | median | spread | GB/s | share of ceiling | peak memory | commit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in newest.values():
+    for row in read(file):
         spread = f"{float(row['min_s']):.2f}-{float(row['max_s']):.2f} s"
         share = f"{100 * float(row['share_of_ceiling']):.0f} %" if row["share_of_ceiling"] else ""
         rate = row["GB_per_s"] if float(row["bytes"] or 0) else ""
-        peak = f"{float(row['peak_rss_bytes']) / 1e9:.2f} GB"
-        cells = [row["what"], row["shape"], row["cache"], f"{float(row['median_s']):.2f} s", spread, rate, share, peak]
+        peak = f"{float(row['peak_rss_bytes']) / 1e9:.2f} GB" if row["peak_rss_bytes"] else ""
+        what = row["what"] + (f", {row['backend']}" if row["backend"] else "")
+        cells = [what, row["shape"], row["cache"], f"{float(row['median_s']):.2f} s", spread, rate, share, peak]
         table.append("| " + " | ".join([*cells, row["commit"]]) + " |")
     return "\n".join(table) + "\n"
 
