@@ -28,7 +28,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one size: least bytes moved and operations; then those of the published formulation, and memory."""
+    """One operation at one size: least bytes moved and operations, those published, and memory."""
 
     operation: str
     rows: int

@@ -59,9 +59,10 @@ class Bench:
             samples.append(job())
         samples = samples[-self.runs :]
         middle = sorted(samples, key=lambda s: s.seconds)[len(samples) // 2]
+        ceiling = "process that reads the same bytes" if floor else ""
         return record(
             self.file, [s.seconds for s in samples], nbytes=nbytes, floor=floor, what=what, shape=self.label,
-            **{"dtype": "bf16, adapters fp32", "ceiling": "process that reads the same bytes" if floor else "", **columns},
+            **{"dtype": "bf16, adapters fp32", "ceiling": ceiling, **columns},
             peak_rss_bytes=max(s.peak for s in samples), peak_device_bytes=max(s.device_peak for s in samples) or "",
             stages=middle.stages, cache="cold" if self.cold else "warm",
         )  # fmt: skip
