@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from safeshard.bench import io, kernels, models, peers, pipeline, rows, safety
+from safeshard.bench import io, kernels, models, peers, pictures, pipeline, rows, safety
 from safeshard.manifests.errors import Offence, RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure.\n\nRows go to bench/results.")
@@ -32,9 +32,12 @@ def make_models(
     rank: Annotated[int, typer.Option(help="of the adapters", min=1)] = 16,
     full: Annotated[bool, typer.Option("--full", help="also full fine-tuned and safe checkpoints")] = False,
 ) -> None:
-    """Write aligned, unaligned, safe and adapter-N folders: random weights of a real shape."""
-    size = _shape(shape)
-    paths = models.make_models(folder, size, layers=layers or size.layers, adapters=adapters, rank=rank, finetuned=full)
+    """Write aligned, unaligned, safe and adapter-N folders: random weights of a real shape.
+
+    They lie in a folder of their own, named by shape and layers. The other commands make what they need.
+    """
+    _shape(shape)
+    _, paths = models.prepare(folder, shape, layers, adapters=adapters, rank=rank, finetuned=full)
     print("\n".join(map(str, paths.values())))
 
 
@@ -72,6 +75,7 @@ def measure_io(
 ) -> None:
     """Time plain reading, by each method, and writing."""
     _shape(shape)
+    folder.mkdir(parents=True, exist_ok=True)
     io.run(folder, shape, layers, runs, cold)
 
 
@@ -79,7 +83,7 @@ def measure_io(
 def measure_pipeline(
     folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
-    layers: Layers = None,
+    layers: Annotated[str, typer.Option(help="numbers of decoder layers, a model each; default: the shape's own")] = "",
     adapters: Annotated[str, typer.Option(help="numbers of adapters in a batch")] = "1,8,64",
     jobs: Annotated[str, typer.Option(help="some of " + ", ".join(pipeline.JOBS))] = "safemerge",
     runs: Runs = 3,
@@ -88,9 +92,10 @@ def measure_pipeline(
 ) -> None:
     """Time whole jobs from outside, with stages and peak memory, against a process that reads the same bytes."""
     _shape(shape)
+    depths = _numbers("--layers", layers) if layers else [None]
     counts, names = _numbers("--adapters", adapters), _names("--jobs", jobs, pipeline.JOBS)
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline.run(folder, shape, layers, counts, names, runs, cold, memory)
+    pipeline.run(folder, shape, depths, counts, names, runs, cold, memory)
 
 
 @app.command("peers")
@@ -100,11 +105,13 @@ def measure_peers(
     layers: Layers = None,
     runs: Runs = 3,
     cold: Cold = False,
+    only: Annotated[str, typer.Option("--peers", help="some of " + ", ".join(peers.PEERS))] = ",".join(peers.PEERS),
     mergekit: Annotated[str | None, typer.Option(help="the executable mergekit-yaml, if not on the PATH")] = None,
 ) -> None:
     """Time mergekit and PEFT on the same job, and compare the outputs."""
     _shape(shape)
-    peers.run(folder, shape, layers, runs, cold, mergekit)
+    folder.mkdir(parents=True, exist_ok=True)
+    peers.run(folder, shape, layers, runs, cold, _names("--peers", only, peers.PEERS), mergekit)
 
 
 @app.command("safety")
@@ -117,20 +124,21 @@ def measure_safety(
 ) -> None:
     """Time hashing and syncing as a share of a job that writes a checkpoint."""
     _shape(shape)
+    folder.mkdir(parents=True, exist_ok=True)
     safety.run(folder, shape, layers, runs, cold)
 
 
 @app.command("report")
 def report() -> None:
-    """Make the tables in README.md and bench/README.md anew from the rows in bench/results."""
+    """Make the tables in README.md and bench/README.md, and the pictures, anew from the rows in bench/results."""
     for document in rows.documents():
         document.write_text(rows.refresh(document))
+    print("\n".join(map(str, pictures.draw(rows.RESULTS))))
 
 
-def _shape(name: str) -> models.Shape:
+def _shape(name: str) -> None:
     if name not in models.SHAPES:
         raise RequestError(Offence("--shape", "", " or ".join(models.SHAPES), name))
-    return models.SHAPES[name]
 
 
 def _names(option: str, text: str, known: Iterable[str]) -> list[str]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from safeshard.bench.measure import Bench, Sample, file_bytes, process, reader, tensor_files
-from safeshard.bench.models import SHAPES, make_models
+from safeshard.bench.measure import Bench, Sample, plain_read, tensor_files
+from safeshard.bench.models import prepare
 
 PIECE = 8 << 20
 BLOCK = 4096  # direct I/O: alignment of offsets, lengths and memory
@@ -26,38 +26,47 @@ THREADS = 2
 
 def run(folder: Path, shape: str, layers: int | None, runs: int, cold: bool) -> None:
     """Read the aligned and unaligned checkpoints by each method, write the bytes of one; append a row each."""
-    size = SHAPES[shape]
-    layers = layers or size.layers
-    paths = make_models(folder, size, layers=layers, adapters=1, rank=16, finetuned=False)
+    label, paths = prepare(folder, shape, layers)
     folders = [paths["aligned"], paths["unaligned"]]
-    files, nbytes = tensor_files(folders), file_bytes(folders)
-    bench = Bench(f"{shape} x{layers} layers", files, runs, cold, file="io")
+    files = tensor_files(folders)
+    bench = Bench(label, files, runs, cold, file="io")
     for what, method in METHODS.items():
         try:
             method(files[:1])
         except (ImportError, OSError, RuntimeError, TypeError) as error:
             print(f"{what}: skipped: {error}")
             continue
-        bench.measure(what, partial(_timed, method, files), nbytes, dtype="bf16")
-    bench.measure("a process that reads every tensor, pread", partial(process, reader(folders)), nbytes, dtype="bf16")
-    bench.measure("write and sync", partial(write, folder, nbytes // 2), nbytes // 2, dtype="bf16")
+        bench.measure(what, partial(_timed, method, files), dtype="bf16")
+    bench.measure("a process that reads every tensor, pread", partial(plain_read, folders), dtype="bf16")
+    written = sum(file.stat().st_size for file in tensor_files(folders[:1]))
+    bench.measure("write and sync", partial(write, folder, written), dtype="bf16")
 
 
 def _timed(method: Callable[[Sequence[Path]], None], files: Sequence[Path]) -> Sample:
     start = time.perf_counter()
     method(files)
-    return Sample(time.perf_counter() - start, 0)
+    return Sample(time.perf_counter() - start, nbytes=sum(file.stat().st_size for file in files))
 
 
 def _preadv(files: Sequence[Path], buffer_of: Callable[[int], memoryview], flags: int = 0) -> None:
     """Read whole files by two threads, each piece into what `buffer_of` gives for its length."""
     fds = {file: os.open(file, os.O_RDONLY | flags) for file in files}
 
-    def read(place: tuple[Path, int]) -> None:
-        file, begin = place
-        os.preadv(fds[file], [buffer_of(PIECE)], begin)
+    def read(place: tuple[Path, int, int]) -> None:
+        file, start, stop = place
+        buffer, at = buffer_of(PIECE), start
+        while at < stop:
+            count = os.preadv(fds[file], [buffer[at - start :]], at)
+            if count == 0:
+                raise OSError(f"{file} ends at byte {at}, not {stop}")
+            at += count
 
-    places = [(file, begin) for file in files for begin in range(0, file.stat().st_size, PIECE)]
+    places = [
+        (file, start, min(start + PIECE, size))
+        for file in files
+        for size in [file.stat().st_size]
+        for start in range(0, size, PIECE)
+    ]
     try:
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(read, places))
@@ -78,7 +87,8 @@ def _reused() -> Callable[[int], memoryview]:
 
 
 def _fresh(size: int) -> memoryview:
-    return memoryview(torch.empty(size, dtype=torch.uint8).numpy()).cast("B")
+    array: Any = torch.empty(size, dtype=torch.uint8).numpy()
+    return memoryview(array)
 
 
 def _safetensors(files: Sequence[Path], **options: Any) -> None:
@@ -105,9 +115,10 @@ def _runai(files: Sequence[Path]) -> None:
 def _fastsafetensors(files: Sequence[Path]) -> None:
     from fastsafetensors import fastsafe_open
 
-    with fastsafe_open([str(file) for file in files], nogds=True, device="cpu") as file:
-        for name in file.keys():  # noqa: SIM118
-            file.get_tensor(name)
+    for path in files:  # files of two models hold the same names
+        with fastsafe_open([str(path)], nogds=True, device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118
+                file.get_tensor(name)
 
 
 METHODS: dict[str, Callable[[Sequence[Path]], None]] = {
@@ -127,8 +138,9 @@ def write(folder: Path, nbytes: int) -> Sample:
     with tempfile.TemporaryFile(dir=folder) as file:
         start = time.perf_counter()
         for begin in range(0, nbytes, PIECE):
-            os.pwrite(file.fileno(), data[: min(PIECE, nbytes - begin)], begin)
+            if os.pwrite(file.fileno(), part := data[: min(PIECE, nbytes - begin)], begin) < len(part):
+                raise OSError(f"{folder}: a write was cut short at byte {begin}")
         written = time.perf_counter()
         os.fsync(file.fileno())
         end = time.perf_counter()
-    return Sample(end - start, 0, stages={"write": written - start, "sync": end - written})
+    return Sample(end - start, nbytes=nbytes, stages={"write": written - start, "sync": end - written})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from safeshard.bench import published
-from safeshard.bench.ceilings import copy_bandwidth, matrix_rate, timings
+from safeshard.bench.ceilings import DTYPES, copying, multiplying, timings
 from safeshard.bench.models import SHAPES
 from safeshard.bench.rows import record
 from safeshard.kernels.compensation import safe_delta_dense
@@ -86,12 +86,12 @@ def run(
             continue
         seen.add(key)
         dtype = "bf16" if cuda and case.operation == "gram" else "fp32"
-        rate = matrix_rate(device, dtype)
+        rate = multiplying(device, dtype).rate
         label = f"{case.rows} x {case.columns}"
         if case.memory > (room := _free(device)):
             print(f"{case.operation} {label}: skipped: needs {case.memory / 2**30:.1f} GiB of {room / 2**30:.1f}")
             continue
-        floor = max(case.nbytes / copy_bandwidth(device), case.operations / rate)
+        floor = max(case.nbytes / copying(device).rate, case.operations / rate)
         if floor > limit:
             print(f"{case.operation} {label}: skipped: needs {floor:.0f} s or more")
             continue
@@ -111,11 +111,13 @@ def run(
 
 
 def _ceilings(device: str) -> None:
-    copied = 1 << 29
-    record("kernels", [copied / copy_bandwidth(device)], nbytes=copied, what="copy", cache="in memory")
-    for dtype in ("fp32", "bf16"):
-        rate = matrix_rate(device, dtype)
-        record("kernels", [1.0], operations=int(rate), what="square product", dtype=dtype, cache="in memory")
+    copied = copying(device)
+    record("kernels", copied.seconds, nbytes=copied.amount, what="copy", cache="in memory")
+    for dtype in DTYPES:
+        product = multiplying(device, dtype)
+        record(
+            "kernels", product.seconds, operations=product.amount, what="square product", dtype=dtype, cache="in memory"
+        )
 
 
 def _free(device: str) -> int:

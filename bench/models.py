@@ -75,6 +75,17 @@ class _Values:
             self._at = (self._at + len(piece)) % POOL
 
 
+def prepare(
+    folder: Path, name: str, layers: int | None = None, *, adapters: int = 1, rank: int = 16, finetuned: bool = False
+) -> tuple[str, dict[str, Path]]:
+    """Make a model of a named shape in a folder of its own below `folder`; return a label and the paths by name."""
+    shape = SHAPES[name]
+    layers = layers or shape.layers
+    below = folder / f"{name}-x{layers}"
+    paths = make_models(below, shape, layers=layers, adapters=adapters, rank=rank, finetuned=finetuned)
+    return f"{name} x{layers} layers", paths
+
+
 def make_models(
     folder: Path, shape: Shape, *, layers: int, adapters: int, rank: int, finetuned: bool
 ) -> dict[str, Path]:

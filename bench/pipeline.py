@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from safeshard.bench.measure import SAFESHARD, Bench, clean_run, file_bytes, process, reader, tensor_files
-from safeshard.bench.models import SHAPES, make_models
+from safeshard.bench.measure import SAFESHARD, Bench, clean_run, plain_read, process, tensor_files
+from safeshard.bench.models import SHAPES, prepare
 
 SAMPLES, TOKENS = 32, 64  # of calibration
-Command = tuple[list[str], list[str]]  # the arguments, and the names of the folders that the job reads
+RANK = 16
+LINEARS = "_proj"  # what a job on adapters reads of checkpoints and adapters, a regular expression over names
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,31 @@ class Place:
         return data
 
 
+@dataclass(frozen=True)
+class Job:
+    """The arguments of a job, and what it reads: names of folders, and a pattern of the tensors in them."""
+
+    arguments: list[str]
+    reads: list[str]
+    pattern: str = ""
+
+
 def run(
     folder: Path,
     shape: str,
-    layers: int | None,
+    layers: Sequence[int | None],
     adapters: Sequence[int],
     jobs: Sequence[str],
     runs: int,
     cold: bool,
     memory: str,
 ) -> None:
-    """Measure reading and whole jobs; append a row each and print it.
+    """Measure whole jobs and reading what they read; append a row each and print it.
 
     Args:
         folder: where the models are made (kept) and the outputs written (removed, in a folder of their own).
         shape: a name of `models.SHAPES`.
-        layers: decoder layers, or None for the shape's own.
+        layers: numbers of decoder layers, None for the shape's own; a model each.
         adapters: numbers of fine-tuned adapters in one batch.
         jobs: names of `JOBS`.
         runs: repetitions; the median is reported.
@@ -63,28 +73,27 @@ def run(
         memory: the jobs' `--memory`.
     """
     size = SHAPES[shape]
-    layers = layers or size.layers
-    full = any(job.endswith("-full") for job in jobs)
-    paths = make_models(folder, size, layers=layers, adapters=max(adapters), rank=16, finetuned=full)
-    bench = Bench(f"{shape} x{layers} layers", tensor_files(paths.values()), runs, cold)
-    bench.measure("start Python and import torch", partial(process, [sys.executable, "-c", "import torch"]))
-    floors: dict[tuple[str, ...], float] = {}
-    with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
-        place = Place(paths, Path(scratch), size.vocab)
-        for name in jobs:
-            for count in [1] if name.endswith("-full") else adapters:
-                arguments, names = JOBS[name](place, count)
-                read = [paths[n] for n in names]
-                checkpoints = tuple(n for n in names if "adapter" not in n and n != "safe")
-                if checkpoints not in floors:
-                    folders = [paths[n] for n in checkpoints]
-                    what = f"read {', '.join(checkpoints)} in a process"
-                    floors[checkpoints] = bench.measure(what, partial(process, reader(folders)), file_bytes(folders))
-                command = [*SAFESHARD, *arguments, "--memory", memory, "--quiet"]
-                what = name if name.endswith("-full") else f"{name}, {count} adapter{'s' * (count > 1)}"
-                job = partial(clean_run, place.outputs, command)
-                counts = {"layers": layers, "adapters": count, "rank": 16}
-                bench.measure(what, job, file_bytes(read), floors[checkpoints], **counts)
+    for number in layers:
+        full = any(job.endswith("-full") for job in jobs)
+        label, paths = prepare(folder, shape, number, adapters=max(adapters), rank=RANK, finetuned=full)
+        bench = Bench(label, tensor_files(paths.values()), runs, cold)
+        bench.measure("start Python and import torch", partial(process, [sys.executable, "-c", "import torch"]))
+        with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
+            place = Place(paths, Path(scratch), size.vocab)
+            for name in jobs:
+                for count in [0] if name.endswith("-full") else adapters:
+                    _measure(bench, place, name, count, number or size.layers, memory)
+
+
+def _measure(bench: Bench, place: Place, name: str, adapters: int, layers: int, memory: str) -> None:
+    job = JOBS[name](place, adapters)
+    counted = f"{adapters} adapter{'s' * (adapters > 1)}" if adapters else "full checkpoint"
+    title = f"{name.removesuffix('-full')}, {counted}"
+    columns: dict[str, Any] = {"layers": layers, "adapters": adapters or "", "rank": RANK if adapters else ""}
+    folders = [place.paths[read] for read in job.reads]
+    floor = bench.measure(f"plain read: {title}", partial(plain_read, folders, job.pattern), **columns)
+    command = [*SAFESHARD, *job.arguments, "--memory", memory, "--quiet"]
+    bench.measure(title, partial(clean_run, place.outputs, command), floor=floor.seconds, **columns)
 
 
 def _batch(place: Place, count: int, method: str, shared: dict[str, Any]) -> list[str]:
@@ -101,15 +110,15 @@ def _adapters(count: int) -> list[str]:
     return [f"adapter-{i}" for i in range(count)]
 
 
-def _safemerge(place: Place, count: int) -> Command:
+def _safemerge(place: Place, count: int) -> Job:
     names = {"aligned": "aligned", "unaligned": "unaligned", "safe_adapter": "safe"}
     shared = {option: str(place.paths[name]) for option, name in names.items()}
-    return _batch(place, count, "safemerge", shared), [*names.values(), *_adapters(count)]
+    return Job(_batch(place, count, "safemerge", shared), [*names.values(), *_adapters(count)], LINEARS)
 
 
-def _safedelta(place: Place, count: int) -> Command:
+def _safedelta(place: Place, count: int) -> Job:
     shared = {"aligned": str(place.paths["aligned"]), "calibration": str(place.calibration()), "samples": SAMPLES}
-    return _batch(place, count, "safedelta", {**shared, "strength": 1.0}), ["aligned", *_adapters(count)]
+    return Job(_batch(place, count, "safedelta", {**shared, "strength": 1.0}), ["aligned", *_adapters(count)])
 
 
 def _full(place: Place, method: str, *options: str) -> list[str]:
@@ -117,21 +126,21 @@ def _full(place: Place, method: str, *options: str) -> list[str]:
     return [method, *inputs, *options, "--output", str(place.outputs / "full")]
 
 
-def _scale_full(place: Place, _: int) -> Command:
-    return _full(place, "scale", "--factor", "0.5"), ["aligned", "finetuned"]
+def _scale_full(place: Place, _: int) -> Job:
+    return Job(_full(place, "scale", "--factor", "0.5"), ["aligned", "finetuned"])
 
 
-def _safemerge_full(place: Place, _: int) -> Command:
+def _safemerge_full(place: Place, _: int) -> Job:
     safe = ["--unaligned", str(place.paths["unaligned"]), "--safe", str(place.paths["finetuned-safe"])]
-    return _full(place, "safemerge", *safe), ["aligned", "unaligned", "finetuned", "finetuned-safe"]
+    return Job(_full(place, "safemerge", *safe), ["aligned", "unaligned", "finetuned", "finetuned-safe"])
 
 
-def _safedelta_full(place: Place, _: int) -> Command:
+def _safedelta_full(place: Place, _: int) -> Job:
     data = ["--calibration", str(place.calibration()), "--samples", str(SAMPLES), "--strength", "1"]
-    return _full(place, "safedelta", *data), ["aligned", "finetuned"]
+    return Job(_full(place, "safedelta", *data), ["aligned", "finetuned"])
 
 
-JOBS: dict[str, Callable[[Place, int], Command]] = {
+JOBS: dict[str, Callable[[Place, int], Job]] = {
     "safemerge": _safemerge, "safedelta": _safedelta, "scale-full": _scale_full, "safemerge-full": _safemerge_full,
     "safedelta-full": _safedelta_full,
 }  # fmt: skip

@@ -13,7 +13,8 @@ from torch import Tensor
 def projection_matrix(aligned: Tensor, unaligned: Tensor) -> Tensor:
     """P (O x O, fp32)."""
     v = aligned.float() - unaligned.float()
-    return v @ v.T / v.norm()
+    norm: Tensor = v.norm()
+    return v @ v.T / norm
 
 
 def gate(aligned: Tensor, unaligned: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -35,7 +36,8 @@ def factor(gram: Tensor, percdamp: float = 0.01) -> Tensor:
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += percdamp * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    u: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    return u
 
 
 def safe_delta(

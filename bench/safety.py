@@ -1,4 +1,4 @@
-"""What safety costs: hashing and syncing, as a share of a job that edits and writes a checkpoint."""
+"""What safety costs: hashing and syncing, each on its own, beside a job that edits and writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,34 +8,30 @@ import time
 from functools import partial
 from pathlib import Path
 
-from safeshard.bench.io import PIECE, write
-from safeshard.bench.measure import SAFESHARD, Bench, Sample, clean_run, file_bytes, tensor_files
-from safeshard.bench.models import SHAPES, make_models
+from safeshard.bench.io import write
+from safeshard.bench.measure import SAFESHARD, Bench, Sample, clean_run, tensor_files
+from safeshard.bench.models import prepare
 from safeshard.manifests.hashing import hash_tensor_region
 
 
 def run(folder: Path, shape: str, layers: int | None, runs: int, cold: bool) -> None:
     """Measure `scale` on a full checkpoint, then hashing and syncing the bytes of its output; append a row each.
 
-    The job's row holds its stages; hashing and syncing on their own are single-threaded, so their shares of the job
-    bound what safety costs.
+    Hashing and syncing on their own run on one thread and overlap with nothing, so that they bound what safety costs.
     """
-    size = SHAPES[shape]
-    layers = layers or size.layers
-    paths = make_models(folder, size, layers=layers, adapters=1, rank=16, finetuned=True)
+    label, paths = prepare(folder, shape, layers, finetuned=True)
     inputs = [paths["aligned"], paths["finetuned"]]
-    bench = Bench(f"{shape} x{layers} layers", tensor_files(inputs), runs, cold, file="safety")
-    written = file_bytes(inputs[:1])
+    output = tensor_files(inputs[:1])  # the output holds as many bytes
+    bench = Bench(label, tensor_files(inputs), runs, cold, file="safety")
+    name = "scale, full checkpoint"
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
         outputs = Path(scratch, "outputs")
         command = [*SAFESHARD, "scale", "--aligned", str(inputs[0]), "--finetuned", str(inputs[1]), "--factor", "0.5"]
         command += ["--output", str(outputs / "full"), "--quiet"]
-        job = bench.measure(
-            "scale, full checkpoint", partial(clean_run, outputs, command), file_bytes(inputs) + written
-        )
-    hashed = bench.measure("hash the output's bytes", partial(_hash, tensor_files(inputs[:1])), written)
-    synced = bench.measure("sync the output's bytes", partial(_sync, folder, written), written)
-    print(f"at most {100 * hashed / job:.0f} % of the job hashes, {100 * synced / job:.0f} % syncs")
+        job = bench.measure(name, partial(clean_run, outputs, command))
+    bench.measure("hash the bytes of its output", partial(_hash, output), against=(name, job))
+    size = sum(file.stat().st_size for file in output)
+    bench.measure("sync the bytes of its output", partial(_sync, folder, size), against=(name, job))
 
 
 def _hash(files: list[Path]) -> Sample:
@@ -43,9 +39,8 @@ def _hash(files: list[Path]) -> Sample:
     for file in files:
         with file.open("rb") as opened:
             hash_tensor_region(opened.fileno(), 0, os.fstat(opened.fileno()).st_size)
-    return Sample(time.perf_counter() - start, PIECE)
+    return Sample(time.perf_counter() - start, nbytes=sum(file.stat().st_size for file in files))
 
 
 def _sync(folder: Path, nbytes: int) -> Sample:
-    sample = write(folder, nbytes)
-    return Sample(sample.stages["sync"], PIECE)
+    return Sample(write(folder, nbytes).stages["sync"], nbytes=nbytes)
