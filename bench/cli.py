@@ -131,9 +131,9 @@ def measure_safety(
 @app.command("report")
 def report() -> None:
     """Make the tables in README.md and bench/README.md, and the pictures, anew from the rows in bench/results."""
+    print("\n".join(map(str, pictures.draw(rows.RESULTS))))
     for document in rows.documents():
         document.write_text(rows.refresh(document))
-    print("\n".join(map(str, pictures.draw(rows.RESULTS))))
 
 
 def _shape(name: str) -> None:

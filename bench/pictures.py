@@ -39,15 +39,17 @@ def jobs(found: Sequence[Row]) -> Any | None:
     left.barh(names, walls, color=WALL, label="whole job")
     left.barh(names, floors, color=FLOOR, height=0.3, label="a process that reads the same bytes")
     for name, wall, floor in zip(names, walls, floors, strict=True):
-        left.annotate(f" {wall:.1f} s, {wall / floor:.1f} x", (wall, name), va="center", fontsize=8)
-    left.set(xlabel="wall time (s)", title="Whole jobs against plain reading", xlim=(0, 1.3 * max(walls)))
+        text = f" {wall:.1f} s, {wall / floor:.1f} times"
+        left.annotate(text, (max(wall, floor), name), va="center", fontsize=8)
+    left.set(xlabel="wall time (s)", title="Whole jobs, and how many times plain reading they take",
+             xlim=(0, 1.4 * max(walls)))  # fmt: skip
     stages = [dict(_stage(pair) for pair in row["stages"].split()) for row in measured]
     starts = [0.0] * len(measured)
     for stage, colour in zip(dict.fromkeys(s for each in stages for s in each), COLOURS, strict=False):
         widths = [each.get(stage, 0.0) for each in stages]
         right.barh(names, widths, left=starts, color=colour, label=stage)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    right.set(xlabel="thread-seconds, which overlap", title="What the threads of the job do")
+    right.set(xlabel="thread-seconds, which overlap (s)", title="What the threads of each job do")
     left.invert_yaxis()
     for panel in (left, right):
         panel.tick_params(axis="y", labelsize=8)
@@ -72,7 +74,7 @@ def memory(found: Sequence[Row]) -> Any | None:
             places = [int(row[column]) for row in own]
             panel.plot(places, _giga(own, "peak_rss_bytes"), "o-", color=colour, label=f"{shape}: peak memory")
             panel.plot(places, _giga(own, "bytes"), "s--", color=colour, alpha=0.6, label=f"{shape}: read and written")
-        panel.set(xlabel=label, ylabel="GB", title=f"Peak memory against {column}", ylim=(0, None))
+        panel.set(xlabel=label, ylabel="GB", title=f"SafeMERGE: peak memory against {column}", ylim=(0, None))
         panel.set_xticks(sorted({int(row[column]) for row in chosen}))
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -84,7 +86,7 @@ def roofline(found: Sequence[Row]) -> Any | None:
     machines = list(dict.fromkeys(row["hardware"] for row in found if row["ceiling"]))
     if not machines:
         return None
-    figure = _figure(7.5 * len(machines), 5.5)
+    figure = _figure(8.5 * len(machines), 5.5)
     for panel, machine in zip(figure.subplots(1, len(machines), squeeze=False)[0], machines, strict=True):
         own = [row for row in found if row["hardware"] == machine]
         points = [row for row in own if row["ceiling"]]
@@ -97,9 +99,9 @@ def roofline(found: Sequence[Row]) -> Any | None:
                 panel.plot([_intensity(row) for row in chosen], [_tera(row) for row in chosen], mark, color=colour,
                            label=label, alpha=0.8)  # fmt: skip
         panel.set(xscale="log", yscale="log", xlabel="least operations a byte moved (FLOP/byte)", ylabel="TFLOP/s",
-                  title=f"Kernels under the machine's ceilings\n{machine}")  # fmt: skip
+                  title=f"Kernels under the machine's ceilings: higher is faster\n{machine}")  # fmt: skip
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7, ncols=2)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def read(file: str) -> list[dict[str, str]]:
     path = RESULTS / f"{file}.csv"
     if not path.exists():
         return []
-    keys = ("what", "shape", "dtype", "backend", "rank", "cache", "hardware")
+    keys = ("what", "shape", "dtype", "backend", "adapters", "rank", "cache", "hardware")
     with path.open(newline="") as lines:
         return list({tuple(row[key] for key in keys): row for row in csv.DictReader(lines)}.values())
 
@@ -144,7 +145,7 @@ CELLS: dict[str, Callable[[dict[str, str]], str]] = {
 def markdown(file: str) -> str:
     """The newest row of each measurement in bench/results/<file>.csv, as a Markdown table.
 
-    Columns that say nothing are left out: empty ones, and dtype and hardware where they are the same in all rows.
+    Columns that say nothing are left out: empty ones, and dtype, rank and hardware where they are the same in all rows.
     """
     found = read(file)
     if not found:
@@ -152,7 +153,7 @@ def markdown(file: str) -> str:
     columns = {head: [cell(row) for row in found] for head, cell in CELLS.items()}
     columns = {
         head: cells for head, cells in columns.items()
-        if any(cells) and (head not in ("dtype", "hardware") or len(set(cells)) > 1)
+        if any(cells) and (head not in ("dtype", "rank", "hardware") or len(set(cells)) > 1)
     }  # fmt: skip
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -171,7 +172,13 @@ def documents() -> list[Path]:
 
 
 def refresh(document: Path) -> str:
-    """The text of a Markdown document with the tables between its `rows` markers made anew."""
+    """The text of a Markdown document with the tables and pictures between its markers made anew."""
     text = document.read_text()
-    pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: m[1] + markdown(m[2]) + m[3], text)
+    pattern = re.compile(r"(<!-- (rows|picture): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    shown = {"rows": markdown, "picture": partial(_picture, document)}
+    return pattern.sub(lambda m: m[1] + shown[m[2]](m[3]) + m[4], text)
+
+
+def _picture(document: Path, name: str) -> str:
+    file = RESULTS / f"{name}.png"
+    return f"![{name}]({os.path.relpath(file, document.parent)})\n" if file.exists() else ""

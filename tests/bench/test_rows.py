@@ -25,6 +25,24 @@ def test_append_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lines = (tmp_path / "t.csv").read_text().splitlines()
     assert len(lines) == 3
     assert lines[0].split(",") == list(rows.COLUMNS)
-    assert "| 2.00 s | 1.00-2.00 s | 3.00 |" in rows.markdown("t")
+    assert (
+        rows.markdown("t").splitlines()[-1].startswith("| x | s | warm | 2.00 s | 1.00 s to 2.00 s | 3.00 | 0.00 GB |")
+    )
+    assert "dtype" not in rows.markdown("t")
+    assert rows.markdown("none") == "No rows yet.\n"
     with pytest.raises(ValueError, match="unknown columns"):
         rows.append("t", {"colour": "red"})
+    (tmp_path / "old.csv").write_text("what,median_s\nx,1\n")
+    with pytest.raises(ValueError, match="other columns"):
+        rows.append("old", row)
+    assert (tmp_path / "old.csv").read_text() == "what,median_s\nx,1\n"
+
+
+def test_a_picture_is_shown_where_it_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    rows.RESULTS.mkdir()
+    document = tmp_path / "README.md"
+    document.write_text("<!-- picture: jobs -->\n![old](old.png)\n<!-- end -->\n")
+    assert rows.refresh(document) == "<!-- picture: jobs -->\n<!-- end -->\n"
+    (rows.RESULTS / "jobs.png").touch()
+    assert rows.refresh(document) == "<!-- picture: jobs -->\n![jobs](results/jobs.png)\n<!-- end -->\n"
