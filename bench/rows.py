@@ -175,7 +175,7 @@ def refresh(document: Path) -> str:
     """The text of a Markdown document with the tables and pictures between its markers made anew."""
     text = document.read_text()
     pattern = re.compile(r"(<!-- (rows|picture): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    shown = {"rows": markdown, "picture": partial(_picture, document)}
+    shown: dict[str, Callable[[str], str]] = {"rows": markdown, "picture": partial(_picture, document)}
     return pattern.sub(lambda m: m[1] + shown[m[2]](m[3]) + m[4], text)
 
 
