@@ -22,7 +22,7 @@ def draw(results: Path) -> list[Path]:
     figures = {"jobs": jobs(pipeline), "memory": memory(pipeline), "roofline": roofline(kernels)}
     files = {results / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
     for file, figure in files.items():
-        figure.savefig(file, dpi=110, metadata={"Software": None})
+        figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
     return list(files)
 
 
@@ -31,7 +31,7 @@ def jobs(found: Sequence[Row]) -> Any | None:
     measured = _deepest([row for row in found if row["stages"] and row["layers"] and row["share_of_ceiling"]])
     if not measured:
         return None
-    figure = _figure(11, 1.8 + 0.42 * len(measured))
+    figure = _figure(11, 2.4 + 0.42 * len(measured))
     left, right = figure.subplots(1, 2, sharey=True)
     names = [f"{row['what']}\n{row['shape']}, {row['cache']}" for row in measured]
     walls = [float(row["median_s"]) for row in measured]
