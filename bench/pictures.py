@@ -27,8 +27,8 @@ def draw(results: Path) -> list[Path]:
 
 
 def jobs(found: Sequence[Row]) -> Any | None:
-    """Wall seconds of each whole job of the deepest models beside the floor, and thread-seconds by stage."""
-    measured = _deepest([row for row in found if row["stages"] and row["layers"] and row["share_of_ceiling"]])
+    """Wall seconds of each whole job, of its deepest models, beside the floor, and thread-seconds by stage."""
+    measured = _deepest([row for row in found if row["stages"] and row["layers"] and row["share_of_ceiling"]], "what")
     if not measured:
         return None
     figure = _figure(11, 2.4 + 0.42 * len(measured))
@@ -117,13 +117,13 @@ def _roofs(panel: Any, own: Sequence[Row], intensities: Sequence[float]) -> None
         panel.plot(places, heights, style, color="black", label=f"copy and {dtype} product")
 
 
-def _deepest(found: Sequence[Row]) -> list[Row]:
-    """The rows of each shape with the most layers."""
-    most: dict[str, int] = {}
-    for row in found:
-        shape = row["shape"].split()[0]
-        most[shape] = max(most.get(shape, 0), int(row["layers"]))
-    return [row for row in found if int(row["layers"]) == most[row["shape"].split()[0]]]
+def _deepest(found: Sequence[Row], *columns: str) -> list[Row]:
+    """The rows of each shape, and of each value of `columns`, with the most layers."""
+    keys = [(row["shape"].split()[0], *(row[column] for column in columns)) for row in found]
+    most: dict[tuple[str, ...], int] = {}
+    for key, row in zip(keys, found, strict=True):
+        most[key] = max(most.get(key, 0), int(row["layers"]))
+    return [row for key, row in zip(keys, found, strict=True) if int(row["layers"]) == most[key]]
 
 
 def _stage(pair: str) -> tuple[str, float]:

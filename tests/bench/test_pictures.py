@@ -39,10 +39,10 @@ def test_without_rows_there_is_no_picture(results: Path) -> None:
 def test_jobs_stand_beside_their_floor_and_their_stages() -> None:
     job(2)
     job(22, seconds=8.0)
-    job(22, "", seconds=16.0, stages={"read": 2.0, "write": 5.0})
+    job(2, "", seconds=16.0, stages={"read": 2.0, "write": 5.0})
     left, right = pictures.jobs(rows.read("pipeline")).axes
     walls, floors = left.containers
-    assert [bar.get_width() for bar in walls] == [8.0, 16.0]  # of the deepest model alone
+    assert [bar.get_width() for bar in walls] == [8.0, 16.0]  # of each job's deepest model alone
     assert [bar.get_width() for bar in floors] == [2.0, 2.0]
     stages = {bars.get_label(): [bar.get_width() for bar in bars] for bars in right.containers}
     assert stages == {"read": [1.0, 2.0], "compute": [3.0, 0.0], "write": [0.0, 5.0]}
