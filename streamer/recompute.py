@@ -111,9 +111,7 @@ def _computed_differences(plan: JobPlan, manifest: Manifest, note: Note) -> list
     options = options.model_copy(update={"memory": _memory(job_run, device, options.memory)})
     _check_disk(plan)
     job_run.writer = Writer(plan.job.output, plan.files, {}, overwrite=False)
-    if (
-        plan.job.ranks_first
-    ):  # which modules are changed depends on all cosines: the others' are taken from the manifest
+    if plan.job.ranks_first:  # the choice depends on all cosines: the others' are taken from the manifest
         job_run.cosines = {m.name: m.cosine for m in manifest.modules if m.name not in plan.modules}
     try:
         pass_ = Pass(options, device)
