@@ -83,6 +83,8 @@ def _folder(role: str, given: Input, place: str, note: Note) -> Iterator[Finding
         note(f"{role}: {given.source} was read at a commit; {place} can be compared by sizes and headers alone")
     elif given.revision is not None and source.revision != given.revision:
         yield Finding(place, "", f"{role}: revision differs", given.revision, str(source.revision))
+    if given.revision is None and any(file.header_sha256 and not file.sample_blake3 for file in given.files):
+        note(f"{role}: recorded without a hash of its content, so that sizes and headers alone can be compared")
     sizes = source.sizes()
     for file in given.files:
         if file.name in sizes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from blake3 import blake3
@@ -15,10 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from safeshard.manifests.errors import RequestError
 from safeshard.manifests.schema import Manifest, load
-from safeshard.streamer import api, calibrate, factors, recompute, safedelta, safelora, safemerge, samples, scale
+from safeshard.streamer import (
+    api,
+    calibrate,
+    factors,
+    recheck,
+    recompute,
+    safedelta,
+    safelora,
+    safemerge,
+    samples,
+    scale,
+)
 from safeshard.streamer.cli import main
 
-Run = Callable[[], Path]
 ALL = 1000
 
 
@@ -351,7 +363,6 @@ def test_a_commit_pins_a_hub_repository(world: Any, monkeypatch: pytest.MonkeyPa
 
     edit(output, change)
     asked: list[str] = []
-    from safeshard.streamer import recheck
 
     def opened(spec: str) -> Any:
         if not spec.startswith("hf://"):
@@ -370,6 +381,14 @@ def test_a_commit_pins_a_hub_repository(world: Any, monkeypatch: pytest.MonkeyPa
     assert "by sizes and headers alone" in notes[0]
 
 
+def test_a_manifest_without_content_hashes_is_a_note(world: Any) -> None:
+    output = made(world, "scale")
+    edit(output, lambda document: document["inputs"]["adapter"]["files"][0].pop("sample_blake3"))
+    notes: list[str] = []
+    assert problems(output, note=notes.append) == []
+    assert [note.partition(",")[0] for note in notes] == ["adapter: recorded without a hash of its content"]
+
+
 # --- hostile manifests
 
 
@@ -377,8 +396,6 @@ def test_a_commit_pins_a_hub_repository(world: Any, monkeypatch: pytest.MonkeyPa
 def test_a_url_that_only_the_manifest_names_is_not_opened(
     world: Any, monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
-    import fsspec
-
     output = made(world, "linear")
     edit(output, lambda document: document["inputs"]["adapter"].update(source=url))
     monkeypatch.setattr(fsspec.core, "url_to_fs", lambda *args, **kwargs: pytest.fail("opened"))
@@ -397,8 +414,6 @@ def test_files_outside_of_an_input_are_not_opened(world: Any, name: str) -> None
 
 
 def test_a_pipe_in_place_of_calibration_data_is_not_waited_for(llama: Any) -> None:
-    import os
-
     llama.run("out")
     os.mkfifo(llama.root / "pipe")
     assert problems(llama.root / "out", sources={"calibration": llama.root / "pipe"}) == ["calibration: missing"]
