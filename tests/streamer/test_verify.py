@@ -480,3 +480,18 @@ def test_wrong_options(world: Any, capsys: pytest.CaptureFixture[str], words: li
     status, _, err = command(capsys, "verify", made(world, "scale"), "--inputs", *words)
     assert status == 2
     assert "Traceback" not in err
+
+
+def test_samples_are_the_same_wherever_the_files_lie(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(samples, "SAMPLE_BYTES", 64)
+    output = made(world, "scale")
+    remote = fsspec.filesystem("memory")
+    remote.put(str(world.root / "aligned"), "/far-away", recursive=True)
+    assert problems(output, sources={"aligned": "memory://far-away"}) == []
+    path = "/far-away/model.safetensors"
+    data = bytearray(remote.cat_file(path))
+    data[-1] ^= 1
+    remote.pipe_file(path, bytes(data))
+    assert problems(output, sources={"aligned": "memory://far-away"}) == ["aligned: content differs"]
+    remote.rm("/far-away", recursive=True)
