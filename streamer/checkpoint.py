@@ -49,6 +49,11 @@ class FileHeader:
     sha256: str
     tensors: tuple[TensorRef, ...] = field(repr=False)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.source.sizes()[self.name]
+
     @cached_property
     def sample(self) -> str:
         """The hash of its content that `sample_file` makes; read once."""
@@ -58,8 +63,7 @@ class FileHeader:
     def entry(self) -> InputFile:
         """What the manifest says of it. A commit pins the content of a Hub repository's: nothing is read of that."""
         sample = self.sample if self.source.revision is None else None
-        size = self.source.sizes()[self.name]
-        return InputFile(name=self.name, size=size, header_sha256=self.sha256, sample_blake3=sample)
+        return InputFile(name=self.name, size=self.size, header_sha256=self.sha256, sample_blake3=sample)
 
 
 class Checkpoint:
