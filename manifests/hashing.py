@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from blake3 import blake3
 
@@ -12,6 +12,14 @@ CHUNK_BYTES = 1 << 20
 def hash_bytes(data: bytes | bytearray | memoryview) -> str:
     """BLAKE3 of a contiguous buffer. The global interpreter lock is released while hashing."""
     return blake3(data).hexdigest()
+
+
+def hash_pieces(pieces: Iterable[bytes | bytearray | memoryview]) -> str:
+    """BLAKE3 of contiguous buffers, one after another."""
+    hasher = blake3()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.hexdigest()
 
 
 def hash_tensor_region(fd: int, offset: int, nbytes: int, progress: Callable[[int], None] | None = None) -> str:

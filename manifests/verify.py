@@ -143,11 +143,18 @@ def _opened(output: Path, name: str) -> Iterator[tuple[int, int]]:
 
 
 def _extra_files(output: Path, listed: set[str]) -> Iterator[Finding]:
-    """Files that a loader could pick up though the manifest does not name them; links to folders count as files."""
-    for folder, subfolders, names in os.walk(output):
+    """What a loader could pick up though the manifest does not name it: files in any folder, and links.
+
+    A folder that cannot be looked into is a finding too, for it may hold anything.
+    """
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(output, onerror=unreadable.append):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         links = [name for name in subfolders if (Path(folder) / name).is_symlink()]
         for name in sorted([*names, *links]):
             relative = (Path(folder) / name).relative_to(output).as_posix()
             if relative not in listed | UNLISTED and not name.startswith("."):
                 yield Finding(relative, "", "a file that the manifest does not name")
+    for error in unreadable:
+        relative = Path(error.filename).relative_to(output).as_posix()
+        yield Finding(relative, "", f"cannot be listed: {error.strerror}")

@@ -93,12 +93,14 @@ def _serve(
         clock.add("factor", start)
         compute_step(step, loaded, device, clock, factor)
 
+    left = {name for r in runs for name in r.plan.modules if r.has_factor(name) and not r.is_done(name)}
     with _held(buffers, hidden + (0 if on_device else resident_bytes(source))):
         layers = source.layers(device, hidden, _spill_folder(runs))
         forward = 0 if on_device else source.forward_bytes
-        while (layer := _next(source, layers, buffers, forward, clock)) is not None:
+        while left and (layer := _next(source, layers, buffers, forward, clock)) is not None:
             groups.update({name: group for group in layer for name in group.modules})
             run_steps([step for group in layer for step in _steps(group, runs, on_device)], compute)
+            left -= groups.keys()
             groups.clear()  # the factors go before the next layer runs
             layer.clear()
 

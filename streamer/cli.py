@@ -19,7 +19,7 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from safeshard.manifests.errors import SafeshardError, printable
+from safeshard.manifests.errors import Offence, RequestError, SafeshardError, printable
 from safeshard.streamer import api, messages
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
@@ -178,15 +178,34 @@ def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshar
 
 
 @app.command("verify", help=_help(api.verify, "Says what differs from its manifest."))
-def _verify(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")], json: Json = False) -> None:
-    findings = api.verify(output)
-    for finding in findings:
-        print(finding)
+def _verify(
+    output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")],
+    inputs: Annotated[bool, typer.Option("--inputs", help="also compare the inputs with what was read")] = False,
+    recompute: Annotated[int, typer.Option(help="compute this many modules again, from the inputs")] = 0,
+    seed: Annotated[int, typer.Option(help="of the choice of modules")] = 0,
+    source: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=PLACE", help="where an input lies now, e.g. adapter=./alice")
+    ] = None,
+    json: Json = False,
+) -> None:
+    notes: list[str] = []
+    findings = api.verify(
+        output, inputs=inputs, recompute=recompute, seed=seed, sources=_sources(source or []), note=notes.append
+    )
+    for line in (*notes, *findings):
+        print(printable(line, 10_000))
     print(f"{output}: {len(findings)} differences" if findings else f"{output}: every byte is as the manifest says")
     if json:
-        _print_json({"output": str(output), "differences": [str(finding) for finding in findings]})
+        _print_json({"output": str(output), "differences": [str(f) for f in findings], "notes": notes})
     if findings:
         raise typer.Exit(1)
+
+
+def _sources(words: Sequence[str]) -> dict[str, str]:
+    pairs = {role: place for role, _, place in (word.partition("=") for word in words)}
+    if len(pairs) < len(words) or not all(pairs.values()):
+        raise RequestError(Offence("--source", " ".join(words), "ROLE=PLACE, once a role", "another form"))
+    return pairs
 
 
 @app.command("report", help=_help(api.report, "One HTML file that needs nothing else: to read, print and pass on."))

@@ -18,12 +18,12 @@ from safeshard.streamer.checkpoint import Checkpoint, layer_of, read_file_header
 from safeshard.streamer.factors import Calibration, FactorSource, Group, Saved, forward_dtype
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import Finite, Options
+from safeshard.streamer.samples import hash_samples
 from safeshard.streamer.sources import open_source
 from safeshard.streamer.stream import Read
 
 INDEX = "factors.json"
 SCHEMA: Literal["safeshard.factors/1"] = "safeshard.factors/1"
-SAMPLE_BYTES = 4096  # of one weight
 FILE = r"factors-\d{5}\.safetensors"
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -144,16 +144,14 @@ class SavedFactors:
 
 
 def sample_weights(aligned: Checkpoint) -> str:
-    """BLAKE3 of a few KiB of every linear of the first layer, and of one linear of each further layer, in turn."""
+    """BLAKE3 of samples of every linear of the first layer, and of one linear of each further layer, in turn."""
     layers: dict[int | None, list[TensorRef]] = {}
     for name, ref in aligned.linears.items():
         layers.setdefault(layer_of(name), []).append(ref)
-    data = bytearray()
-    for number, refs in enumerate(layers.values()):
-        for ref in [refs[number % len(refs)]] if number else refs:
-            start = ref.offset + max(ref.nbytes - SAMPLE_BYTES, 0) // 2
-            data += aligned.source.read(ref.file, start, min(start + SAMPLE_BYTES, ref.offset + ref.nbytes))
-    return hash_bytes(bytes(data))
+    chosen = [
+        ref for number, refs in enumerate(layers.values()) for ref in ([refs[number % len(refs)]] if number else refs)
+    ]
+    return hash_samples(aligned.source, chosen)
 
 
 def _width(group: SavedGroup, aligned: Checkpoint) -> int:

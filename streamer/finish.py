@@ -175,7 +175,7 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
 def _inputs(plan: JobPlan) -> dict[str, Input]:
     inputs = {}
     for role, opened in plan.inputs.items():
-        files = [InputFile(name=f.name, size=f.size, header_sha256=f.sha256) for f in opened.files]
+        files = [file.entry for file in opened.files]
         config = lora.CONFIG if isinstance(opened, Adapter) else "config.json"
         sizes = opened.source.sizes()
         if config in sizes:

@@ -49,6 +49,17 @@ class Planner:
             raise RequestError(list(dict.fromkeys(self.offences)))
         return plans
 
+    def plan_inputs(self, job: Job) -> JobPlan:
+        """Plan one job whose output is not to be published: where it would go is not looked at.
+
+        Raises:
+            RequestError: every offence of its inputs.
+        """
+        plan = self._plan(job)
+        if plan is None:
+            raise RequestError(list(dict.fromkeys(self.offences)))
+        return plan
+
     def _plan(self, job: Job) -> JobPlan | None:
         inputs: dict[str, Checkpoint | Adapter] = {}
         for role, spec in job.inputs().items():

@@ -53,15 +53,18 @@ def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
         RequestError: some job cannot run; every offence of every job.
     """
     plans = Planner().plan(jobs, options.overwrite)
-    runs = [JobRun(plan) for plan in plans]
-    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
-    costs.append((host_bytes(runs, torch.device(options.resolved_device())), "a layer of the calibrated pass"))
-    need, name = max(costs)
+    need, name = largest_step([JobRun(plan) for plan in plans], torch.device(options.resolved_device()))
     if need > options.memory:
         remedy = "raise --memory, or split the batch"
         expected = f"at least {need} bytes ({human(need)})"
         raise RequestError(Offence("--memory", name, expected, human(options.memory), remedy))
     return plans
+
+
+def largest_step(runs: Sequence[JobRun], device: torch.device) -> tuple[int, str]:
+    """The host bytes that the largest step of a pass takes, and the step's name."""
+    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
+    return max([*costs, (host_bytes(runs, device), "a layer of the calibrated pass")])
 
 
 def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
@@ -78,7 +81,7 @@ def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
     runs: list[JobRun] = []
     try:
         _start([plan for plan in plans if not plan.finished], options, runs)
-        pass_ = _Pass(options, device)
+        pass_ = Pass(options, device)
         pass_.execute(runs)
         results = {id(r.plan): _finish(r, pass_.measured(), options) for r in runs}
         return [results.get(id(plan)) or _earlier(plan) for plan in plans]
@@ -128,7 +131,7 @@ def _finish(job_run: JobRun, measured: Measured, options: RunOptions) -> Result:
     return Result(job_run.job, job_run.plan, manifest, cosines, job_run.untreated())
 
 
-class _Pass:
+class Pass:
     """Executes the steps of a set of jobs and measures them."""
 
     def __init__(self, options: RunOptions, device: torch.device) -> None:
@@ -144,7 +147,7 @@ class _Pass:
             self._run(steps, progress)
             ranked = [r for r in runs if r.job.ranks_first]
             for job_run in ranked:
-                job_run.chosen = job_run.job.choose(job_run.cosines)
+                job_run.choose()
             steps = module_steps(ranked)
             progress.extend(_bytes(steps))
             self._run(steps, progress)

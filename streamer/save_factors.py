@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.journal import sync_path
-from safeshard.manifests.schema import Input, InputFile
+from safeshard.manifests.schema import Input
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedGroup, sample_weights
 from safeshard.streamer.factors import Calibration, Group, device_bytes, forward_dtype, hash_factor, resident_bytes
@@ -183,5 +183,5 @@ def _publish(staging: Path, output: Path) -> None:
 
 
 def _model_input(aligned: Checkpoint) -> Input:
-    files = tuple(InputFile(name=f.name, size=f.size, header_sha256=f.sha256) for f in aligned.files)
+    files = tuple(file.entry for file in aligned.files)
     return Input(source=aligned.source.spec, revision=aligned.source.revision, files=files)

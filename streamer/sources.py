@@ -64,10 +64,21 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
         return LocalSource(path, text)
     if text.startswith("hf://") or (not exists and _HUB_NAME.fullmatch(text)):
         return _open_hub(text)
-    if "://" in text and not text.startswith("file://"):
+    if is_url(text):
         return UrlSource(text)
     got = "a file" if exists and text else "no such folder"
     raise _refuse(text, "a folder, hf://org/name or a URL", got, "name the folder that holds the safetensors files")
+
+
+def is_url(spec: str) -> bool:
+    """Whether a place that is no local folder is opened by fsspec."""
+    return "://" in spec and not spec.startswith(("file://", "hf://"))
+
+
+def pinned(spec: str, revision: str | None) -> str:
+    """What to write for a Hub repository at a commit; other places stay as they are."""
+    match = _HUB_NAME.fullmatch(spec) if revision is not None else None
+    return f"hf://{match['repo']}@{revision}" if match else spec
 
 
 def read_json(source: Source, name: str) -> Any:
