@@ -5,9 +5,12 @@ line is a record with a `kind`. Every line ends in its own CRC-32. A crash may t
 off; any other damage is refused, by line.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,8 +22,6 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 MAGIC = '{"journal":"safeshard.journal/1",'
 ANEW = "--overwrite starts anew"
 CRC_CHARS = len(',"crc":"00000000"}')
-
-_datasync = getattr(os, "fdatasync", os.fsync)
 
 
 class Journal:
@@ -93,6 +94,11 @@ class Journal:
         with self._lock:
             self._pending.append(record)
 
+    def sign(self) -> None:
+        """Note durably which process holds the journal, for whoever is refused meanwhile."""
+        self.record("owner", pid=os.getpid(), host=socket.gethostname())
+        self.commit()
+
     def commit(self, sync: Callable[[], None] | None = None) -> None:
         """Make the records held so far durable, in one write and one sync; when it returns, they are.
 
@@ -111,7 +117,7 @@ class Journal:
                 sync()
             lines = b"".join(map(_line, chosen))
             _write(self._fd, lines, self._size)
-            _datasync(self._fd)
+            os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
             self._size += len(lines)
             self._broken = False
             with self._lock:
@@ -157,16 +163,28 @@ def _hold(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        offence = Offence(str(path), expected="no other run with this output", got="one underway", remedy="wait for it")
+        offence = Offence(str(path), expected="no other run with this output", got=_owner(path), remedy="wait for it")
         raise RequestError(offence) from error
     except OSError:
         pass  # a file system without locks; two runs at once are then the user's to avoid
+
+
+def _owner(path: Path) -> str:
+    """Who holds a journal, by the last owner that it names; its lock ends with that process."""
+    for line in reversed(path.read_bytes().split(b"\n")):
+        if line.startswith(b'{"kind":"owner",'):
+            with contextlib.suppress(ValueError, KeyError):
+                record = json.loads(line)
+                return f"one underway: process {record['pid']} on {record['host']}"
+    return "one underway"
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
+        if not written:
+            raise OSError(errno.EIO, "nothing could be written")
         view, offset = view[written:], offset + written
 
 

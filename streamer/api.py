@@ -175,7 +175,7 @@ def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
         jobs: the file; its form is described in `safeshard.streamer.jobs_file`.
         options: the fields of `RunOptions`.
     """
-    return run(read_jobs(Path(jobs)), build(RunOptions, options))
+    return run(read_jobs(Path(jobs)), build(RunOptions, options), skip_finished=True)
 
 
 def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: bool = False) -> str:

@@ -67,7 +67,7 @@ def tool_versions(device: str) -> Tool:
     return Tool(safeshard=version("safeshard"), torch=version("torch"), triton=_version("triton"), device=device)
 
 
-def fingerprint(plan: JobPlan) -> dict[str, Any]:
+def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
     """All that the output's bytes depend on, to notice on resume that something changed."""
     inputs = {role: given.model_dump(mode="json") for role, given in _inputs(plan).items()}
     for role, opened in plan.inputs.items():
@@ -76,6 +76,8 @@ def fingerprint(plan: JobPlan) -> dict[str, Any]:
             inputs[role]["modified"] = times
     return {
         "safeshard": version("safeshard"),
+        "torch": version("torch"),
+        "device": device,  # devices round differently in the last bits
         "method": plan.job.method,
         "options": plan.job.settings(),
         "inputs": inputs,

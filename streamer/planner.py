@@ -34,14 +34,14 @@ class Planner:
         self.offences: list[Offence] = []
         self._opened: dict[tuple[str, ...], Any] = {}
 
-    def plan(self, jobs: Sequence[Job], overwrite: bool) -> list[JobPlan]:
-        """Plan all jobs.
+    def plan(self, jobs: Sequence[Job], overwrite: bool, skip_finished: bool = False) -> list[JobPlan]:
+        """Plan all jobs; with `skip_finished` those that this very request has finished before are passed by.
 
         Raises:
             RequestError: some job cannot run; every offence of every job.
         """
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
-        if len(jobs) > 1 and not overwrite:  # an interrupted batch goes on with the jobs that are not done
+        if skip_finished and not overwrite:
             for plan in plans:
                 plan.finished = finished(plan) if plan.job.writes_model else None
         self.offences += output_offences(jobs, plans, overwrite)

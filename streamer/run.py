@@ -46,13 +46,13 @@ class Result:
         return self.job.output
 
 
-def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
+def plan_jobs(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[JobPlan]:
     """Check all jobs by their inputs' headers, against each other and against the memory budget.
 
     Raises:
         RequestError: some job cannot run; every offence of every job.
     """
-    plans = Planner().plan(jobs, options.overwrite)
+    plans = Planner().plan(jobs, options.overwrite, skip_finished)
     runs = [JobRun(plan) for plan in plans]
     costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
     costs.append((host_bytes(runs, torch.device(options.resolved_device())), "a layer of the calibrated pass"))
@@ -64,15 +64,17 @@ def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
     return plans
 
 
-def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
+def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[Result]:
     """Plan and run jobs in one pass; an interrupted run resumes where its journal ends.
+
+    With `skip_finished`, jobs whose outputs are there already, from this very request, are passed by.
 
     Raises:
         RequestError: some job cannot run; nothing was written.
         RunError: it failed underway; the same call resumes.
     """
     device = torch.device(options.resolved_device())
-    plans = plan_jobs(jobs, options)
+    plans = plan_jobs(jobs, options, skip_finished)
     if options.dry_run:
         return [Result(plan.job, plan, None, {}) for plan in plans]
     runs: list[JobRun] = []
@@ -80,6 +82,7 @@ def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
         _start([plan for plan in plans if not plan.finished], options, runs)
         pass_ = _Pass(options, device)
         pass_.execute(runs)
+        _refuse_changed(runs)
         results = {id(r.plan): _finish(r, pass_.measured(), options) for r in runs}
         return [results.get(id(plan)) or _earlier(plan) for plan in plans]
     finally:
@@ -106,11 +109,32 @@ def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) ->
 def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     if not plan.job.writes_model:
         return JobRun(plan)
-    writer = Writer(plan.job.output, plan.files, fingerprint(plan), options.overwrite)
+    device = device_name(torch.device(options.resolved_device()))
+    writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite)
     entries = {record["entry"]["name"]: record["entry"] for record in writer.journal.entries("module")}
+    for name, module in plan.modules.items():
+        if not writer.hashes.keys() >= set(module.writes.values()):
+            entries.pop(name, None)  # what it wrote is damaged
     cosines = {name: entry.get("cosine") for name, entry in entries.items()}
     cosines |= {record["name"]: record["cosine"] for record in writer.journal.entries("cosine")}
     return JobRun(plan, writer, entries, cosines)
+
+
+def _refuse_changed(runs: Sequence[JobRun]) -> None:
+    """Publish nothing that was made of files that changed meanwhile, nor go on from it later."""
+    for job_run in runs:
+        for opened in job_run.plan.inputs.values():
+            for name in opened.source.changed() & {file.name for file in opened.files}:
+                for other in runs:
+                    if other.writer:
+                        other.writer.discard()
+                message = f"{opened.source.spec}/{name} changed while it was read: what came of it is discarded"
+                raise RunError(message, "run the same command again once the file is at rest")
+
+
+def device_name(device: torch.device) -> str:
+    """The device as the manifest names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _earlier(plan: JobPlan) -> Result:
@@ -158,7 +182,7 @@ class _Pass:
         """The run so far, for the manifest."""
         cuda = self.device.type == "cuda"
         return Measured(
-            device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            device=device_name(self.device),
             start=self.started,
             wall_s=time.perf_counter() - self._start,
             bytes_read=sum(self.clock.bytes.values()),

@@ -1,19 +1,22 @@
 """Writing an output so that it is there whole or not at all.
 
 Everything is written in `OUT.partial`, beside OUT: safetensors files under a `.part` name, header first, each tensor
-at its own offset in any order. When all are complete they are synced and renamed, the small files and the manifest
-follow, and one rename of the folder publishes the output.
+at its own offset in any order. When all are complete they are synced; the small files and the manifest follow; then
+do the safetensors files get their names, and one rename of the folder publishes the output. What a journal calls
+finished is hashed again before an interrupted run goes on from it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from safeshard.streamer.stream import TORCH_DTYPES
 JOURNAL = "journal.jsonl"
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
+log = logging.getLogger(__name__)
 _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all set in NaN and infinity alone
     torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.int32, 0x7F800000),
@@ -60,15 +64,20 @@ class Writer:
         self._committed = time.monotonic()
         with clear_errors(self.staging):
             _check_ours(self.staging)
-            if overwrite and self.staging.exists():
+            if self.staging.exists() and (overwrite or not (self.staging / JOURNAL).is_file()):
                 _discard(self.staging)
-            self.staging.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
+            _make_folder(self.staging)
+            self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
         try:
-            self.hashes = {record["name"]: record["blake3"] for record in self.journal.entries("tensor")}
+            recorded = {record["name"]: record["blake3"] for record in self.journal.entries("tensor")}
             with clear_errors(self.staging):
+                self.journal.sign()
+                for spill in self.staging.glob("hidden-states-*"):  # of a run killed before it could unname it
+                    spill.unlink()
                 for file in files:
                     self._open(file)
+                sync_path(self.staging)
+                self.hashes = self._intact(recorded)
         except BaseException:
             self.close_files()
             self.journal.close()
@@ -79,13 +88,26 @@ class Writer:
         if (self.staging / file.name).exists():  # completed before an interruption
             part = self.staging / file.name
         fd = self._fds[file.name] = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if (size := os.fstat(fd).st_size) != file.nbytes:
-            if not self.hashes.keys().isdisjoint(file.tensors):
-                expected = f"{file.nbytes} bytes, some of them finished"
-                raise RequestError(Offence(str(part), "", expected, f"{size} bytes", "--overwrite starts anew"))
+        if os.fstat(fd).st_size != file.nbytes:
             _allocate(fd, file.nbytes)
         _write_all(fd, memoryview(file.header), 0)
         self.bytes_written += len(file.header)
+
+    def _intact(self, recorded: dict[str, str]) -> dict[str, str]:
+        """Of the tensors that the journal calls finished, those whose bytes are there; the others are done again."""
+
+        def is_there(name: str) -> bool:
+            file, ref = self._places[name]
+            return hash_tensor_region(self._fds[file], ref.offset, ref.nbytes) == recorded[name]
+
+        names = [name for name in recorded if name in self._places]
+        with ThreadPoolExecutor(2) as pool:
+            intact = {
+                name: recorded[name] for name, there in zip(names, pool.map(is_there, names), strict=True) if there
+            }
+        if lost := recorded.keys() - intact.keys():
+            log.warning("%s: %d finished tensors are damaged and are written again", self.staging, len(lost))
+        return intact
 
     def place(self, name: str) -> TensorRef:
         """Where an output tensor goes: its dtype, shape, offset."""
@@ -140,30 +162,35 @@ class Writer:
             self.journal.commit(sync=self._sync)
 
     def complete(self) -> None:
-        """Sync the safetensors files and give them their names. All tensors must be written."""
+        """Sync the safetensors files. All tensors must be written."""
         missing = self._places.keys() - self.hashes.keys()
         assert not missing, f"tensors not written: {sorted(missing)[:3]}"
         self.commit()
         with clear_errors(self.output):
             self._sync()
-            for file in self.files:
-                part = self.staging / (file.name + ".part")
-                if part.exists():
-                    part.rename(self.staging / file.name)
         self.close_files()
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write one small file, synced."""
-        with clear_errors(self.output), (self.staging / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with clear_errors(self.output):
+            fd = os.open(self.staging / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            try:
+                _write_all(fd, memoryview(data), 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
         self.bytes_written += len(data)
 
     def publish(self, overwrite: bool) -> None:
         """Give the finished folder its name. The manifest must be in place."""
         known = {file.name for file in self.files}
         with clear_errors(self.output):
+            sync_path(self.staging)  # the manifest is there before anything could be taken for a model
+            for file in self.files:
+                part = self.staging / (file.name + ".part")
+                if part.exists():
+                    part.rename(self.staging / file.name)
+            sync_path(self.staging)
             (self.staging / JOURNAL).unlink()
             sync_path(self.staging)
             old = None
@@ -180,13 +207,20 @@ class Writer:
     def abandon(self) -> None:
         """Release everything; what was finished stays for a resume, and where nothing was, no trace is left."""
         try:
-            if self.hashes and self.staging.exists():
+            if self.staging.exists():
                 self.commit()
         finally:
             self.close_files()
-            if not self.hashes and self.staging.exists():
+            begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine"))
+            if not begun and self.staging.exists():
                 shutil.rmtree(self.staging)
             self.journal.close()
+
+    def discard(self) -> None:
+        """Remove what was written, finished or not."""
+        self.close_files()
+        with clear_errors(self.staging):
+            shutil.rmtree(self.staging)
 
     def close_files(self) -> None:
         """Release the safetensors files."""
@@ -223,14 +257,20 @@ def clear_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = f"{place}: {error.filename}" if error.filename and str(error.filename) != str(place) else str(place)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"{place}: the disk is full", "free some space and run the same command again") from error
-        raise RunError(f"{place}: {error.strerror or error}", "mend it and run the same command again") from error
+            raise RunError(f"{where}: the disk is full", "free some space and run the same command again") from error
+        if error.errno == errno.EFBIG:
+            problem = f"{where}: the file grows too large for the file system or `ulimit -f`"
+            raise RunError(problem, "raise the limit, or write elsewhere") from error
+        raise RunError(f"{where}: {error.strerror or error}", "mend it and run the same command again") from error
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(fd, data, offset)
+        if not count:
+            raise OSError(errno.EIO, "nothing could be written")
         data, offset = data[count:], offset + count
 
 
@@ -258,7 +298,7 @@ def _copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
     except OSError as error:
         if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
             return False
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(source)
     return True
@@ -270,6 +310,14 @@ def _check_ours(staging: Path) -> None:
     if staging.exists() and any(staging.iterdir()) and not any((staging / name).is_file() for name in ours):
         expected = "an unfinished output of safeshard"
         raise RequestError(Offence(str(staging), "", expected, "another folder", "remove it yourself"))
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and its parents, each durable in the one above it."""
+    if not folder.exists():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_path(folder.parent)
 
 
 def _discard(staging: Path) -> None:

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeshard.manifests import Journal, RequestError, RunError
-from safeshard.manifests import journal as module
 
 FINGERPRINT = {"method": "safemerge", "options": {"threshold": 0.35}, "inputs": ["a", {"size": 3}]}
 RECORDS = [{"name": f"t{i}", "hash": f"{i:064x}", "value": i / 3, "odd": 'q"\n\x00é'} for i in range(4)]
@@ -150,7 +149,7 @@ def test_the_data_is_synced_before_the_records_are_written(path: Path) -> None:
 
 def test_each_commit_syncs_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    monkeypatch.setattr(module, "_datasync", synced.append)
+    monkeypatch.setattr(os, "fdatasync", synced.append)
     with Journal.open(path, FINGERPRINT) as journal:
         for name in "abc":
             journal.record("tensor", name=name)

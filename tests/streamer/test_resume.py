@@ -271,7 +271,7 @@ def test_data_reaches_the_disk_before_the_journal_says_so(world: Any, monkeypatc
             raise RunError("no")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("safeshard.manifests.journal._datasync", fsync)
+    monkeypatch.setattr(os, "fdatasync", fsync)
     monkeypatch.setattr(Clock, "add", failing)
     with pytest.raises(RunError, match="no"):
         safemerge(**merge_options(world), output=world.root / "out")
