@@ -229,12 +229,27 @@ def test_changed_weights_under_the_same_header_are_noticed(
         safemerge(**options)
 
 
-def test_a_lost_part_is_noticed(interrupted: dict[str, Any], world: Any) -> None:
-    options = interrupted
-    (world.root / "out.partial/adapter_model.safetensors.part").unlink()
-    with pytest.raises(RequestError, match="--overwrite starts anew"):
-        safemerge(**options)
-    safemerge(**options, overwrite=True)
+@pytest.mark.parametrize("loss", ["the file", "a byte", "the end"])
+def test_what_is_lost_is_done_again(
+    interrupted: dict[str, Any], world: Any, journaled: Any, caplog: pytest.LogCaptureFixture, loss: str
+) -> None:
+    options, part = interrupted, world.root / "out.partial/adapter_model.safetensors.part"
+    content = bytearray(part.read_bytes())
+    if loss == "the file":
+        part.unlink()
+    elif loss == "a byte":
+        first = json.loads((part.parent / "journal.jsonl").read_text().splitlines()[2])["name"]
+        offset = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[first]["data_offsets"][0]
+        content[8 + int.from_bytes(content[:8], "little") + offset] ^= 1
+        part.write_bytes(content)
+    else:
+        os.truncate(part, 8)
+    journaled().clear()
+    safemerge(**options)
+    assert "damaged" in caplog.text
+    assert len(journaled()) < 28 or loss != "a byte"
+    fresh = safemerge(**options | {"output": world.root / "fresh"})
+    assert contents(options["output"]) == contents(fresh.output)
 
 
 def test_a_second_run_at_once_is_refused(interrupted: dict[str, Any], world: Any) -> None:
