@@ -22,6 +22,7 @@ from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions, build, fields_of
 from safeshard.streamer.run import Result, run
 from safeshard.streamer.save_factors import Calibrate, Factors, run_calibrate
+from safeshard.streamer.writer import replace_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,8 +130,7 @@ def score(
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
     results = run(jobs, run_options)
     if table is not None and not run_options.dry_run:
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(score_table(results, table.suffix), encoding="utf-8", errors="backslashreplace")
+        replace_file(table, score_table(results, table.suffix).encode(errors="backslashreplace"))
     return results
 
 

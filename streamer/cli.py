@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -47,10 +48,20 @@ class _Stopped(BaseException):
     """A signal asked for the end; no Exception, so that nothing on the way takes it for an error of its own."""
 
 
-def _stop(number: int, _frame: object) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _in_finalizer(frame):  # where exceptions are dropped
+        signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        return
     for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(each, signal.SIG_DFL)
     raise _Stopped(signal.Signals(number).name)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _print_version(asked: bool) -> None:

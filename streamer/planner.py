@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.journal import JOURNAL_NAME
 from safeshard.streamer.adapter import Adapter, open_adapter
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.checks import input_offences, output_offences
@@ -41,9 +42,12 @@ class Planner:
             RequestError: some job cannot run; every offence of every job.
         """
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
-        if skip_finished and not overwrite:
-            for plan in plans:
-                plan.finished = finished(plan) if plan.job.writes_model else None
+        for plan in plans:
+            ending = (
+                plan.job.output / JOURNAL_NAME
+            ).is_file()  # a run was interrupted right after its output was named
+            if plan.job.writes_model and (ending or (skip_finished and not overwrite)):
+                plan.finished = finished(plan)
         self.offences += output_offences(jobs, plans, overwrite)
         if self.offences:
             raise RequestError(list(dict.fromkeys(self.offences)))

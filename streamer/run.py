@@ -16,15 +16,16 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import Manifest
 from safeshard.streamer.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.compute import compute_step
-from safeshard.streamer.finish import Measured, fingerprint, publish
+from safeshard.streamer.finish import Measured, fingerprint, publish, rounded
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan import JobPlan
 from safeshard.streamer.planner import Planner
 from safeshard.streamer.progress import Progress, human
+from safeshard.streamer.staging import settle
 from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
-from safeshard.streamer.writer import Writer
+from safeshard.streamer.writer import Writer, clear_errors
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,10 @@ def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -
     plans = plan_jobs(jobs, options, skip_finished)
     if options.dry_run:
         return [Result(plan.job, plan, None, {}) for plan in plans]
+    for plan in plans:
+        if plan.finished:
+            with clear_errors(plan.job.output):
+                settle(plan.job.output)
     runs: list[JobRun] = []
     try:
         _start([plan for plan in plans if not plan.finished], options, runs)
@@ -188,7 +193,7 @@ class _Pass:
             bytes_read=sum(self.clock.bytes.values()),
             peak_buffer_bytes=self.buffers.peak,
             peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
-            seconds={stage: round(seconds, 3) for stage, seconds in sorted(self.clock.seconds.items())},
+            seconds=rounded(self.clock),
         )
 
     def _run(self, steps: Sequence[Step], progress: Progress, compute: Compute | None = None) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,15 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.errors import RunError
 from safeshard.manifests.hashing import hash_bytes, hash_tensor_region
-from safeshard.manifests.journal import Journal, sync_path
+from safeshard.manifests.journal import sync_path
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.manifests.schema import MANIFEST_NAME
+from safeshard.streamer import staging
 from safeshard.streamer.plan import Copy, OutputFile, staging_of
-from safeshard.streamer.stream import TORCH_DTYPES
+from safeshard.streamer.stream import TORCH_DTYPES, Clock
 
-JOURNAL = "journal.jsonl"
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
 log = logging.getLogger(__name__)
@@ -51,29 +49,29 @@ class Writer:
     Attributes:
         hashes: output tensor -> BLAKE3 of its bytes, for all tensors written so far.
         bytes_written: by this process.
+        clock: the seconds of hashing and of syncing.
     """
 
     def __init__(self, output: Path, files: list[OutputFile], fingerprint: dict[str, Any], overwrite: bool) -> None:
         self.output = output.absolute()
         self.staging = staging_of(self.output)
         self.files, self.bytes_written = files, 0
+        self.clock = Clock()
+        self._ended = False
         self.hashes: dict[str, str] = {}
         self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
         self._committed = time.monotonic()
         with clear_errors(self.staging):
-            _check_ours(self.staging)
-            if self.staging.exists() and (overwrite or not (self.staging / JOURNAL).is_file()):
-                _discard(self.staging)
-            _make_folder(self.staging)
-            self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
+            self.journal = staging.open_journal(self.staging, self.output, fingerprint, overwrite)
         try:
             recorded = {record["name"]: record["blake3"] for record in self.journal.entries("tensor")}
             with clear_errors(self.staging):
                 self.journal.sign()
                 for spill in self.staging.glob("hidden-states-*"):  # of a run killed before it could unname it
                     spill.unlink()
+                staging.unname(self.staging, self._names)
                 for file in files:
                     self._open(file)
                 sync_path(self.staging)
@@ -83,10 +81,12 @@ class Writer:
             self.journal.close()
             raise
 
+    @property
+    def _names(self) -> list[str]:
+        return [file.name for file in self.files]
+
     def _open(self, file: OutputFile) -> None:
-        part = self.staging / (file.name + ".part")
-        if (self.staging / file.name).exists():  # completed before an interruption
-            part = self.staging / file.name
+        part = staging.part_of(self.staging, file.name)
         fd = self._fds[file.name] = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.fstat(fd).st_size != file.nbytes:
             _allocate(fd, file.nbytes)
@@ -98,7 +98,7 @@ class Writer:
 
         def is_there(name: str) -> bool:
             file, ref = self._places[name]
-            return hash_tensor_region(self._fds[file], ref.offset, ref.nbytes) == recorded[name]
+            return self._hash_region(self._fds[file], ref) == recorded[name]
 
         names = [name for name in recorded if name in self._places]
         with ThreadPoolExecutor(2) as pool:
@@ -132,7 +132,10 @@ class Writer:
         data = host.reshape(-1).view(torch.uint8).numpy().data
         with clear_errors(self.output):
             _write_all(self._fds[file], data, ref.offset)
-        self._finished(name, hash_bytes(data), ref.nbytes)
+        start = time.perf_counter()
+        digest = hash_bytes(data)
+        self.clock.add("hash", start)
+        self._finished(name, digest, ref.nbytes)
 
     def copy(self, copy: Copy) -> None:
         """Take over a tensor's bytes, through the kernel where the input is a local file."""
@@ -146,7 +149,7 @@ class Writer:
                     view = memoryview(buffer)[: min(CHUNK_BYTES, ref.nbytes - begin)]
                     copy.source.readinto(copy.ref.file, copy.ref.offset + begin, view)
                     _write_all(fd, view, ref.offset + begin)
-            digest = hash_tensor_region(fd, ref.offset, ref.nbytes)
+            digest = self._hash_region(fd, ref)
         self._finished(copy.name, digest, ref.nbytes)
 
     def record(self, kind: str, **payload: Any) -> None:
@@ -168,44 +171,27 @@ class Writer:
         self.commit()
         with clear_errors(self.output):
             self._sync()
-        self.close_files()
+            self.close_files()
+            staging.clear(self.staging, self._names)
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write one small file, synced."""
         with clear_errors(self.output):
-            fd = os.open(self.staging / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            try:
-                _write_all(fd, memoryview(data), 0)
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            write_file(self.staging / name, data)
         self.bytes_written += len(data)
 
     def publish(self, overwrite: bool) -> None:
         """Give the finished folder its name. The manifest must be in place."""
-        known = {file.name for file in self.files}
         with clear_errors(self.output):
-            sync_path(self.staging)  # the manifest is there before anything could be taken for a model
-            for file in self.files:
-                part = self.staging / (file.name + ".part")
-                if part.exists():
-                    part.rename(self.staging / file.name)
-            sync_path(self.staging)
-            (self.staging / JOURNAL).unlink()
-            sync_path(self.staging)
-            old = None
-            if overwrite and self.output.exists():
-                old = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
-                self.output.rename(old)
-            self.staging.rename(self.output)
-            sync_path(self.output.parent)
-            if old is not None:
-                shutil.rmtree(old)
+            staging.publish(self.staging, self.output, self._names, overwrite)
         self.journal.close()
-        assert known <= {p.name for p in self.output.iterdir()}
+        self._ended = True
 
     def abandon(self) -> None:
         """Release everything; what was finished stays for a resume, and where nothing was, no trace is left."""
+        if self._ended:
+            return
+        self._ended = True
         try:
             if self.staging.exists():
                 self.commit()
@@ -213,14 +199,19 @@ class Writer:
             self.close_files()
             begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine"))
             if not begun and self.staging.exists():
-                shutil.rmtree(self.staging)
+                self._remove()
             self.journal.close()
 
     def discard(self) -> None:
         """Remove what was written, finished or not."""
+        self._ended = True
         self.close_files()
+        self._remove()
+        self.journal.close()
+
+    def _remove(self) -> None:
         with clear_errors(self.staging):
-            shutil.rmtree(self.staging)
+            staging.remove(self.staging, self.output)
 
     def close_files(self) -> None:
         """Release the safetensors files."""
@@ -229,8 +220,16 @@ class Writer:
         self._fds.clear()
 
     def _sync(self) -> None:
+        start = time.perf_counter()
         for fd in self._fds.values():
             os.fsync(fd)
+        self.clock.add("sync", start)
+
+    def _hash_region(self, fd: int, ref: TensorRef) -> str:
+        start = time.perf_counter()
+        digest = hash_tensor_region(fd, ref.offset, ref.nbytes)
+        self.clock.add("hash", start)
+        return digest
 
     def _finished(self, name: str, digest: str, nbytes: int) -> None:
         with self._lock:
@@ -264,6 +263,30 @@ def clear_errors(place: Path) -> Iterator[None]:
             problem = f"{where}: the file grows too large for the file system or `ulimit -f`"
             raise RunError(problem, "raise the limit, or write elsewhere") from error
         raise RunError(f"{where}: {error.strerror or error}", "mend it and run the same command again") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file, synced. Its name lasts once its folder is synced."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        _write_all(fd, memoryview(data), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or as it was before."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(draft, data)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        sync_path(path.parent)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -302,26 +325,3 @@ def _copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
     finally:
         os.close(source)
     return True
-
-
-def _check_ours(staging: Path) -> None:
-    """Refuse a folder that somebody else filled: it would be published, or removed."""
-    ours = {JOURNAL, MANIFEST_NAME}  # the journal goes last, when the manifest is there
-    if staging.exists() and any(staging.iterdir()) and not any((staging / name).is_file() for name in ours):
-        expected = "an unfinished output of safeshard"
-        raise RequestError(Offence(str(staging), "", expected, "another folder", "remove it yourself"))
-
-
-def _make_folder(folder: Path) -> None:
-    """Make a folder and its parents, each durable in the one above it."""
-    if not folder.exists():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_path(folder.parent)
-
-
-def _discard(staging: Path) -> None:
-    journal = staging / JOURNAL
-    if journal.is_file():
-        Journal.claim(journal).close()
-    shutil.rmtree(staging)
