@@ -280,8 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _how_to_resume(arguments: Sequence[str]) -> str:
     if not arguments or arguments[0] not in {*METHODS, "batch"}:
         return "nothing was kept"
-    without = " without --overwrite" if "--overwrite" in arguments else ""
-    return f"run the same command again{without} to go on from here"
+    return "run the same command again to go on from here"
 
 
 def entry() -> None:

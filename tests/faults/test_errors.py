@@ -1,4 +1,4 @@
-"""Calls that fail: full disks, failing disks, reads that come short. A clear message, exit status 1, and a rerun ends."""
+"""Calls that fail: full disks, failing disks, reads that come short. A clear message, and a rerun ends it."""
 
 from __future__ import annotations
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import signal
 from typing import Any
 
 import pytest
 from disk import Disk
-from harness import NAMES, outputs
+from harness import NAMES, counts, outputs
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,22 +72,42 @@ def test_signalled_at_any_time(scenario: Any, name: str, number: signal.Signals)
             case.finish((number, after))
 
 
+MODES = ("lost", "names", "mixed")
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("mode", ["lost", "names", "mixed"])
-def test_power_cut(scenario: Any, name: str, mode: str) -> None:
+def test_power_cut(scenario: Any, name: str) -> None:
     case = scenario(name)
-    for at, dice in case.spread(len(case.log) + 1, 6 if mode == "mixed" else 3, f"power {mode}"):
-        case.reset()
-        disk = Disk(case.root)
-        for entry in case.log[:at]:
-            disk.apply(entry)
-        shutil.rmtree(case.root)
-        case.root.mkdir()
-        disk.cut_power(mode, dice)
-        case.check_nothing_half_done((mode, at))
-        if outputs(case.root) == case.whole:
-            continue
-        case.finish((mode, at))
+    for at, dice in case.spread(len(case.log) + 1, 10, "power"):
+        mode = dice.choice(MODES)
+        cut_power(case, at, mode, dice)
+        if outputs(case.root) != case.whole:
+            case.finish((mode, at))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_power_cut_leaves_nothing_half_done(scenario: Any, name: str) -> None:
+    """After any of the last calls, in which names come into place; what is left is looked at, and rarely run again."""
+    case = scenario(name)
+    for back, dice in case.spread(min(len(case.log), 90), 90, "last power"):
+        for mode in MODES:
+            counts["cases"] += 1
+            cut_power(case, len(case.log) - back, mode, dice)
+            counts["survived"] += 1
+            if outputs(case.root) != case.whole and dice.random() < 0.03:
+                case.finish((mode, back))
+
+
+def cut_power(case: Any, at: int, mode: str, dice: random.Random) -> None:
+    """Make the folder what a power cut may leave after the first `at` calls of an undisturbed run."""
+    case.reset()
+    disk = Disk(case.root)
+    for entry in case.log[:at]:
+        disk.apply(entry)
+    shutil.rmtree(case.root)
+    case.root.mkdir()
+    disk.cut_power(mode, dice)
+    case.check_nothing_half_done((mode, at))
 
 
 @pytest.mark.parametrize("name", NAMES)
