@@ -42,11 +42,9 @@ class Planner:
             RequestError: some job cannot run; every offence of every job.
         """
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
-        for plan in plans:
-            ending = (
-                plan.job.output / JOURNAL_NAME
-            ).is_file()  # a run was interrupted right after its output was named
-            if plan.job.writes_model and (ending or (skip_finished and not overwrite)):
+        for plan in (p for p in plans if p.job.writes_model):
+            # Its journal is there where a run was interrupted right after the output had got its name.
+            if (skip_finished and not overwrite) or (plan.job.output / JOURNAL_NAME).is_file():
                 plan.finished = finished(plan)
         self.offences += output_offences(jobs, plans, overwrite)
         if self.offences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -137,7 +138,7 @@ def contents(folder: Path) -> dict[str, Any]:
     for path in folder.rglob("*"):
         if path.is_file():
             files[path.relative_to(folder).as_posix()] = path.read_bytes()
-    if "manifest.json" in files:
+    with contextlib.suppress(KeyError, ValueError):  # none yet, or torn
         manifest = json.loads(files["manifest.json"])
         files["manifest.json"] = {k: v for k, v in manifest.items() if k not in ("run", "blake3")}
     return files
