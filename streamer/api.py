@@ -25,6 +25,7 @@ from safeshard.streamer.recheck import check_inputs, input_places
 from safeshard.streamer.recompute import recompute as recompute_modules
 from safeshard.streamer.run import Result, run
 from safeshard.streamer.save_factors import Calibrate, Factors, run_calibrate
+from safeshard.streamer.writer import replace_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -132,8 +133,7 @@ def score(
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
     results = run(jobs, run_options)
     if table is not None and not run_options.dry_run:
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(score_table(results, table.suffix), encoding="utf-8", errors="backslashreplace")
+        replace_file(table, score_table(results, table.suffix).encode(errors="backslashreplace"))
     return results
 
 
@@ -186,7 +186,7 @@ def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
         jobs: the file; its form is described in `safeshard.streamer.jobs_file`.
         options: the fields of `RunOptions`.
     """
-    return run(read_jobs(Path(jobs)), build(RunOptions, options))
+    return run(read_jobs(Path(jobs)), build(RunOptions, options), skip_finished=True)
 
 
 def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: bool = False) -> str:

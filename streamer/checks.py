@@ -77,7 +77,7 @@ def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
 
 def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bool) -> Iterator[Offence]:
     """Offences about where jobs write: what is there already, each other's way, and too small a disk."""
-    need: dict[Path, int] = {}
+    need: dict[int, tuple[Path, int]] = {}  # by file system
     sizes = {id(plan.job): 0 if plan.finished else plan.bytes_to_write for plan in plans}
     done = {id(plan.job) for plan in plans if plan.finished}
     paths = [job.output.absolute() for job in jobs if job.writes_model]
@@ -101,8 +101,10 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
         if not parent.is_dir():
             yield Offence("--output", shown, "a folder to write in", f"{parent} is a file", "choose another")
         else:
-            need[parent] = need.get(parent, 0) + sizes.get(id(job), 0) - _taken(staging_of(path))
-    for parent, nbytes in need.items():
+            disk = parent.stat().st_dev
+            first, before = need.get(disk, (parent, 0))
+            need[disk] = (first, before + sizes.get(id(job), 0) - _taken(staging_of(path)))
+    for parent, nbytes in need.values():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
             yield Offence(

@@ -9,10 +9,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
@@ -39,6 +42,26 @@ OUT_OF_MEMORY = re.compile(  # torch has no one type for it
 Json = Annotated[
     bool, typer.Option("--json", help="print the outcome as one line of JSON at the end", show_default=False)
 ]
+
+
+class _Stopped(BaseException):
+    """A signal asked for the end; no Exception, so that nothing on the way takes it for an error of its own."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _in_finalizer(frame):  # where exceptions are dropped
+        signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        return
+    for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
+        signal.signal(each, signal.SIG_DFL)
+    raise _Stopped(signal.Signals(number).name)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _print_version(asked: bool) -> None:
@@ -259,17 +282,20 @@ def _mount(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    handlers: dict[signal.Signals, Any] = {}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
             stream.reconfigure(errors="replace")
     try:
+        if threading.current_thread() is threading.main_thread():
+            handlers = {each: signal.signal(each, _stop) for each in (signal.SIGINT, signal.SIGTERM)}
         _mount(arguments)
         app(args=arguments, prog_name="safeshard")
     except SafeshardError as error:
         print(f"safeshard: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("safeshard: interrupted; the same command goes on from here", file=sys.stderr)
+    except (_Stopped, KeyboardInterrupt) as stopped:
+        print(f"safeshard: interrupted by {stopped or 'SIGINT'}; {_how_to_resume(arguments)}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         print(f"safeshard: {printable(error)}", file=sys.stderr)
@@ -281,6 +307,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"safeshard: out of memory; use a smaller --memory or another --device: {printable(error)}", file=sys.stderr
         )
         sys.exit(1)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _how_to_resume(arguments: Sequence[str]) -> str:
+    if not arguments or arguments[0] not in {*METHODS, "batch"}:
+        return "nothing was kept"
+    return "run the same command again to go on from here"
 
 
 def entry() -> None:

@@ -47,6 +47,9 @@ class Source(Protocol):
     def local_path(self, name: str) -> Path | None:
         """A local path that holds the whole file, fetched first if need be; None where only ranges can be read."""
 
+    def changed(self) -> set[str]:
+        """The files that are no longer what they were when the source was opened, as far as can be told."""
+
 
 def open_source(spec: str | os.PathLike[str]) -> Source:
     """Resolve a folder, `hf://org/name@revision` (or `org/name`), or an fsspec URL.
@@ -126,9 +129,13 @@ class LocalSource:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         try:
-            self._sizes = {p.name: p.stat().st_size for p in sorted(self.folder.iterdir()) if p.is_file()}
+            self._stamps = {p.name: _stamp(p) for p in sorted(self.folder.iterdir()) if p.is_file()}
         except OSError as error:
             raise _refuse(spec, "a folder that can be listed", _reason(error), "check its permissions") from error
+        self._sizes = {name: stamp[0] for name, stamp in self._stamps.items()}
+
+    def changed(self) -> set[str]:
+        return {name for name, stamp in self._stamps.items() if _stamp(self.folder / name) != stamp}
 
     def sizes(self) -> dict[str, int]:
         return dict(self._sizes)
@@ -233,6 +240,9 @@ class HubSource:
     def local_path(self, name: str) -> Path:
         return self._fetch(name).local_path(name)
 
+    def changed(self) -> set[str]:
+        return set()  # a commit's files do not change
+
     def _fetch(self, name: str) -> LocalSource:
         from huggingface_hub import hf_hub_download
 
@@ -309,6 +319,18 @@ class UrlSource:
 
     def local_path(self, name: str) -> None:
         return None
+
+    def changed(self) -> set[str]:
+        return set()  # each range is a request of its own; only sizes were listed
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Size, time of change and inode; (-1, -1, -1) where the file is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return (-1, -1, -1)
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def _refuse(where: str, expected: str, got: str, remedy: str) -> RequestError:
