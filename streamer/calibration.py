@@ -6,7 +6,8 @@ padding does not count. The factor 2 / N matters only for inputs that are always
 diagonal entry to 1, whatever the scale of the others.
 
 Data flow, in one direction: token ids -> padded batches -> hidden states and recorded arguments (`Skeleton.record`)
--> layer by layer: weights in, every batch through, Grams out, weights dropped.
+-> layer by layer: weights in, every batch through, Grams out, weights dropped. Between layers the hidden states may be
+saved (`HiddenStates`), and an interrupted run goes on from those.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from torch import nn
 
 from safeshard.kernels import gram as gram_kernel
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.streamer.hidden_states import SPILL, HiddenStates
 from safeshard.streamer.skeleton import LayerCall, Load, Skeleton
 
 _REMEDY = "Safe Delta does not take this model"
@@ -67,9 +70,10 @@ def calibrate(
     dtype: torch.dtype,
     batch_tokens: int = 4096,
     budget_bytes: int,
-    spill_folder: Path,
+    key: str,
+    saved: HiddenStates,
 ) -> Iterator[LayerGrams]:
-    """Run an aligned model over calibration samples, layer by layer, and yield each layer's Grams.
+    """Run an aligned model over calibration samples, layer by layer, and yield the Grams of each from `saved.first` on.
 
     The request is checked at the call; the work happens while iterating.
 
@@ -82,7 +86,9 @@ def calibrate(
         batch_tokens: padded tokens a batch holds at most; a longer sample is a batch of its own. The batches, hence the
             last bits of a Gram, depend on this and on `tokens` alone, never on `budget_bytes`.
         budget_bytes: host bytes for the hidden states (all padded tokens x hidden size, in `dtype`); beyond that they
-            lie in a file without a name in `spill_folder`.
+            lie in a file without a name in the first of `saved.folders`.
+        key: hash of all that the hidden states depend on.
+        saved: where they are saved between layers, once the consumer is through with a layer's Grams.
 
     Raises:
         RequestError: at the call, as `Skeleton` does, and for empty or too long samples.
@@ -91,7 +97,8 @@ def calibrate(
     skeleton = Skeleton(config_folder, names, dtype)
     check_lengths(config_folder, tokens, skeleton.max_positions)
     batches = _batches(tokens, batch_tokens)
-    return _run(skeleton, load, batches, device, lambda numel: _host_buffer(numel, dtype, budget_bytes, spill_folder))
+    buffer = partial(_host_buffer, dtype=dtype, budget_bytes=budget_bytes, folder=saved.folders[0])
+    return _run(skeleton, load, batches, device, buffer, key, saved)
 
 
 @torch.no_grad()
@@ -101,16 +108,23 @@ def _run(
     batches: list[Batch],
     device: torch.device,
     allocate: Callable[[int], torch.Tensor],
+    key: str,
+    saved: HiddenStates,
 ) -> Iterator[LayerGrams]:
     with _one_thread():
-        hidden, calls = _embed(skeleton, load, batches, device, allocate)
-    for index, path in enumerate(skeleton.layers):
-        collector = GramCollector(skeleton.linears(path), batches)
+        buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
+    start = saved.load(key, buffer)
+    for index, path in list(enumerate(skeleton.layers))[start:]:
+        if index > start:
+            saved.save(key, index, buffer)
+        wanted = index >= saved.first
+        collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
         with _one_thread(), skeleton.filled(path, load, device), collector:
             for batch, states, batch_calls in zip(batches, hidden, calls, strict=True):
                 collector.start(batch)
                 states.copy_(batch_calls[index].run(skeleton.layers[path], states.to(device)))
-        yield LayerGrams(index, path, collector.finish(), sum(len(batch.rows) for batch in batches))
+        if wanted:
+            yield LayerGrams(index, path, collector.finish(), sum(len(batch.rows) for batch in batches))
 
 
 @contextmanager
@@ -130,9 +144,9 @@ def _embed(
     batches: list[Batch],
     device: torch.device,
     allocate: Callable[[int], torch.Tensor],
-) -> tuple[list[torch.Tensor], list[list[LayerCall]]]:
-    """Each batch's first hidden state (batch x length x hidden size, on the host), and its layers' arguments (on the
-    device: masks and position embeddings, which the layers mostly share)."""
+) -> tuple[torch.Tensor, list[torch.Tensor], list[list[LayerCall]]]:
+    """The first hidden states: flat on the host, and each batch's view of them (batch x length x hidden size); and each
+    batch's arguments of the layers (on the device: masks and position embeddings, which the layers mostly share)."""
     hidden: list[torch.Tensor] = []
     calls: list[list[LayerCall]] = []
     buffer = torch.empty(0)
@@ -145,7 +159,7 @@ def _embed(
             hidden.append(buffer[used : used + states.numel()].view(states.shape))
             hidden[-1].copy_(states)
             calls.append(batch_calls)
-    return hidden, calls
+    return buffer, hidden, calls
 
 
 class GramCollector:
@@ -261,7 +275,7 @@ def _host_buffer(numel: int, dtype: torch.dtype, budget_bytes: int, folder: Path
     if nbytes <= budget_bytes:
         return torch.empty(numel, dtype=dtype)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="hidden-states-") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=SPILL[0], suffix=SPILL[1]) as file:
             if sys.platform == "linux":  # reserve it now: a full disk would otherwise kill the process at some write
                 os.posix_fallocate(file.fileno(), 0, nbytes)
             # The mapping outlives the name, so nothing is left behind however the process ends.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import tempfile
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
 from safeshard.streamer.calibration import calibrate, check_lengths
 from safeshard.streamer.checkpoint import Checkpoint
+from safeshard.streamer.hidden_states import HiddenStates
 from safeshard.streamer.methods.safedelta import Calibrated
 from safeshard.streamer.prompts import BUILT_IN, Prompts, load_prompts
 from safeshard.streamer.skeleton import Skeleton, read_config
@@ -122,11 +125,14 @@ class FactorSource(Protocol):
     def planned(self) -> Sequence[Sequence[Group]]:
         """The groups of each decoder layer as far as headers tell, without Grams: none of them shared, if one runs."""
 
-    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
-        """The groups of each decoder layer, in order. Clear one before asking for the next.
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates) -> Iterator[list[Group]]:
+        """The groups of each decoder layer, in order, at least from `saved.first` on.
+
+        Clear one, and be through with its modules, before asking for the next.
 
         Args:
-            budget: host bytes for hidden states; beyond them they lie in a file in `spill`.
+            budget: host bytes for hidden states; beyond them they lie in a file in the first of `saved.folders`.
+            saved: where hidden states are saved, and found.
         """
 
 
@@ -176,11 +182,12 @@ class Calibration:
     def planned(self) -> list[list[Group]]:
         return [[Group((name,), self._shape(name)[1]) for name in names] for names in self._layers.values()]
 
-    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates) -> Iterator[list[Group]]:
         with _named(self.folder, self.aligned.source):
             for layer in calibrate(
                 self.folder, self._load, self.aligned.tensors.keys(), self.prompts.tokens, device=device,
-                dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, spill_folder=spill,
+                dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, key=self.states_key(device),
+                saved=saved,
             ):  # fmt: skip
                 shared: dict[int, list[str]] = {}
                 for name, gram in layer.grams.items():
@@ -190,6 +197,16 @@ class Calibration:
                 ]
                 layer.grams.clear()
                 yield groups
+
+    def states_key(self, device: torch.device) -> str:
+        """Hash of all that the hidden states depend on, as far as headers tell."""
+        decisive = (
+            {package: version(package) for package in ("safeshard", "torch", "transformers")},
+            self.aligned.source.identity, [(file.name, file.size, file.sha256) for file in self.aligned.files],
+            hash_bytes((self.folder / "config.json").read_bytes()), self.prompts.tokens,
+            str(self.dtype), device.type, BATCH_TOKENS,
+        )  # fmt: skip
+        return hash_bytes(json.dumps(decisive).encode())
 
     def _load(self, name: str) -> Tensor:
         ref = self.aligned.tensors[name]

@@ -61,7 +61,7 @@ class Writer:
         with clear_errors(self.staging):
             _check_ours(self.staging)
             if overwrite and self.staging.exists():
-                _discard(self.staging)
+                discard(self.staging)
             self.staging.mkdir(parents=True, exist_ok=True)
         self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
         try:
@@ -272,7 +272,8 @@ def _check_ours(staging: Path) -> None:
         raise RequestError(Offence(str(staging), "", expected, "another folder", "remove it yourself"))
 
 
-def _discard(staging: Path) -> None:
+def discard(staging: Path) -> None:
+    """Remove an unfinished output; RequestError where another run is at work on it."""
     journal = staging / JOURNAL
     if journal.is_file():
         Journal.claim(journal).close()

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer.calibration import calibrate
+from safeshard.streamer.hidden_states import HiddenStates
 from safeshard.streamer.skeleton import Skeleton
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -75,7 +76,7 @@ def random_tokens(lengths, seed=1):
 
 def run(folder, tokens, *, weights=None, dtype=torch.float32, **options):
     weights = load_file(folder / "model.safetensors") if weights is None else weights
-    options = {"budget_bytes": 1 << 30, "spill_folder": folder} | options
+    options = {"budget_bytes": 1 << 30, "key": "a", "saved": HiddenStates([folder])} | options
     return calibrate(folder, weights.__getitem__, weights.keys(), tokens, device=CPU, dtype=dtype, **options)
 
 
@@ -184,7 +185,9 @@ def test_hidden_states_on_disk_give_the_same_bytes(models, tmp_path):
     tokens = random_tokens(ODD_LENGTHS)
     for dtype in (torch.float32, torch.bfloat16):
         kept = all_grams(models("llama")[1], tokens, batch_tokens=20, dtype=dtype)
-        layers = run(models("llama")[1], tokens, batch_tokens=20, dtype=dtype, budget_bytes=0, spill_folder=tmp_path)
+        layers = run(
+            models("llama")[1], tokens, batch_tokens=20, dtype=dtype, budget_bytes=0, saved=HiddenStates([tmp_path])
+        )
         spilled = {name: gram for layer in layers for name, gram in layer.grams.items()}
         assert all(torch.equal(kept[name], spilled[name]) for name in kept)
         assert not list(tmp_path.iterdir())
@@ -192,7 +195,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(models, tmp_path):
 
 def test_a_spill_that_cannot_be_written_is_an_error(models, tmp_path):
     with pytest.raises(RunError, match="no room"):
-        next(run(models("llama")[1], random_tokens([4]), budget_bytes=0, spill_folder=tmp_path / "missing"))
+        next(run(models("llama")[1], random_tokens([4]), budget_bytes=0, saved=HiddenStates([tmp_path / "missing"])))
 
 
 def test_one_layer_at_a_time(models):
@@ -215,7 +218,7 @@ def test_one_layer_at_a_time(models):
     grams = []
     for layer in calibrate(
         folder, load, weights.keys(), random_tokens([5, 6]),
-        device=CPU, dtype=torch.float32, budget_bytes=1 << 20, spill_folder=folder,
+        device=CPU, dtype=torch.float32, budget_bytes=1 << 20, key="a", saved=HiddenStates([folder]),
     ):  # fmt: skip
         grams += [weakref.ref(gram) for gram in layer.grams.values()]
         assert all(ref() is not None for ref in grams[-7:])
