@@ -12,7 +12,7 @@ from torch import Tensor
 from safeshard.streamer.compute import compute_step
 from safeshard.streamer.factors import FactorSource, Group, device_bytes, resident_bytes
 from safeshard.streamer.hidden_states import HiddenStates, clear_states
-from safeshard.streamer.steps import JobRun, module_step
+from safeshard.streamer.steps import JobRun, module_step, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step
 from safeshard.streamer.writer import Writer
 
@@ -46,6 +46,14 @@ def host_bytes(runs: Sequence[JobRun], device: torch.device) -> int:
         return arithmetic_bytes(runs)
     steps = [step for source, sharing in _by_source(runs) for step in _all_steps(source, sharing, on_device=True)]
     return max([step.cost for step in steps], default=0)
+
+
+def batches_at_once(source: FactorSource, device: torch.device, memory: int) -> int:
+    """How many batches of a layer to run side by side, one a core, as far as host `memory` goes beside its Grams."""
+    room = memory - resident_bytes(source) - source.forward_bytes
+    if device.type != "cpu" or not source.batch_bytes:
+        return 1
+    return max(1, min(workers_for(device), 1 + room // source.batch_bytes))
 
 
 def _by_source(runs: Sequence[JobRun]) -> list[tuple[FactorSource, list[JobRun]]]:
@@ -96,8 +104,9 @@ def _serve(
         compute_step(step, loaded, device, clock, factor)
 
     with _held(buffers, hidden + (0 if on_device else resident_bytes(source))):
-        layers = source.layers(device, hidden, _hidden_states(source, runs))
-        forward = 0 if on_device else source.forward_bytes
+        workers = batches_at_once(source, device, buffers.limit - hidden)
+        layers = source.layers(device, hidden, _hidden_states(source, runs), workers)
+        forward = 0 if on_device else source.forward_bytes + (workers - 1) * source.batch_bytes
         while (layer := _next(source, layers, buffers, forward, clock)) is not None:
             groups.update({name: group for group in layer for name in group.modules})
             run_steps([step for group in layer for step in _steps(group, runs, on_device)], compute)

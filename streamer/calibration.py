@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +25,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from safeshard.kernels import gram as gram_kernel
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.streamer.gram_collector import Batch, GramCollector
 from safeshard.streamer.hidden_states import SPILL, HiddenStates
 from safeshard.streamer.skeleton import LayerCall, Load, Skeleton
-
-_REMEDY = "Safe Delta does not take this model"
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,6 @@ class LayerGrams:
     tokens: int  # rows of X
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples run together, padded on the right to the longest.
-
-    `samples` are their places in the calibration data; `tokens` and `mask` are len(samples) x length, `rows` are the
-    places of the tokens that are not padding once both are flattened; all int64.
-    """
-
-    samples: list[int]
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    rows: torch.Tensor
-
-
 def calibrate(
     config_folder: Path,
     load: Load,
@@ -72,6 +57,7 @@ def calibrate(
     budget_bytes: int,
     key: str,
     saved: HiddenStates,
+    workers: int = 1,
 ) -> Iterator[LayerGrams]:
     """Run an aligned model over calibration samples, layer by layer, and yield the Grams of each from `saved.first` on.
 
@@ -89,6 +75,7 @@ def calibrate(
             lie in a file without a name in the first of `saved.folders`.
         key: hash of all that the hidden states depend on.
         saved: where they are saved between layers, once the consumer is through with a layer's Grams.
+        workers: batches run at once, each on one thread of the CPU. They change no bit: a Gram takes them in order.
 
     Raises:
         RequestError: at the call, as `Skeleton` does, and for empty or too long samples.
@@ -98,7 +85,7 @@ def calibrate(
     check_lengths(config_folder, tokens, skeleton.max_positions)
     batches = _batches(tokens, batch_tokens)
     buffer = partial(_host_buffer, dtype=dtype, budget_bytes=budget_bytes, folder=saved.folders[0])
-    return _run(skeleton, load, batches, device, buffer, key, saved)
+    return _run(skeleton, load, batches, device, buffer, key, saved, workers)
 
 
 @torch.no_grad()
@@ -110,6 +97,7 @@ def _run(
     allocate: Callable[[int], torch.Tensor],
     key: str,
     saved: HiddenStates,
+    workers: int,
 ) -> Iterator[LayerGrams]:
     with _one_thread():
         buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
@@ -120,11 +108,20 @@ def _run(
         wanted = index >= saved.first
         collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
         with _one_thread(), skeleton.filled(path, load, device), collector:
-            for batch, states, batch_calls in zip(batches, hidden, calls, strict=True):
-                collector.start(batch)
-                states.copy_(batch_calls[index].run(skeleton.layers[path], states.to(device)))
+            run = partial(_run_batch, skeleton.layers[path], collector)
+            with ThreadPoolExecutor(workers, "batch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for _ in pool.map(run, range(len(batches)), hidden, [batch_calls[index] for batch_calls in calls]):
+                    pass
         if wanted:
             yield LayerGrams(index, path, collector.finish(), sum(len(batch.rows) for batch in batches))
+
+
+@torch.no_grad()  # which holds for a thread alone
+def _run_batch(layer: nn.Module, collector: GramCollector, number: int, states: torch.Tensor, call: LayerCall) -> None:
+    """Replace a batch's hidden states by those after `layer`, which computes where its weights lie."""
+    device = next(layer.parameters()).device
+    with collector.batch(number):
+        states.copy_(call.run(layer, states.to(device)))
 
 
 @contextmanager
@@ -160,84 +157,6 @@ def _embed(
             hidden[-1].copy_(states)
             calls.append(batch_calls)
     return buffer, hidden, calls
-
-
-class GramCollector:
-    """Adds up the Grams of one layer's linears while it runs, one for each distinct input; a context manager.
-
-    Linears share an input where they are given the same memory at the same version; the first of them to run leads the
-    group, whose members must not change from batch to batch.
-    """
-
-    def __init__(self, linears: dict[str, nn.Module], batches: list[Batch]) -> None:
-        self._linears = linears
-        self._scale = 2 / sum(len(batch.samples) for batch in batches)
-        self._leader: dict[str, str] = {}  # module path -> that of its group's leader
-        self._grams: dict[str, torch.Tensor] = {}  # by leader
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._batch = batches[0]
-        # Input -> (leader, input). The inputs are kept, so that no other of the same run can come to lie where they do.
-        self._seen: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
-
-    def __enter__(self) -> GramCollector:
-        self._handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
-            for name, module in self._linears.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._seen.clear()
-
-    def start(self, batch: Batch) -> None:
-        """Begin a batch: what was seen so far belongs to another run of the layer."""
-        self._batch = batch
-        self._seen.clear()
-
-    def finish(self) -> dict[str, torch.Tensor]:
-        """Module path -> its Gram, (2 / N) X^T X, symmetric. The collector forgets them.
-
-        Raises:
-            RunError: a linear did not run.
-        """
-        idle = [name for name in self._linears if name not in self._leader]
-        if idle:
-            raise RunError(f"{', '.join(idle)} took no part in the forward pass", _REMEDY)
-        for gram in self._grams.values():
-            gram_kernel.symmetrize(gram.mul_(self._scale))
-        grams, self._grams = self._grams, {}
-        return {name: grams[self._leader[name]] for name in self._linears}
-
-    def _add(self, name: str, x: torch.Tensor) -> None:
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        leader, _ = self._seen.setdefault(key, (name, x))
-        if self._leader.setdefault(name, leader) != leader:
-            raise RunError(f"{name}: which linears share its input changes from batch to batch")
-        if leader != name:
-            return
-        x = x.reshape(-1, x.shape[-1])
-        positions = self._batch.tokens.numel()
-        if len(x) != positions:
-            raise RunError(f"{name}: {len(x)} rows of input for {positions} tokens", _REMEDY)
-        rows = x if len(self._batch.rows) == positions else x[self._batch.rows.to(x.device)]
-        if name not in self._grams:
-            self._grams[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-        gram_kernel.accumulate(self._grams[name], rows)
-        self._check_finite(name, rows)
-
-    def _check_finite(self, name: str, rows: torch.Tensor) -> None:
-        # By Cauchy-Schwarz no entry is larger than the largest of the diagonal, and a NaN input reaches the diagonal.
-        if self._grams[name].diagonal().isfinite().all():
-            return
-        norms = rows.float().square().sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        place = int(self._batch.rows[int(norms.argmax())])
-        sample = self._batch.samples[place // self._batch.tokens.shape[1]]
-        raise RunError(
-            f"{name}: the Gram matrix is not finite from calibration sample {sample} (counted from 0) on",
-            "look at that sample and at the aligned checkpoint; float16 overflows where bfloat16 and float32 do not",
-        )
 
 
 def check_lengths(folder: Path, tokens: Sequence[Sequence[int]], longest: int | None) -> None:

@@ -60,7 +60,7 @@ class FactorIndex(Options):
 class SavedFactors:
     """Factors that `calibrate` wrote, of the aligned model given."""
 
-    forward_bytes = hidden_bytes = bytes_read = 0
+    forward_bytes = batch_bytes = hidden_bytes = bytes_read = 0
 
     def __init__(self, place: str, aligned: Checkpoint) -> None:
         """Read the index and the headers.
@@ -81,7 +81,7 @@ class SavedFactors:
     def planned(self) -> list[list[Group]]:
         return self._layers
 
-    def layers(self, device: torch.device, budget: int, saved: HiddenStates) -> Iterator[list[Group]]:
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
         yield from map(list, self._layers)
 
     def _read_index(self) -> tuple[FactorIndex, str]:

@@ -109,7 +109,8 @@ class FactorSource(Protocol):
 
     Attributes:
         modules: the linears it answers for.
-        forward_bytes: what running a layer of the aligned model holds, besides the Grams; 0 if nothing runs.
+        forward_bytes: what running a layer of the aligned model on one batch holds, besides the Grams; 0 if none is run.
+        batch_bytes: what each further batch adds that runs at the same time; 0 if nothing runs.
         hidden_bytes: host bytes of the hidden states at most; 0 if nothing runs.
         bytes_read: of the aligned model so far, to run it.
     """
@@ -117,6 +118,7 @@ class FactorSource(Protocol):
     bytes_read: int
     modules: frozenset[str]
     forward_bytes: int
+    batch_bytes: int
     hidden_bytes: int
 
     def inputs(self) -> dict[str, Input]:
@@ -125,7 +127,7 @@ class FactorSource(Protocol):
     def planned(self) -> Sequence[Sequence[Group]]:
         """The groups of each decoder layer as far as headers tell, without Grams: none of them shared, if one runs."""
 
-    def layers(self, device: torch.device, budget: int, saved: HiddenStates) -> Iterator[list[Group]]:
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
         """The groups of each decoder layer, in order, at least from `saved.first` on.
 
         Clear one, and be through with its modules, before asking for the next.
@@ -133,6 +135,7 @@ class FactorSource(Protocol):
         Args:
             budget: host bytes for hidden states; beyond them they lie in a file in the first of `saved.folders`.
             saved: where hidden states are saved, and found.
+            workers: batches that run at once.
         """
 
 
@@ -172,7 +175,10 @@ class Calibration:
         longest = max(map(len, self.prompts.tokens))
         width = int(read_config(self.folder).get_text_config().hidden_size)
         self.hidden_bytes = len(self.prompts.tokens) * longest * width * dtype.itemsize
-        self.forward_bytes = self._forward_bytes(skeleton.shapes(), max(BATCH_TOKENS, longest))
+        tokens = max(BATCH_TOKENS, longest)
+        self.forward_bytes = self._forward_bytes(skeleton.shapes(), tokens)
+        features = max(sum(sum(self._shape(name)) for name in names) for names in self._layers.values())
+        self.batch_bytes = tokens * features * dtype.itemsize
 
     def inputs(self) -> dict[str, Input]:
         path = Path(self.options.calibration) if self.options.calibration else BUILT_IN
@@ -182,12 +188,12 @@ class Calibration:
     def planned(self) -> list[list[Group]]:
         return [[Group((name,), self._shape(name)[1]) for name in names] for names in self._layers.values()]
 
-    def layers(self, device: torch.device, budget: int, saved: HiddenStates) -> Iterator[list[Group]]:
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
         with _named(self.folder, self.aligned.source):
             for layer in calibrate(
                 self.folder, self._load, self.aligned.tensors.keys(), self.prompts.tokens, device=device,
                 dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, key=self.states_key(device),
-                saved=saved,
+                saved=saved, workers=workers,
             ):  # fmt: skip
                 shared: dict[int, list[str]] = {}
                 for name, gram in layer.grams.items():

@@ -19,6 +19,7 @@ from torch import Tensor
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.journal import Journal, sync_path
 from safeshard.manifests.schema import Input, InputFile
+from safeshard.streamer.calibrated import batches_at_once
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.checks import taken_bytes
 from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedGroup, sample_weights
@@ -158,8 +159,10 @@ def _write_layers(
     memory = int(run.memory)
     hidden = min(memory // 2, memory - _host_bytes(calibration, device))
     buffers = Buffers(memory - hidden - resident_bytes(calibration))
+    workers = batches_at_once(calibration, device, memory - hidden)
+    layers = calibration.layers(device, hidden, HiddenStates([staging], first), workers)
     with Progress(sum(map(len, left)), run.quiet, unit="module") as progress:
-        for number, groups in enumerate(calibration.layers(device, hidden, HiddenStates([staging], first)), first):
+        for number, groups in enumerate(layers, first):
             _factor(groups, options.percdamp, device, buffers)
             saved, failed = _save(groups, staging / f"factors-{number:05d}.safetensors", options.percdamp, device)
             journal.record("layer", groups=[group.model_dump(mode="json") for group in saved], reverted=failed)

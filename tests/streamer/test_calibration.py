@@ -2,6 +2,8 @@
 
 import gc
 import json
+import threading
+import time
 import weakref
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer.calibration import calibrate
 from safeshard.streamer.hidden_states import HiddenStates
-from safeshard.streamer.skeleton import Skeleton
+from safeshard.streamer.skeleton import LayerCall, Skeleton
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CPU = torch.device("cpu")
@@ -300,6 +302,52 @@ def test_groups_that_change_between_batches_are_an_error(models, monkeypatch):
     monkeypatch.setattr(mlp, "forward", changing)
     with pytest.raises(RunError, match=r"up_proj: .*changes from batch to batch"):
         next(run(models("llama")[1], random_tokens([4, 5]), batch_tokens=1))
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_batches_at_once_give_the_same_bytes(models, kind, workers, monkeypatch):
+    """However they overtake each other, and never more of them than asked for."""
+    folder, tokens = models(kind)[1], random_tokens(ODD_LENGTHS * 2)
+    expected = all_grams(folder, tokens, batch_tokens=12)
+    running, most, lock, original = 0, 0, threading.Lock(), LayerCall.run
+
+    def late(self, layer, hidden):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01 / hidden.shape[1])  # the first batches, of the shortest samples, come last
+        try:
+            return original(self, layer, hidden)
+        finally:
+            with lock:
+                running -= 1
+
+    monkeypatch.setattr(LayerCall, "run", late)
+    got = all_grams(folder, tokens, batch_tokens=12, workers=workers)
+    assert 1 < most <= workers
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(gram, expected[name]) for name, gram in got.items())
+
+
+@pytest.mark.parametrize("slow", [2, 5])
+def test_of_batches_that_fail_the_first_is_named(models, monkeypatch, slow):
+    """Whichever fails first, and whatever the others wait for."""
+    folder = models("gpt2")[1]
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"][96] = torch.nan
+    tokens = [[min(token, 95) for token in sample] for sample in random_tokens([3, 4, 5, 6, 7, 8])]
+    tokens[2][1] = tokens[5][1] = 96
+    original = LayerCall.run
+
+    def late(self, layer, hidden):
+        time.sleep(0.2 * (hidden.shape[1] == slow + 3))
+        return original(self, layer, hidden)
+
+    monkeypatch.setattr(LayerCall, "run", late)
+    with pytest.raises(RunError, match=r"calibration sample 2 "):
+        list(run(folder, tokens, weights=weights, batch_tokens=1, workers=4))
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
