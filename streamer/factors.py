@@ -109,7 +109,7 @@ class FactorSource(Protocol):
 
     Attributes:
         modules: the linears it answers for.
-        forward_bytes: what running a layer of the aligned model on one batch holds, besides the Grams; 0 if none is run.
+        forward_bytes: what running a layer of the aligned model on one batch holds, besides its Grams; 0 if none runs.
         batch_bytes: what each further batch adds that runs at the same time; 0 if nothing runs.
         hidden_bytes: host bytes of the hidden states at most; 0 if nothing runs.
         bytes_read: of the aligned model so far, to run it.

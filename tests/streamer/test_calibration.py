@@ -310,23 +310,25 @@ def test_batches_at_once_give_the_same_bytes(models, kind, workers, monkeypatch)
     """However they overtake each other, and never more of them than asked for."""
     folder, tokens = models(kind)[1], random_tokens(ODD_LENGTHS * 2)
     expected = all_grams(folder, tokens, batch_tokens=12)
-    running, most, lock, original = 0, 0, threading.Lock(), LayerCall.run
+    running, most, changed, original = 0, 0, threading.Condition(), LayerCall.run
 
     def late(self, layer, hidden):
         nonlocal running, most
-        with lock:
+        with changed:
             running += 1
             most = max(most, running)
+            changed.notify_all()
+            changed.wait_for(lambda: most >= workers, timeout=60)
         time.sleep(0.01 / hidden.shape[1])  # the first batches, of the shortest samples, come last
         try:
             return original(self, layer, hidden)
         finally:
-            with lock:
+            with changed:
                 running -= 1
 
     monkeypatch.setattr(LayerCall, "run", late)
     got = all_grams(folder, tokens, batch_tokens=12, workers=workers)
-    assert 1 < most <= workers
+    assert most == workers
     assert got.keys() == expected.keys()
     assert all(torch.equal(gram, expected[name]) for name, gram in got.items())
 
