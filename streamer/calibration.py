@@ -113,7 +113,10 @@ def _run(
                 for _ in pool.map(run, range(len(batches)), hidden, [batch_calls[index] for batch_calls in calls]):
                     pass
         if wanted:
-            yield LayerGrams(index, path, collector.finish(), sum(len(batch.rows) for batch in batches))
+            grams = collector.finish()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # whoever takes the Grams works on a stream of its own
+            yield LayerGrams(index, path, grams, sum(len(batch.rows) for batch in batches))
 
 
 @torch.no_grad()  # which holds for a thread alone

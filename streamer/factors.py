@@ -85,6 +85,8 @@ class Group:
     def _make(self, gram: Tensor, percdamp: float) -> None:
         try:
             self._made = safety_factor(gram, percdamp)
+            if gram.is_cuda:
+                torch.cuda.current_stream(gram.device).synchronize()  # other workers have streams of their own
         except NotPositiveDefiniteError as error:
             self.reason = f"its Gram matrix has no factor: {error}"
         except NonFiniteGramError as error:
