@@ -11,6 +11,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import MANIFEST_NAME, load
 from safeshard.streamer.adapter import Adapter
 from safeshard.streamer.checkpoint import BUFFERS, Checkpoint, natural
+from safeshard.streamer.hidden_states import COPIES
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import JobPlan, staging_of
 
@@ -79,6 +80,9 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
     """Offences about where jobs write: what is there already, each other's way, and too small a disk."""
     need: dict[int, tuple[Path, int]] = {}  # by file system
     sizes = {id(plan.job): 0 if plan.finished else plan.bytes_to_write for plan in plans}
+    for plan in {id(p.factors): p for p in reversed(plans) if p.factors and not p.finished}.values():
+        assert plan.factors is not None
+        sizes[id(plan.job)] += COPIES * plan.factors.hidden_bytes  # which lie beside the first of the jobs that share
     done = {id(plan.job) for plan in plans if plan.finished}
     paths = [job.output.absolute() for job in jobs if job.writes_model]
     taken = Counter(paths) + Counter(staging_of(path) for path in paths if path.name)
@@ -103,7 +107,7 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
         else:
             disk = parent.stat().st_dev
             first, before = need.get(disk, (parent, 0))
-            need[disk] = (first, before + sizes.get(id(job), 0) - _taken(staging_of(path)))
+            need[disk] = (first, before + sizes.get(id(job), 0) - taken_bytes(staging_of(path)))
     for parent, nbytes in need.values():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
@@ -112,7 +116,7 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
             )
 
 
-def _taken(staging: Path) -> int:
+def taken_bytes(staging: Path) -> int:
     """Bytes of the disk that an unfinished output has already."""
     return sum(p.stat().st_blocks * 512 for p in staging.iterdir()) if staging.is_dir() else 0
 

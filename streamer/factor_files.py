@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -16,6 +15,7 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Hash, Input, InputFile
 from safeshard.streamer.checkpoint import Checkpoint, layer_of, read_file_header
 from safeshard.streamer.factors import Calibration, FactorSource, Group, Saved, forward_dtype
+from safeshard.streamer.hidden_states import HiddenStates
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import Finite, Options
 from safeshard.streamer.samples import hash_samples
@@ -60,7 +60,7 @@ class FactorIndex(Options):
 class SavedFactors:
     """Factors that `calibrate` wrote, of the aligned model given."""
 
-    forward_bytes = hidden_bytes = bytes_read = 0
+    forward_bytes = batch_bytes = hidden_bytes = bytes_read = 0
 
     def __init__(self, place: str, aligned: Checkpoint) -> None:
         """Read the index and the headers.
@@ -81,7 +81,7 @@ class SavedFactors:
     def planned(self) -> list[list[Group]]:
         return self._layers
 
-    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
         yield from map(list, self._layers)
 
     def _read_index(self) -> tuple[FactorIndex, str]:
