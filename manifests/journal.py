@@ -149,7 +149,12 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     if tail != b',"crc":"%08x"}' % zlib.crc32(body) or (number == 1) != body.startswith(MAGIC.encode()):
         expected = "a record with a valid checksum" if number > 1 else "the first line of a safeshard journal"
         raise RequestError(Offence(str(path), f"line {number}", expected, repr(line[:60]), ANEW))
-    record: dict[str, Any] = json.loads(body + b"}")
+    try:
+        record = json.loads(body + b"}")
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not (number == 1 or isinstance(record.get("kind"), str)):
+        raise RequestError(Offence(str(path), f"line {number}", "a record with a kind", repr(line[:60]), ANEW))
     return record
 
 
@@ -189,7 +194,11 @@ def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def _same_fingerprint(path: Path, theirs: object, ours: dict[str, Any]) -> None:
-    before, now = dict(_leaves(theirs)), dict(_leaves(ours))
+    try:
+        before, now = dict(_leaves(theirs)), dict(_leaves(ours))
+    except (ValueError, RecursionError):  # NaN, or nested too deep: none that was written here
+        offence = Offence(str(path), "line 1", "the fingerprint of a request", "something else", ANEW)
+        raise RequestError(offence) from None
     remedy = f"the unfinished output belongs to another request; {ANEW}"
     offences = [
         Offence(str(path), ".".join(key), before.get(key, "nothing"), now.get(key, "nothing"), remedy)

@@ -14,6 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all 
 
 
 class NotFiniteError(RunError):
-    """A new tensor holds NaN, infinity, or a value too large for its dtype."""
+    """A tensor holds NaN, infinity, or a value too large for its dtype."""
 
 
 class Writer:
@@ -65,7 +66,7 @@ class Writer:
             self.staging.mkdir(parents=True, exist_ok=True)
         self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
         try:
-            self.hashes = {record["name"]: record["blake3"] for record in self.journal.entries("tensor")}
+            self.hashes = _finished_tensors(self.journal)
             with clear_errors(self.staging):
                 for file in files:
                     self._open(file)
@@ -113,7 +114,12 @@ class Writer:
         self._finished(name, hash_bytes(data), ref.nbytes)
 
     def copy(self, copy: Copy) -> None:
-        """Take over a tensor's bytes, through the kernel where the input is a local file."""
+        """Take over a tensor's bytes, through the kernel where the input is a local file.
+
+        Raises:
+            NotFiniteError: it holds NaN or infinity.
+            RunError: reading or writing failed.
+        """
         file, ref = self._places[copy.name]
         fd = self._fds[file]
         path = copy.source.local_path(copy.ref.file)
@@ -124,7 +130,7 @@ class Writer:
                     view = memoryview(buffer)[: min(CHUNK_BYTES, ref.nbytes - begin)]
                     copy.source.readinto(copy.ref.file, copy.ref.offset + begin, view)
                     _write_all(fd, view, ref.offset + begin)
-            digest = hash_tensor_region(fd, ref.offset, ref.nbytes)
+            digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=partial(_check_copy, copy))
         self._finished(copy.name, digest, ref.nbytes)
 
     def record(self, kind: str, **payload: Any) -> None:
@@ -217,6 +223,13 @@ def all_finite(tensor: Tensor) -> bool:
     return all(int(part.bitwise_and(mask).max()) != mask for part in parts if part.numel())
 
 
+def _check_copy(copy: Copy, data: memoryview) -> None:
+    dtype = TORCH_DTYPES.get(copy.ref.dtype)
+    if dtype in _EXPONENTS and not all_finite(torch.frombuffer(data, dtype=dtype)):
+        where = f"{copy.source.spec}/{copy.ref.file}: {copy.ref.name}"
+        raise NotFiniteError(f"{where} is not finite", "mend the checkpoint")
+
+
 @contextlib.contextmanager
 def clear_errors(place: Path) -> Iterator[None]:
     """Turn an OSError about `place` into a RunError that says what to do."""
@@ -226,6 +239,14 @@ def clear_errors(place: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(f"{place}: the disk is full", "free some space and run the same command again") from error
         raise RunError(f"{place}: {error.strerror or error}", "mend it and run the same command again") from error
+
+
+def _finished_tensors(journal: Journal) -> dict[str, str]:
+    records = [(record.get("name"), record.get("blake3")) for record in journal.entries("tensor")]
+    if not all(isinstance(text, str) for record in records for text in record):
+        offence = Offence(str(journal.path), "tensor", "names and hashes", "something else", "--overwrite starts anew")
+        raise RequestError(offence)
+    return dict(records)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

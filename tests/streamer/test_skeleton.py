@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -183,3 +185,19 @@ def test_without_transformers_the_extra_is_named(monkeypatch, weights):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RequestError, match=r"safeshard\[calibration\]"):
         build(LLAMA, weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"model_type": "qwen2", "num_hidden_layers": 10**12}, "num_hidden_layers"),  # it would list each layer's kind
+        ({"model_type": "gpt2", "n_layer": 3}, "n_layer"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**12}}, "num_hidden_layers"),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 10**12}, "num_experts"),
+    ],
+)
+def test_counts_that_the_checkpoint_does_not_bear_out_are_refused_unbuilt(tmp_path, config, key):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+    with pytest.raises(RequestError, match=key):
+        Skeleton(tmp_path, names, torch.float32)
