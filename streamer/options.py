@@ -51,7 +51,6 @@ class Options(BaseModel):
             raise PydanticCustomError("truth_value", "a value other than true and false")
         return value
 
-
     @field_validator("*")
     @classmethod
     def _path_text(cls, value: Any) -> Any:

@@ -213,13 +213,14 @@ def encode(reader: str, value: Any) -> bytes:
 
 
 TEXTS = [
-    "", "..", "../x", "/etc/passwd", "a\0b", "\u202e", "\x1b[2J", "a." * 5000, "9" * 400, "1.2.3", "(a+)+$", "(", "[[:a:]]",
-    "(.*a){20}", "(a|a)*b", "(?i)x", "q{e<9}", "{output}", "all-linear", "<script>", "=1+1", "NaN", "__metadata__",
+    "", "..", "../x", "/etc/passwd", "a\0b", "\u202e", "\x1b[2J", "a." * 5000, "9" * 400, "1.2.3", "(a+)+$", "(",
+    "[[:a:]]", "(.*a){20}", "(a|a)*b", "(?i)x", "q{e<9}", "{output}", "all-linear", "<script>", "=1+1", "NaN", "__metadata__",
 ]  # fmt: skip
 HOSTILE: list[Any] = [
-    *TEXTS, *map(Raw, ["NaN", "-Infinity", "1e999", "9" * 5000, "[" * 200 + "]" * 200, "[" * 9000, '"\\ud800"', "", "x"]),
-    *map(Raw, ['{"a":1,"a":2}', "-0.0", "1e308", "0.1e-400", "[" + "0," * 30000 + "0]", '{"a":' * 500 + "1" + "}" * 500]),
-    None, True, 0, -1, 1.5, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, [], {}, [None], [[]], [2**62, 0, 2**62], [2**62] * 70,
+    *TEXTS, *map(Raw, ["NaN", "-Infinity", "1e999", "9" * 5000, "[" * 200 + "]" * 200, "[" * 9000, '"\\ud800"', ""]),
+    *map(Raw, ['{"a":1,"a":2}', "-0.0", "1e308", "[" + "0," * 30000 + "0]", '{"a":' * 500 + "1" + "}" * 500, "x"]),
+    None, True, 0, -1, 1.5, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 2**64, [], {}, [None], [[]], [2**62, 0, 2**62],
+    [2**62] * 70,
 ]  # fmt: skip
 
 
@@ -292,11 +293,12 @@ def refusal_of(readers: Readers, reader: str, content: bytes, bounded: Callable[
     try:
         with bounded():
             getattr(readers, reader)(content)
-        return ""
     except REFUSALS as error:
-        assert str(error)
-        str(error).encode()
-        return str(error)
+        message = str(error)
+    else:
+        return ""
+    assert message.replace("\n", "").isprintable()  # a line each problem
+    return message
 
 
 CASES = [path for reader in READERS for path in sorted((HERE / "corpus" / reader).iterdir())]

@@ -25,12 +25,13 @@ USUAL = [
     r".*\.layers\.\d+\.self_attn\.(q|k|v|o)_proj", r".*(q|v)_proj$", r"^(?!.*visual).*(?:q_proj|v_proj).*$", ".*_proj",
     r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\..*)",
     r"model\.layers\.([0-9]|1[0-5])\.mlp\.(gate|up|down)_proj", r"(.*\.)?(q_proj)$", r"(^|.*\.)lm_head($|\..*)",
-    r"(?:^|.*?\.)layers\.(?P<layer>\d{1,9})\.", r".*?\.[^.]*\.(?P<layer>\d{1,9})\.", r"(?i).*q_PROJ", r"\w+", r"[\w.]+",
-    r"(?s:.*)q_proj", r"(?<!not_)q_proj", r".*(?<!visual)\.layers\.0\..*", r"(a)?(?(1)\nq|.*)_proj", r"[^\W\d_]+\.q_proj",
+    r"(?:^|.*?\.)layers\.(?P<layer>\d{1,9})\.", r".*?\.[^.]*\.(?P<layer>\d{1,9})\.", r"(?i).*q_PROJ", r"\w+",
+    r"[\w.]+", r"(?s:.*)q_proj", r"(?<!not_)q_proj", r".*(?<!visual)\.layers\.0\..*", r"(a)?(?(1)\nq|.*)_proj", r"[^\W\d_]+\.q_proj",
 ]  # fmt: skip
 PIECES = [
     "model", r"\.", ".", ".*", ".*?", r"\d+", r"\d{1,2}", "(?:self_attn|mlp)", "(q|v|up)_proj", "[qv]_proj", "^", "$",
-    "(?!.*visual)", "layers", "[^.]*", r"\b", r"\w+?", "(?:", ")", "|", "+", "{2}", "(?i:Q)", r"(\w)\1", "É", r"\Z", "[a",
+    "(?!.*visual)", "layers", "[^.]*", r"\b", r"\w+?", "(?:", ")", "|", "+", "{2}", "(?i:Q)", r"(\w)\1", "É", r"\Z",
+    "[a",
 ]  # fmt: skip
 
 
@@ -76,7 +77,7 @@ HANGING = r"(?:(?:[a-z]|\w|\.)+)+[!?]"
 def test_a_pattern_that_runs_on_is_refused(monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]) -> None:
     monkeypatch.setattr(patterns, "MATCH_SECONDS", 0.2)
     config = read_config("c", {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"]} | change)
-    for name in (f"model.layers.0.{'a' * 40}.q_proj", "q_proj"):  # once the time is up, no other name gets any
+    for name in (f"model.layers.0.{'a' * 40}.q_proj", "x.q_proj"):  # once the time is up, no other name gets any
         with pytest.raises(RequestError, match=r"c: .*within 0\.2 s, got one that takes longer"):
             config.targets(name)
 

@@ -1,9 +1,8 @@
 """What a model must be to run layer by layer, and what is refused, by name."""
 
+import json
 import sys
 from pathlib import Path
-
-import json
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safeshard.manifests.errors import RequestError
-from safeshard.streamer.skeleton import Skeleton, _refuse_experts
+from safeshard.streamer.skeleton import Skeleton, _refuse_built_experts
 
 LLAMA = Path(__file__).parents[1] / "goldens/llama/aligned"
 CPU = torch.device("cpu")
@@ -126,7 +125,7 @@ def test_mixtures_of_experts_are_refused_by_name(tmp_path, kind):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
     AutoConfig.for_model(kind, **sizes, **MIXTURES[kind]).save_pretrained(tmp_path)
     with pytest.raises(RequestError, match=rf"{kind}, a mixture of experts \(num_.*experts = 4\)"):
-        build(tmp_path, [])
+        build(tmp_path, [f"model.layers.{layer}.x.weight" for layer in range(2)])
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -137,7 +136,7 @@ def test_experts_that_the_configuration_does_not_count_are_seen(old_model, stack
     else:
         model.blocks[1].experts = nn.ModuleList([nn.Linear(8, 8)])
     with pytest.raises(RequestError, match=r"mixture of experts \(blocks\.1"):
-        _refuse_experts(LLAMA, model.config, {f"blocks.{i}": layer for i, layer in enumerate(model.blocks)})
+        _refuse_built_experts(LLAMA, model.config, {f"blocks.{i}": layer for i, layer in enumerate(model.blocks)})
 
 
 @pytest.mark.parametrize(
