@@ -242,7 +242,7 @@ def clear_errors(place: Path) -> Iterator[None]:
 
 
 def _finished_tensors(journal: Journal) -> dict[str, str]:
-    records = [(record.get("name"), record.get("blake3")) for record in journal.entries("tensor")]
+    records: list[tuple[Any, Any]] = [(r.get("name"), r.get("blake3")) for r in journal.entries("tensor")]
     if not all(isinstance(text, str) for record in records for text in record):
         offence = Offence(str(journal.path), "tensor", "names and hashes", "something else", "--overwrite starts anew")
         raise RequestError(offence)

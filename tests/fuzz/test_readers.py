@@ -214,7 +214,8 @@ def encode(reader: str, value: Any) -> bytes:
 
 TEXTS = [
     "", "..", "../x", "/etc/passwd", "a\0b", "\u202e", "\x1b[2J", "a." * 5000, "9" * 400, "1.2.3", "(a+)+$", "(",
-    "[[:a:]]", "(.*a){20}", "(a|a)*b", "(?i)x", "q{e<9}", "{output}", "all-linear", "<script>", "=1+1", "NaN", "__metadata__",
+    "[[:a:]]", "(.*a){20}", "(a|a)*b", "(?i)x", "q{e<9}", "{output}", "all-linear", "<script>", "=1+1", "NaN",
+    "__metadata__",
 ]  # fmt: skip
 HOSTILE: list[Any] = [
     *TEXTS, *map(Raw, ["NaN", "-Infinity", "1e999", "9" * 5000, "[" * 200 + "]" * 200, "[" * 9000, '"\\ud800"', ""]),

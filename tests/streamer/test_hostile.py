@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from safeshard.manifests import RequestError
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
-from safeshard.streamer import checks, safelora, scale
+from safeshard.streamer import checks, factor_files, safedelta, safelora, scale
 from safeshard.streamer.api import score_table
 from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.lora_config import read_config
@@ -119,6 +119,16 @@ def test_a_giant_tokenizer_is_refused(world: Any, monkeypatch: pytest.MonkeyPatc
     assert (offence.where, offence.expected) == (f"{given['adapter']}/tokenizer.json", "at most 10 bytes")
 
 
+def test_a_giant_index_of_factors_is_refused(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factor_files, "MAX_JSON_BYTES", 10)
+    given = world.trio()
+    folder = world.root / "factors"
+    folder.mkdir()
+    (folder / "factors.json").write_text("[" * 11)
+    with pytest.raises(RequestError, match=r"factors\.json: expected at most 10 bytes, got 11 bytes"):
+        safedelta(aligned=given["aligned"], adapter=given["adapter"], factors=folder, output=world.root / "out")
+
+
 def make_full(world: Any, changed: dict[str, torch.Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Arguments of a SafeLoRA job on a full checkpoint; `changed` replaces tensors of all three models."""
     folders = {
@@ -159,6 +169,16 @@ def test_tensors_without_elements(world: Any, name: str, shape: tuple[int, ...])
     assert load_file(world.root / "out/model.safetensors")[name].shape == shape
     scale(aligned=given["aligned"], finetuned=given["finetuned"], factor=0.5, output=world.root / "scaled", quiet=True)
     assert load_file(world.root / "scaled/model.safetensors")[name].shape == shape
+
+
+def test_an_adapter_on_a_weight_without_elements_is_refused(world: Any) -> None:
+    key = "model.layers.0.self_attn.q_proj"
+    tensors = world.llama(1)
+    pairs = world.pairs(tensors, 4, 0) | {f"base_model.model.{key}.lora_A.weight": torch.zeros(4, 0)}
+    aligned = world.checkpoint("aligned", tensors | {f"{key}.weight": torch.empty(24, 0, dtype=torch.bfloat16)})
+    adapter = world.adapter("adapter", tensors, tensors=pairs)
+    with pytest.raises(RequestError, match=r"q_proj\.weight: expected a 2-D weight with elements, got \[24, 0\]"):
+        scale(aligned=aligned, adapter=adapter, factor=0.5, output=world.root / "out", quiet=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -26,7 +26,8 @@ USUAL = [
     r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|up_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\..*)",
     r"model\.layers\.([0-9]|1[0-5])\.mlp\.(gate|up|down)_proj", r"(.*\.)?(q_proj)$", r"(^|.*\.)lm_head($|\..*)",
     r"(?:^|.*?\.)layers\.(?P<layer>\d{1,9})\.", r".*?\.[^.]*\.(?P<layer>\d{1,9})\.", r"(?i).*q_PROJ", r"\w+",
-    r"[\w.]+", r"(?s:.*)q_proj", r"(?<!not_)q_proj", r".*(?<!visual)\.layers\.0\..*", r"(a)?(?(1)\nq|.*)_proj", r"[^\W\d_]+\.q_proj",
+    r"[\w.]+", r"(?s:.*)q_proj", r"(?<!not_)q_proj", r".*(?<!visual)\.layers\.0\..*", r"(a)?(?(1)\nq|.*)_proj",
+    r"[^\W\d_]+\.q_proj",
 ]  # fmt: skip
 PIECES = [
     "model", r"\.", ".", ".*", ".*?", r"\d+", r"\d{1,2}", "(?:self_attn|mlp)", "(q|v|up)_proj", "[qv]_proj", "^", "$",

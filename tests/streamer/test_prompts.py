@@ -280,7 +280,7 @@ def test_a_chat_template_stays_in_its_sandbox(tmp_path, monkeypatch, template):
     data = tmp_path / "data.jsonl"
     data.write_text('{"instruction": "hi", "output": "there"}\n')
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match="messages that the chat template takes|got no token"):
+    with pytest.raises(RequestError, match=r"messages that the chat template takes|got no token"):
         load_prompts(data, folder, samples=1)  # what is out of reach is an error, or reads as nothing
     assert not (tmp_path / "escaped").exists()
 
