@@ -14,7 +14,7 @@ from safeshard import streamer
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli import main
 from safeshard.streamer.extras import require
-from safeshard.streamer.report import summary
+from safeshard.streamer.messages import summary
 
 MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence remove
 app = typer.Typer(invoke_without_command=True, help="Run the methods on small models made on the spot.")

@@ -26,6 +26,7 @@ from safeshard.manifests import Manifest, RequestError
 from safeshard.manifests.card import card
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.render import render
+from safeshard.manifests.report import page
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
 from safeshard.streamer.adapter import open_adapter
 from safeshard.streamer.checkpoint import INDEX, open_checkpoint
@@ -122,6 +123,7 @@ class Readers:
         manifest.content_hash()
         render(manifest, width=100)
         card(manifest, None, "adapter")
+        page([("out", manifest)])
         assert Manifest.from_json(manifest.to_json()) == manifest.sealed()
 
     def journal(self, data: bytes) -> None:
