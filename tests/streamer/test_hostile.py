@@ -208,15 +208,9 @@ def sparse_checkpoint(folder: Path, seed: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "status", "words"),
-    [
-        (["safelora", "--unaligned", "unaligned", "--threshold", "0.3"], 0, "dry run: nothing was written"),
-        (["scale", "--factor", "0.5"], 2, "at least"),  # it would compute the tensor, which the memory does not hold
-    ],
+    "command", [["safelora", "--unaligned", "unaligned", "--threshold", "0.3"], ["scale", "--factor", "0.5"]]
 )
-def test_planning_takes_no_memory_for_a_tensor_of_2_to_the_31(
-    tmp_path: Path, command: list[str], status: int, words: str
-) -> None:
+def test_planning_takes_no_memory_for_a_tensor_of_2_to_the_31(tmp_path: Path, command: list[str]) -> None:
     for seed, role in enumerate(("aligned", "unaligned", "finetuned")):
         sparse_checkpoint(tmp_path / role, seed)
     inputs = ["--aligned", "aligned", "--finetuned", "finetuned", "--output", "out", "--dry-run"]
@@ -226,7 +220,6 @@ def test_planning_takes_no_memory_for_a_tensor_of_2_to_the_31(
         _, wait_status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(wait_status)
     text = (tmp_path / "log").read_text()
-    assert process.returncode == status, text
-    assert words in text
-    assert "Traceback" not in text
+    assert process.returncode == 0, text
+    assert "dry run: nothing was written" in text
     assert usage.ru_maxrss * 1024 < 2**31  # of 4.3 GB a copy
