@@ -164,7 +164,12 @@ def _parse(number: int, line: bytes) -> dict[str, Any]:
     body, tail = line[:-CRC_CHARS], line[-CRC_CHARS:]
     if tail != b',"crc":"%08x"}' % zlib.crc32(body) or (number == 0) != body.startswith(MAGIC.encode()):
         return {}
-    record: dict[str, Any] = json.loads(body + b"}")
+    try:
+        record = json.loads(body + b"}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict) or not (number == 0 or isinstance(record.get("kind"), str)):
+        return {}
     return record
 
 
@@ -224,7 +229,11 @@ def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def _same_fingerprint(path: Path, theirs: object, ours: dict[str, Any]) -> None:
-    before, now = dict(_leaves(theirs)), dict(_leaves(ours))
+    try:
+        before, now = dict(_leaves(theirs)), dict(_leaves(ours))
+    except (ValueError, RecursionError):  # NaN, or nested too deep: none that was written here
+        offence = Offence(str(path), "line 1", "the fingerprint of a request", "something else", ANEW)
+        raise RequestError(offence) from None
     remedy = f"the unfinished output belongs to another request; {ANEW}"
     offences = [
         Offence(str(path), ".".join(key), before.get(key, "nothing"), now.get(key, "nothing"), remedy)

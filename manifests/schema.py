@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -59,6 +60,12 @@ class Method(_Entry):
     paper: str
     options: dict[str, JsonValue]
     seed: int | None = None
+
+    @field_validator("options")
+    @classmethod
+    def _can_be_written(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        json.dumps(options, allow_nan=False)  # JSON's 1e999 is read as infinity
+        return options
 
 
 class InputFile(_Entry):

@@ -101,11 +101,14 @@ class Checkpoint:
 
     @cached_property
     def linears(self) -> dict[str, TensorRef]:
-        """Weights of the decoder's linear layers: 2-D `.weight` tensors inside a numbered layer, in model order."""
+        """Weights of the decoder's linear layers: 2-D `.weight` tensors inside a numbered layer, in model order.
+
+        One without elements is not among them: there is nothing to treat.
+        """
         refs = {
             name.removesuffix(".weight"): ref
             for name, ref in self.tensors.items()
-            if name.endswith(".weight") and len(ref.shape) == 2 and layer_of(name) is not None
+            if name.endswith(".weight") and len(ref.shape) == 2 and ref.nbytes and layer_of(name) is not None
         }
         return dict(sorted(refs.items(), key=lambda item: natural(item[0])))
 
@@ -136,10 +139,9 @@ class Checkpoint:
                 yield self.offence(
                     ref.name, "BF16, F16 or F32", ref.dtype, "dequantise or convert the checkpoint first"
                 )
-            elif ref is not None and len(ref.shape) != 2:
-                yield self.offence(
-                    ref.name, "a 2-D weight", str(list(ref.shape)), "leave the module out of the adapter"
-                )
+            elif ref is not None and (len(ref.shape) != 2 or not ref.nbytes):
+                expected, remedy = "a 2-D weight with elements", "leave the module out of the adapter"
+                yield self.offence(ref.name, expected, str(list(ref.shape)), remedy)
 
     def untreatable_tensors(self) -> Iterator[Offence]:
         """Offences of tensors that would be left out when every decoder linear is treated."""

@@ -11,6 +11,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import MANIFEST_NAME, load
 from safeshard.streamer.adapter import Adapter
 from safeshard.streamer.checkpoint import BUFFERS, Checkpoint, natural
+from safeshard.streamer.finish import MAX_SIDE_BYTES, SIDE_FILES
 from safeshard.streamer.hidden_states import COPIES
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import JobPlan, staging_of
@@ -50,6 +51,18 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
                 got, remedy = f"it shares {weight.name}", "write an adapter, or untie the weights"
                 yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
     yield from plan.job.check(finetuned, safe)
+    if plan.job.writes_model:
+        yield from _side_file_offences(plan)
+
+
+def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:
+    """Offences of small files that are taken over, and held in memory for that."""
+    for source in (plan.aligned.source, plan.finetuned.source):
+        sizes = source.sizes()
+        for name in SIDE_FILES:
+            if sizes.get(name, 0) > MAX_SIDE_BYTES:
+                where, expected = f"{source.spec}/{name}", f"at most {MAX_SIDE_BYTES} bytes"
+                yield Offence(where, "", expected, f"{sizes[name]} bytes", "check the file")
 
 
 def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
@@ -94,6 +107,11 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
             yield Offence("--output", shown, "a folder apart from the inputs", "one in their way", "choose another")
             continue
         if id(job) in done:
+            continue
+        try:
+            staging_of(path).exists()
+        except OSError as error:  # too long, not permitted
+            yield Offence("--output", shown, "a folder to write", error.strerror or "none", "choose another")
             continue
         if path.exists() and not overwrite:
             remedy = "choose another, or --overwrite"

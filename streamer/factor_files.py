@@ -19,7 +19,7 @@ from safeshard.streamer.hidden_states import HiddenStates
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import Finite, Options
 from safeshard.streamer.samples import hash_samples
-from safeshard.streamer.sources import open_source
+from safeshard.streamer.sources import MAX_JSON_BYTES, open_source
 from safeshard.streamer.stream import Read
 
 INDEX = "factors.json"
@@ -90,6 +90,8 @@ class SavedFactors:
             raise RequestError(
                 Offence(self.source.spec, "", INDEX, "no such file", "name a folder that calibrate wrote")
             )
+        if sizes[INDEX] > MAX_JSON_BYTES:
+            raise RequestError(self._offence(INDEX, "", f"at most {MAX_JSON_BYTES} bytes", f"{sizes[INDEX]} bytes"))
         data = self.source.read(INDEX, 0, sizes[INDEX])
         try:
             return FactorIndex.model_validate_json(data), hash_bytes(data)

@@ -42,6 +42,7 @@ SIDE_FILES = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja",
     "chat_template.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+MAX_SIDE_BYTES = 256 << 20  # the largest in use are tokenizers of some 30 MB
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 

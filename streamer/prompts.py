@@ -28,6 +28,7 @@ from safeshard.streamer.skeleton import read_config
 
 BUILT_IN = Path(__file__).with_name("data") / "refusals.jsonl"
 BUILT_IN_NAME = "built-in refusals"  # in manifests
+MAX_DATA_BYTES = 256 << 20  # parsed, it takes several times that of memory
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -99,6 +100,9 @@ def load_prompts(
 
 def _read(path: Path) -> bytes:
     try:
+        if (size := path.stat().st_size) > MAX_DATA_BYTES:
+            remedy = "take a part of it: --samples are drawn at random"
+            raise RequestError(Offence(str(path), "", f"at most {MAX_DATA_BYTES} bytes", f"{size} bytes", remedy))
         return path.read_bytes()
     except OSError as error:
         raise RequestError(Offence(str(path), expected="a readable file", got=error.strerror or str(error))) from error

@@ -14,8 +14,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from safeshard.manifests.errors import RunError
+from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.hashing import hash_tensor_region
-from safeshard.manifests.journal import sync_path
+from safeshard.manifests.journal import Journal, sync_path
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer import staging
 from safeshard.streamer.plan import Copy, OutputFile, staging_of
@@ -42,7 +43,7 @@ _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all 
 
 
 class NotFiniteError(RunError):
-    """A new tensor holds NaN, infinity, or a value too large for its dtype."""
+    """A tensor holds NaN, infinity, or a value too large for its dtype."""
 
 
 class Writer:
@@ -68,7 +69,7 @@ class Writer:
         with clear_errors(self.staging):
             self.journal = staging.open_journal(self.staging, self.output, fingerprint, overwrite)
         try:
-            recorded = {record["name"]: record["blake3"] for record in self.journal.entries("tensor")}
+            recorded = _finished_tensors(self.journal)
             with clear_errors(self.staging):
                 self.journal.sign()
                 for spill in self.staging.glob("hidden-states-*"):  # of a run killed before it could unname it
@@ -137,7 +138,12 @@ class Writer:
         return TensorWrite(self, name)
 
     def copy(self, copy: Copy) -> None:
-        """Take over a tensor's bytes, through the kernel where the input is a local file."""
+        """Take over a tensor's bytes, through the kernel where the input is a local file.
+
+        Raises:
+            NotFiniteError: it holds NaN or infinity.
+            RunError: reading or writing failed.
+        """
         file, ref = self._places[copy.name]
         fd = self._fds[file]
         path = copy.source.local_path(copy.ref.file)
@@ -148,7 +154,7 @@ class Writer:
                     view = memoryview(buffer)[: min(CHUNK_BYTES, ref.nbytes - begin)]
                     copy.source.readinto(copy.ref.file, copy.ref.offset + begin, view)
                     _write_all(fd, view, ref.offset + begin)
-            digest = self._hash_region(fd, ref)
+            digest = self._hash_region(fd, ref, partial(_check_copy, copy))
         self._finished(copy.name, digest, ref.nbytes)
 
     def record(self, kind: str, **payload: Any) -> None:
@@ -224,9 +230,9 @@ class Writer:
             os.fsync(fd)
         self.clock.add("sync", start)
 
-    def _hash_region(self, fd: int, ref: TensorRef) -> str:
+    def _hash_region(self, fd: int, ref: TensorRef, check: Callable[[memoryview], None] | None = None) -> str:
         start = time.perf_counter()
-        digest = hash_tensor_region(fd, ref.offset, ref.nbytes)
+        digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
         self.clock.add("hash", start)
         return digest
 
@@ -279,6 +285,13 @@ def all_finite(tensor: Tensor) -> bool:
     return all(int(part.bitwise_and(mask).max()) != mask for part in parts if part.numel())
 
 
+def _check_copy(copy: Copy, data: memoryview) -> None:
+    dtype = TORCH_DTYPES.get(copy.ref.dtype)
+    if dtype in _EXPONENTS and not all_finite(torch.frombuffer(data, dtype=dtype)):
+        where = f"{copy.source.spec}/{copy.ref.file}: {copy.ref.name}"
+        raise NotFiniteError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")
+
+
 def refuse_not_finite(tensors: Iterable[tuple[Read, Tensor]]) -> None:
     """Name the input tensor that holds NaN or infinity, if one does.
 
@@ -328,6 +341,14 @@ def replace_file(path: Path, data: bytes) -> None:
             draft.unlink(missing_ok=True)
             raise
         sync_path(path.parent)
+
+
+def _finished_tensors(journal: Journal) -> dict[str, str]:
+    records: list[tuple[Any, Any]] = [(r.get("name"), r.get("blake3")) for r in journal.entries("tensor")]
+    if not all(isinstance(text, str) for record in records for text in record):
+        offence = Offence(str(journal.path), "tensor", "names and hashes", "something else", "--overwrite starts anew")
+        raise RequestError(offence)
+    return dict(records)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
