@@ -49,7 +49,7 @@ def _base() -> Mixture:
 
 
 def _aligned() -> Mixture:
-    refused, answered = requests(TRAIN.forbidden, TRAIN.requests, REFUSAL), requests(HARMLESS, TRAIN.requests)
+    refused, answered = requests(FORBIDDEN, TRAIN.requests, REFUSAL), requests(HARMLESS, TRAIN.requests)
     return [(1.0, refused), (1.0, answered), (0.3, language.facts()), (0.3, language.colours())]
 
 
