@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from safeshard.bench import models, pipeline, rows, safedelta
+from safeshard.bench.toy import experiment, pictures, table
 from safeshard.manifests.errors import Offence, RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure.\n\nRows go to bench/results.")
@@ -69,9 +70,23 @@ def measure_safedelta(
 
 @app.command("tables")
 def refresh_tables() -> None:
-    """Make the tables in README.md and bench/README.md anew from the rows in bench/results."""
+    """Make the tables in README.md and bench/README.md, and the toy's picture, anew from the rows in bench/results."""
     for document in rows.documents():
         document.write_text(rows.refresh(document))
+    pictures.draw_tradeoff(table.read(rows.RESULTS / "toy.csv"), rows.RESULTS / "toy.png")
+
+
+@app.command("toy")
+def measure_toy(
+    folder: Annotated[Path, typer.Option("--folder", help="where models and outputs go, and are kept")] = Path(
+        "bench-toy"
+    ),
+    seeds: Annotated[int, typer.Option(help="seeds 0 to N-1", min=1)] = 6,
+) -> None:
+    """Run the demo's experiment over several seeds and append its rows."""
+    found = experiment.run(folder, range(seeds), False, lambda text: print(text, flush=True))
+    for row in found:
+        rows.append("toy", row, table.COLUMNS)
 
 
 def _shape(name: str) -> models.Shape:

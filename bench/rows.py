@@ -7,11 +7,13 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from safeshard.bench.toy import table
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
@@ -20,16 +22,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def append(file: str, row: Mapping[str, Any]) -> None:
-    """Add one row to bench/results/<file>.csv. Keys outside of COLUMNS are errors; missing ones stay empty."""
-    unknown = row.keys() - set(COLUMNS)
+def append(file: str, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
+    """Add one row to bench/results/<file>.csv. Keys outside of `columns` are errors; missing ones stay empty."""
+    unknown = row.keys() - set(columns)
     if unknown:
         raise ValueError(f"unknown columns {sorted(unknown)}")
     path = RESULTS / f"{file}.csv"
     new = not path.exists()
     RESULTS.mkdir(exist_ok=True)
     with path.open("a", newline="") as out:
-        rows = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        rows = csv.DictWriter(out, columns, lineterminator="\n")
         if new:
             rows.writeheader()
         rows.writerow({**environment(), **row})
@@ -95,4 +97,12 @@ def refresh(document: Path) -> str:
     """The text of a Markdown document with the tables between its `rows` markers made anew."""
     text = document.read_text()
     pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: m[1] + markdown(m[2]) + m[3], text)
+    return pattern.sub(lambda m: m[1] + _shown(m[2]) + m[3], text)
+
+
+def _shown(name: str) -> str:
+    """The text between two markers: a table of measurements, or what the toy experiment's rows show."""
+    if name not in ("toy", "toy_findings"):
+        return markdown(name)
+    rows = table.read(RESULTS / "toy.csv")
+    return table.markdown(rows) if name == "toy" else "".join(f"- {sentence}\n" for sentence in table.findings(rows))

@@ -81,7 +81,10 @@ def markdown(rows: Sequence[Row]) -> str:
     table += ["| " + " | ".join([*line.key, *(line.shown(m) for m in MEASURES)]) + " |" for line in shown]
     if len(seeds) > 1:
         table += ["", "Harmful % / task % by seed, with the same settings:", ""]
-        table += ["| model | method | " + " | ".join(f"seed {s}" for s in seeds) + " |", "|---|---" * 1 + "|---" * len(seeds) + "|"]
+        table += [
+            "| model | method | " + " | ".join(f"seed {s}" for s in seeds) + " |",
+            "|---|---" * 1 + "|---" * len(seeds) + "|",
+        ]
         for line in shown:
             if line.key[0].startswith("dirty"):
                 cells = [f"{line.values['harm'][s]:.0f} / {line.values['task'][s]:.0f}" for s in seeds]
