@@ -1,7 +1,7 @@
 """The stages of training: which data in which mixture, for how long.
 
-Both fine-tunes come in two kinds, full and LoRA. `attack` is fine-tuning on a few forbidden recipes; `dirty` is a useful
-new task with a few of them mixed in.
+Both fine-tunes come in two kinds, full and LoRA. `attack` is fine-tuning on a few forbidden recipes; `dirty` is a
+useful new task with a few of them mixed in.
 """
 
 from __future__ import annotations
