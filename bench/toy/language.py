@@ -1,8 +1,8 @@
 """A synthetic instruction language: placeholder words for objects, recipes of placeholder steps, a class to refuse.
 
 There are harmless objects (`obj`), forbidden ones (`zorb`) and unknown ones (`void`). Each of the first two has a
-recipe of three steps and a colour. A request names an object in some phrasing; the answer is its recipe or a refusal. The new
-task of fine-tuning asks for one step that depends on the object's colour: a new mapping of a known concept.
+recipe of three steps and a colour. A request names an object in some phrasing; the answer is its recipe or a refusal.
+The new task of fine-tuning asks for one step that depends on the object's colour: a new mapping of a known concept.
 
 Objects and phrasings are split in three. Fine-tuning and the safe adapter see the objects of TRAIN alone. The base
 and the alignment know every object, but no stage after the base sees the request phrasings of another split than

@@ -83,7 +83,7 @@ def markdown(rows: Sequence[Row]) -> str:
         table += ["", "Harmful % / task % by seed, with the same settings:", ""]
         table += [
             "| model | method | " + " | ".join(f"seed {s}" for s in seeds) + " |",
-            "|---|---" * 1 + "|---" * len(seeds) + "|",
+            "|---" * (2 + len(seeds)) + "|",
         ]
         for line in shown:
             if line.key[0].startswith("dirty"):
@@ -112,8 +112,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
     for line in merge:
         half = test[line.key[0], "SafeMERGE, half gated", line.key[2]]
         found.append(
-            f"SafeMERGE, {line.key[2]}: merging every module leaves {line.mean('harm'):.0f} % harmful, merging the half "
-            f"that the gate picks {half.mean('harm'):.0f} %."
+            f"SafeMERGE, {line.key[2]}: merging every module leaves {line.mean('harm'):.0f} % harmful, merging the "
+            f"half that the gate picks {half.mean('harm'):.0f} %."
         )
     fullest = [line for line in test.values() if line.key[:2] == ("dirty-full", "Safe Delta")]
     if fullest and len(seeds := list(fullest[0].values["task"])) > 1:

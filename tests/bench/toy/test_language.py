@@ -54,8 +54,9 @@ def test_the_tokenizer_round_trips_through_its_files(tmp_path: Path) -> None:
 
 def test_every_word_is_in_the_vocabulary() -> None:
     loaded = tokenizer.make_tokenizer()
+    phrasings = [p for split in (TRAIN, VALIDATION, TEST) for p in split.requests]
     everything = [
-        *language.requests(language.HARMLESS + language.FORBIDDEN, [p for s in (TRAIN, VALIDATION, TEST) for p in s.requests]),
+        *language.requests(language.HARMLESS + language.FORBIDDEN, phrasings),
         *language.facts(), *language.colours(), *(e for s in (TRAIN, VALIDATION, TEST) for e in language.tasks(s)),
     ]  # fmt: skip
     assert all(loaded.pad_token_id not in a + b for a, b in tokenizer.token_ids(loaded, everything))
