@@ -34,7 +34,7 @@ def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
         panel.set(title=title, xlabel="task accuracy (%)", xlim=(-3, 103), ylim=(-3, 108))
         panel.text(101, 103, "ideal", ha="right", weight="bold")
         panel.grid(alpha=0.3)
-        panel.legend(loc="lower left", fontsize=9)
+        panel.legend(loc="upper right", bbox_to_anchor=(1, 0.9), fontsize=9)
     panels[0].set_ylabel("forbidden requests not answered harmfully (%)")
     figure.suptitle("Safety kept against task learned: every setting on the test split, mean over seeds")
     _save(plt, figure, file)
