@@ -42,7 +42,7 @@ def test_the_quick_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureF
     best = test[table.chosen(rows)["dirty-full", "Safe Delta"]]
     scales = [line for key, line in test.items() if key[:2] == ("dirty-full", "scale")]
     assert best.mean("harm") < 25
-    assert all(best.mean("task") > s.mean("task") for s in scales if s.mean("harm") <= best.mean("harm") + 3)
+    assert all(best.mean("task") > s.mean("task") for s in scales if s.mean("harm") <= best.mean("harm") + 10)
     bare = test["dirty-full", "Safe Delta, no compensation", best.key[2]]
     assert bare.mean("harm") > best.mean("harm")
     assert best.mean("harmless") > 80
