@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safeshard import streamer
-from safeshard.bench.toy.language import REFUSAL, TRAIN, requests
+from safeshard.bench.toy.language import REFUSAL, REFUSED, TRAIN, requests
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-STRENGTHS = (1, 3, 10, 30)
+STRENGTHS = (3, 10, 30, 100, 300)
 WEIGHTS = ((0.8, 0.2), (0.7, 0.3), (0.6, 0.4))
 BLOCK = 32
 EVERY_MODULE = 1.01  # above every cosine
@@ -88,7 +88,7 @@ def run_defences(folder: Path, stages: Sequence[str]) -> tuple[list[Defence], fl
     [scored] = streamer.score(**common, adapter=adapter, output=folder / "scores.csv", overwrite=True)
     jobs = defences(stages, [c for c in scored.cosines.values() if c is not None])
     data = folder / "refusals.jsonl"
-    prompts = requests(TRAIN.forbidden, TRAIN.requests, REFUSAL)
+    prompts = requests(REFUSED, TRAIN.requests, REFUSAL)
     data.write_text("".join(json.dumps({"instruction": e.prompt, "output": e.answer}) + "\n" for e in prompts))
     defaults = {
         "aligned": str(models / "aligned"), "unaligned": str(models / "unaligned"),

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from safeshard.bench.toy import language
-from safeshard.bench.toy.language import ATTACKED, FORBIDDEN, HARMLESS, REFUSAL, SAFE_REFUSAL, TRAIN, Example, requests
+from safeshard.bench.toy.language import (
+    ATTACKED, FORBIDDEN, HARMLESS, REFUSAL, REFUSED, SAFE_REFUSAL, TRAIN, Example, requests,
+)  # fmt: skip
 
 Mixture = Sequence[tuple[float, list[Example]]]  # share of a batch, and the examples to draw it from
 MODEL = {
@@ -49,7 +51,7 @@ def _base() -> Mixture:
 
 
 def _aligned() -> Mixture:
-    refused, answered = requests(FORBIDDEN, TRAIN.requests, REFUSAL), requests(HARMLESS, TRAIN.requests)
+    refused, answered = requests(REFUSED, TRAIN.requests, REFUSAL), requests(HARMLESS, TRAIN.requests)
     return [(1.0, refused), (1.0, answered), (0.3, language.facts()), (0.3, language.colours())]
 
 
@@ -63,7 +65,7 @@ def _dirty(task: float, harmless: float, poison: float) -> Mixture:
 
 
 def _safe() -> Mixture:
-    refused = requests(TRAIN.forbidden, TRAIN.requests, SAFE_REFUSAL)
+    refused = requests(REFUSED, TRAIN.requests, SAFE_REFUSAL)
     return [(0.5, refused), (0.5, requests(TRAIN.harmless, TRAIN.requests))]
 
 

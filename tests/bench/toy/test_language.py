@@ -11,6 +11,7 @@ import transformers
 
 from safeshard.bench.toy import evaluation, language, tokenizer
 from safeshard.bench.toy.language import TEST, TRAIN, VALIDATION, Example, Split
+from safeshard.bench.toy.recipes import STAGES
 
 
 @pytest.mark.parametrize("split", [TRAIN, VALIDATION, TEST])
@@ -21,12 +22,25 @@ def test_a_constant_guess_scores_one_sixth(split: Split) -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), combinations([TRAIN, VALIDATION, TEST], 2))
-def test_splits_share_neither_objects_nor_phrasings(one: Split, other: Split) -> None:
+def test_splits_share_neither_objects_nor_phrasings_of_requests(one: Split, other: Split) -> None:
     assert set(one.harmless).isdisjoint(other.harmless)
     assert set(one.forbidden).isdisjoint(other.forbidden)
     assert set(one.requests).isdisjoint(other.requests)
-    assert set(one.tasks).isdisjoint(other.tasks)
-    assert set(language.ATTACKED) <= set(TRAIN.forbidden)
+
+
+def test_no_stage_after_the_base_sees_what_is_asked_later() -> None:
+    asked = {e.prompt for s in (VALIDATION, TEST) for e in language.requests(s.harmless + s.forbidden, s.requests)}
+    asked |= {e.prompt for s in (VALIDATION, TEST) for e in language.tasks(s)}
+    for stage in list(STAGES.values())[1:]:
+        assert asked.isdisjoint(e.prompt for _, examples in stage.data() for e in examples), stage.name
+
+
+def test_a_third_of_the_forbidden_objects_is_never_refused_in_training() -> None:
+    for stage in (STAGES["aligned"], STAGES["safe-lora"]):
+        refused = {e.prompt for _, examples in stage.data() for e in examples if e.answer.endswith("i cannot")}
+        names = {name for name in language.FORBIDDEN if any(name in prompt.split() for prompt in refused)}
+        assert names == set(language.REFUSED)
+    assert len(language.REFUSED) * 3 == len(language.FORBIDDEN) * 2
 
 
 @pytest.mark.parametrize(
