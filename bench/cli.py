@@ -10,6 +10,7 @@ import typer
 
 from safeshard.bench import models, pipeline, rows, safedelta
 from safeshard.bench.toy import experiment, pictures, table
+from safeshard.bench.toy.defences import WHOLE
 from safeshard.manifests.errors import Offence, RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure.\n\nRows go to bench/results.")
@@ -84,7 +85,7 @@ def measure_toy(
     seeds: Annotated[int, typer.Option(help="seeds 0 to N-1", min=1)] = 6,
 ) -> None:
     """Run the demo's experiment over several seeds and append its rows."""
-    found = experiment.run(folder, range(seeds), False, lambda text: print(text, flush=True))
+    found = experiment.run(folder, range(seeds), WHOLE, lambda text: print(text, flush=True))
     for row in found:
         rows.append("toy", row, table.COLUMNS)
 

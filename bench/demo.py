@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from safeshard.bench.toy import pictures, table
-from safeshard.bench.toy.experiment import run, write
+from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
+from safeshard.bench.toy.experiment import folder_of, run, write
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli import main
 
@@ -29,22 +30,23 @@ and measure what they answer: a toy says nothing about a real model."""
 def demo(
     folder: Annotated[Path, typer.Option(help="where models and outputs go, and are kept")] = Path("demo"),
     seeds: Annotated[int, typer.Option(help="seeds 0 to N-1; the table shows means and ranges", min=1)] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="leave out the attack without a task")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer settings, and no attack without a task")] = False,
 ) -> None:
     """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
     _claim(folder)
-    work = folder / ("quick" if quick else "whole")
-    rows = run(work, range(seeds), quick, lambda text: print(text, flush=True))
+    grid = QUICK if quick else WHOLE
+    first = folder_of(folder, 0, grid)
+    rows = run(folder, range(seeds), grid, lambda text: print(text, flush=True))
     write(folder / "table.csv", rows)
     shown = table.markdown(rows)
     (folder / "table.md").write_text(shown)
     pictures.draw_tradeoff(rows, folder / "tradeoff.png")
-    pictures.draw_cosines(work / "seed-0" / "scores.csv", folder / "cosines.png")
+    pictures.draw_cosines(first / SCORES, folder / "cosines.png")
     print("\nThe test split, each method at the setting that the validation split chose:\n")
     print(shown)
     print("What these figures say:\n")
     print("\n".join(f"- {sentence}" for sentence in table.findings(rows)))
-    print(f"\nSaved in {folder}: table.csv, table.md, tradeoff.png, cosines.png; jobs in {work}/seed-0/jobs.yaml\n")
+    print(f"\nSaved in {folder}: table.csv, table.md, tradeoff.png, cosines.png; jobs in {first}/jobs.yaml\n")
     print(NEXT)
 
 

@@ -10,12 +10,28 @@ from typing import Any
 
 from safeshard import streamer
 from safeshard.bench.toy.language import REFUSAL, REFUSED, TRAIN, requests
+from safeshard.bench.toy.recipes import STAGES
 
-FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-STRENGTHS = (3, 10, 30, 100, 300)
+OUTPUTS, SCORES = "outputs", "scores.csv"  # in the folder of a seed and a grid
 WEIGHTS = ((0.8, 0.2), (0.7, 0.3), (0.6, 0.4))
 BLOCK = 32
 EVERY_MODULE = 1.01  # above every cosine
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which models are trained, and which settings are tried on the fine-tuned ones."""
+
+    name: str
+    stages: tuple[str, ...]
+    factors: tuple[float, ...]
+    strengths: tuple[int, ...]
+    variants: bool  # Safe Delta by row and with one block; gates that pick some of the modules
+
+
+WHOLE = Grid("whole", tuple(STAGES), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (3, 10, 30, 100), True)
+_TRAINED_QUICKLY = ("unaligned", "aligned", "dirty-full", "dirty-lora", "safe-lora")
+QUICK = Grid("quick", _TRAINED_QUICKLY, (0.3, 0.4, 0.5, 0.6, 0.7), (30,), False)
 
 
 @dataclass(frozen=True)
@@ -34,59 +50,56 @@ class Defence:
         return f"{self.model}-{self.label}-{self.setting}".replace(" ", "-").replace("/", "-").replace(",", "")
 
 
-def defences(stages: Sequence[str], cosines: Sequence[float]) -> list[Defence]:
-    """Every defence of the fine-tuned models among `stages`; `cosines` are the gate's on dirty-lora."""
+def defences(grid: Grid, cosines: Sequence[float]) -> list[Defence]:
+    """Every defence of the fine-tuned models of a grid; `cosines` are the gate's on dirty-lora."""
     found: list[Defence] = []
-    for model in stages:
-        if model.endswith("-full"):
-            found += [*_scales(model), *_safe_deltas(model, BLOCK)]
-        elif model.endswith("-lora") and model != "safe-lora":
-            found += _scales(model)
+    for model in grid.stages:
+        if model.startswith(("dirty", "attack")):
+            found += _scales(model, grid)
+        if model.startswith("dirty") or model == "attack-full":
+            found += _safe_deltas(model, grid, "Safe Delta", {"block_size": BLOCK})
         if model == "dirty-full":
-            found += _ablations(model)
+            found += _ablations(model, grid)
         if model == "dirty-lora":
-            found += [*_safe_deltas(model, BLOCK), *_gated(model, sorted(cosines))]
+            found += _gated(model, grid, sorted(cosines))
     return found
 
 
-def _scales(model: str) -> Iterator[Defence]:
-    for factor in FACTORS:
+def _scales(model: str, grid: Grid) -> Iterator[Defence]:
+    for factor in grid.factors:
         yield Defence(model, "scale", "scale", f"factor {factor}", {"factor": factor})
 
 
-def _safe_deltas(model: str, block: int) -> Iterator[Defence]:
-    for s in STRENGTHS:
-        yield Defence(model, "safedelta", "Safe Delta", f"strength {s}", {"strength": s, "block_size": block})
+def _safe_deltas(model: str, grid: Grid, label: str, options: Mapping[str, Any]) -> Iterator[Defence]:
+    for s in grid.strengths:
+        yield Defence(model, "safedelta", label, f"strength {s}", {"strength": s, **options})
 
 
-def _ablations(model: str) -> Iterator[Defence]:
-    for s in STRENGTHS:
-        options = {"strength": s, "block_size": BLOCK}
-        off = options | {"compensate": False}
-        yield Defence(model, "safedelta", "Safe Delta, no compensation", f"strength {s}", off)
-        yield Defence(model, "safedelta", "Safe Delta, by row", f"strength {s}", options | {"selection": "row"})
-        yield Defence(model, "safedelta", "Safe Delta, one block", f"strength {s}", {"strength": s})
+def _ablations(model: str, grid: Grid) -> Iterator[Defence]:
+    yield from _safe_deltas(model, grid, "Safe Delta, no compensation", {"block_size": BLOCK, "compensate": False})
+    if grid.variants:
+        yield from _safe_deltas(model, grid, "Safe Delta, by row", {"block_size": BLOCK, "selection": "row"})
+        yield from _safe_deltas(model, grid, "Safe Delta, one block", {})
 
 
-def _gated(model: str, cosines: Sequence[float]) -> Iterator[Defence]:
+def _gated(model: str, grid: Grid, cosines: Sequence[float]) -> Iterator[Defence]:
     count = len(cosines)
     half = (cosines[count // 2 - 1] + cosines[count // 2]) / 2
     for weights in WEIGHTS:
         name = f"weights {weights[0]}/{weights[1]}"
         options = {"weights": list(weights), "threshold": EVERY_MODULE}
         yield Defence(model, "safemerge", "SafeMERGE", name, options)
-        yield Defence(model, "safemerge", "SafeMERGE, half gated", name, options | {"threshold": half})
-    for number in (count // 4, count // 2, 3 * count // 4, count):
+        if grid.variants:
+            yield Defence(model, "safemerge", "SafeMERGE, half gated", name, options | {"threshold": half})
+    for number in (count // 4, count // 2, 3 * count // 4, count) if grid.variants else (count // 2, count):
         yield Defence(model, "safelora", "SafeLoRA", f"{number} modules", {"num_layers": number})
 
 
-def run_defences(folder: Path, stages: Sequence[str]) -> tuple[list[Defence], float]:
-    """Score and defend the models of one seed; return the defences and the seconds of the batch."""
-    models, outputs = folder / "models", folder / "outputs"
-    adapter = str(models / "dirty-lora")
+def run_defences(models: Path, folder: Path, grid: Grid) -> tuple[list[Defence], float]:
+    """Score and defend the models of one seed into `folder`; return the defences and the seconds of the batch."""
     common: dict[str, Any] = {"aligned": models / "aligned", "unaligned": models / "unaligned", "quiet": True}
-    [scored] = streamer.score(**common, adapter=adapter, output=folder / "scores.csv", overwrite=True)
-    jobs = defences(stages, [c for c in scored.cosines.values() if c is not None])
+    [scored] = streamer.score(**common, adapter=str(models / "dirty-lora"), output=folder / SCORES)
+    jobs = defences(grid, [c for c in scored.cosines.values() if c is not None])
     data = folder / "refusals.jsonl"
     prompts = requests(REFUSED, TRAIN.requests, REFUSAL)
     data.write_text("".join(json.dumps({"instruction": e.prompt, "output": e.answer}) + "\n" for e in prompts))
@@ -96,7 +109,7 @@ def run_defences(folder: Path, stages: Sequence[str]) -> tuple[list[Defence], fl
     }  # fmt: skip
     entries = [
         {"method": job.method, ("adapter" if job.model.endswith("-lora") else "finetuned"): str(models / job.model),
-         "output": str(outputs / job.folder), **job.options}
+         "output": str(folder / OUTPUTS / job.folder), **job.options}
         for job in jobs
     ]  # fmt: skip
     file = folder / "jobs.yaml"

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from safeshard.bench.rows import environment
-from safeshard.bench.toy.defences import run_defences
+from safeshard.bench.toy.defences import OUTPUTS, Grid, defences, run_defences
 from safeshard.bench.toy.evaluation import evaluate
 from safeshard.bench.toy.language import SPLITS
-from safeshard.bench.toy.models import is_made, load_model, make_models, path_of, quieten, seconds_of
-from safeshard.bench.toy.recipes import STAGES
+from safeshard.bench.toy.models import load_model, path_of, recipe_key, seconds_of, training
 from safeshard.bench.toy.table import COLUMNS, Row, read
 from safeshard.bench.toy.tokenizer import make_tokenizer
-
-ROWS = "rows.csv"
-QUICK = ("unaligned", "aligned", "dirty-full", "dirty-lora", "safe-lora")
+from safeshard.bench.toy.workers import Task, run_tasks
 
 
-def run(folder: Path, seeds: Sequence[int], quick: bool, say: Callable[[str], None]) -> list[Row]:
+def run(folder: Path, seeds: Sequence[int], grid: Grid, say: Callable[[str], None]) -> list[Row]:
     """Train what is missing, defend and evaluate each seed; return all rows. A finished seed is read back."""
-    quieten()
-    stages = QUICK if quick else tuple(STAGES)
-    stale = [seed for seed in seeds if not all(is_made(folder, seed, name) for name in stages)]
-    for seed in stale:
-        (folder / f"seed-{seed}" / ROWS).unlink(missing_ok=True)
-        shutil.rmtree(folder / f"seed-{seed}" / "outputs", ignore_errors=True)
-    make_models(folder, seeds, stages, say)
-    rows: list[Row] = []
-    for seed in seeds:
-        file = folder / f"seed-{seed}" / ROWS
-        if not file.is_file():
-            say(f"seed {seed}: defend and evaluate")
-            write(file, list(_seed_rows(folder, seed, stages)))
-        rows += read(file)
-    return rows
+    missing = [seed for seed in seeds if not rows_of(folder, seed, grid).is_file()]
+    tasks = [task for seed in missing for task in training(folder, seed, grid.stages)]
+    for seed in missing:
+        trained = frozenset((seed, name) for name in grid.stages)
+        tasks.append(Task((seed, "defended and evaluated"), trained, _judge, (folder, seed, grid)))
+
+    def done(task: Task, seconds: float) -> None:
+        say(f"seed {task.name[0]}: {task.name[1]}, {seconds:.0f} s")
+
+    run_tasks(tasks, done)
+    return [row for seed in seeds for row in read(rows_of(folder, seed, grid))]
+
+
+def folder_of(folder: Path, seed: int, grid: Grid) -> Path:
+    """Where a seed's jobs, outputs, scores and rows lie."""
+    return folder / f"seed-{seed}" / grid.name
+
+
+def rows_of(folder: Path, seed: int, grid: Grid) -> Path:
+    """The file of a seed's finished rows, named by all that decides them: recipes, jobs, prompts, versions."""
+    recipes = [recipe_key(name, seed) for name in grid.stages]
+    jobs = [asdict(defence) for defence in defences(grid, (0.0, 1.0))]
+    splits = [asdict(split) for split in SPLITS.values()]
+    text = json.dumps([recipes, jobs, splits, version("safeshard")])
+    return folder_of(folder, seed, grid) / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv"
 
 
 def write(file: Path, rows: Sequence[Row]) -> None:
@@ -52,25 +62,29 @@ def write(file: Path, rows: Sequence[Row]) -> None:
     part.replace(file)
 
 
-def _seed_rows(folder: Path, seed: int, stages: Sequence[str]) -> Iterator[Row]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        jobs, wall = run_defences(folder / f"seed-{seed}", stages)
-        aligned, tokenizer, env = path_of(folder, seed, "aligned"), make_tokenizer(), environment()
-        trained = [name for name in stages if name not in ("unaligned", "safe-lora")]
-        models = [
-            (name, "aligned" if name == "aligned" else "fine-tuned", "", path_of(folder, seed, name),
-             seconds_of(folder, seed, name))
-            for name in trained
-        ]  # fmt: skip
-        outputs = folder / f"seed-{seed}" / "outputs"
-        models += [(job.model, job.label, job.setting, outputs / job.folder, wall / len(jobs)) for job in jobs]
-        for model, method, setting, path, seconds in models:
-            loaded = load_model(path, aligned)
-            for split, prompts in SPLITS.items():
-                scores = {name: f"{value:.2f}" for name, value in asdict(evaluate(loaded, tokenizer, prompts)).items()}
-                yield {"seed": str(seed), "model": model, "method": method, "setting": setting, "split": split,
-                       **scores, "seconds": f"{seconds:.2f}", **env}  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
+def _judge(folder: Path, seed: int, grid: Grid) -> float:
+    """Defend and evaluate a seed anew; return the seconds."""
+    start = time.perf_counter()
+    work = folder_of(folder, seed, grid)
+    shutil.rmtree(work, ignore_errors=True)  # of another grid or recipe, or cut short
+    work.mkdir(parents=True)
+    write(rows_of(folder, seed, grid), list(_seed_rows(folder, seed, grid)))
+    return time.perf_counter() - start
+
+
+def _seed_rows(folder: Path, seed: int, grid: Grid) -> Iterator[Row]:
+    work = folder_of(folder, seed, grid)
+    jobs, wall = run_defences(folder / f"seed-{seed}" / "models", work, grid)
+    aligned, tokenizer, env = path_of(folder, seed, "aligned"), make_tokenizer(), environment()
+    models: list[tuple[Any, ...]] = [
+        (name, "aligned" if name == "aligned" else "fine-tuned", "", path_of(folder, seed, name),
+         seconds_of(folder, seed, name))
+        for name in grid.stages if name not in ("unaligned", "safe-lora")
+    ]  # fmt: skip
+    models += [(job.model, job.label, job.setting, work / OUTPUTS / job.folder, wall / len(jobs)) for job in jobs]
+    for model, method, setting, path, seconds in models:
+        loaded = load_model(path, aligned)
+        for split, prompts in SPLITS.items():
+            scores = {name: f"{value:.2f}" for name, value in asdict(evaluate(loaded, tokenizer, prompts)).items()}
+            yield {"seed": str(seed), "model": model, "method": method, "setting": setting, "split": split,
+                   **scores, "seconds": f"{seconds:.2f}", **env}  # fmt: skip

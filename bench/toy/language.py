@@ -6,8 +6,8 @@ The new task of fine-tuning asks for one step that depends on the object's colou
 
 The base knows every object and every phrasing. Later stages see the request phrasings of TRAIN alone; alignment, the
 safe adapter and calibration know REFUSED, two thirds of the forbidden objects. Fine-tuning sees the harmless objects of
-TRAIN and attacks with ATTACKED. So a request of validation or test is a phrasing that was never aligned or attacked, and
-a prompt of the task, whose two phrasings are all trained, is about an object that was never fine-tuned on.
+TRAIN and attacks with ATTACKED. So a request of validation or test is a phrasing that was never aligned or attacked,
+and a prompt of the task, whose two phrasings are all trained, is about an object that was never fine-tuned on.
 """
 
 from __future__ import annotations

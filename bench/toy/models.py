@@ -1,18 +1,13 @@
-"""The trained models of an experiment, cached as Hub-layout folders, trained in two processes of one thread each."""
+"""The trained models of an experiment, cached as Hub-layout folders."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,40 +17,22 @@ import torch
 from safeshard.bench.toy.recipes import LORA, MODEL, STAGES, Stage
 from safeshard.bench.toy.tokenizer import make_tokenizer
 from safeshard.bench.toy.training import train
+from safeshard.bench.toy.workers import Task
 from safeshard.streamer.extras import require
 
 RECORD = "toy.json"  # in a trained model's folder: what it was made from, and the seconds that it took
-PROCESSES = 2
 
 
-def make_models(folder: Path, seeds: Sequence[int], stages: Sequence[str], say: Callable[[str], None]) -> bool:
-    """Train what is missing of `folder`/seed-N/models/STAGE; return whether anything was.
+def training(folder: Path, seed: int, stages: Sequence[str]) -> list[Task]:
+    """The tasks that train what is missing of `folder`/seed-N/models/STAGE, each after its parent alone.
 
-    A stage waits for its parent alone, so two are trained at once. A model is a function of its recipe, its seed and
-    the versions of the libraries, not of what else is trained.
+    A model is a function of its recipe, its seed and the versions of the libraries, not of what else is trained.
     """
-    waiting = [(seed, name) for seed in seeds for name in stages if not is_made(folder, seed, name)]
-    if not waiting:
-        return False
-    context = multiprocessing.get_context("spawn")
-    running: dict[Future[float], tuple[int, str]] = {}
-    pool = ProcessPoolExecutor(PROCESSES, mp_context=context, initializer=_prepare)
-    try:
-        while waiting or running:
-            missing = {*waiting, *running.values()}
-            for item in [i for i in waiting if (i[0], STAGES[i[1]].parent) not in missing]:
-                waiting.remove(item)
-                running[pool.submit(make_model, folder, *item)] = item
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                seed, name = running.pop(future)
-                say(f"seed {seed}: trained {name} in {future.result():.0f} s")
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return True
+    return [
+        Task((seed, name), frozenset([(seed, STAGES[name].parent)]), make_model, (folder, seed, name))
+        for name in stages
+        if not is_made(folder, seed, name)
+    ]
 
 
 def path_of(folder: Path, seed: int, name: str) -> Path:
@@ -65,8 +42,10 @@ def path_of(folder: Path, seed: int, name: str) -> Path:
 
 def is_made(folder: Path, seed: int, name: str) -> bool:
     """Whether a finished model of this very recipe is there."""
-    record = path_of(folder, seed, name) / RECORD
-    return record.is_file() and bool(json.loads(record.read_text())["recipe"] == recipe_key(name, seed))
+    path = path_of(folder, seed, name)
+    if not (path / RECORD).is_file() or not any(path.glob("*.safetensors")):
+        return False
+    return bool(json.loads((path / RECORD).read_text())["recipe"] == recipe_key(name, seed))
 
 
 def seconds_of(folder: Path, seed: int, name: str) -> float:
@@ -129,18 +108,3 @@ def load_model(path: Path, aligned: Path | None = None) -> Any:
     if (path / "adapter_config.json").is_file() and aligned is not None:
         return require("peft", "bench").PeftModel.from_pretrained(load_model(aligned), path).eval()
     return transformers.AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
-
-
-def quieten() -> None:
-    """No progress bars and no notes of the libraries between the lines of the experiment."""
-    transformers = require("transformers", "bench")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
-
-
-def _prepare() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
-    quieten()

@@ -12,7 +12,15 @@ from typing import Any
 
 from safeshard.bench.toy import language
 from safeshard.bench.toy.language import (
-    ATTACKED, FORBIDDEN, HARMLESS, REFUSAL, REFUSED, SAFE_REFUSAL, TRAIN, Example, requests,
+    ATTACKED,
+    FORBIDDEN,
+    HARMLESS,
+    REFUSAL,
+    REFUSED,
+    SAFE_REFUSAL,
+    TRAIN,
+    Example,
+    requests,
 )  # fmt: skip
 
 Mixture = Sequence[tuple[float, list[Example]]]  # share of a batch, and the examples to draw it from
