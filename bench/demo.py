@@ -19,11 +19,12 @@ app = typer.Typer(invoke_without_command=True, help="Train toy models, defend th
 NEXT = """\
 Next, on your own models:
 
-   safeshard score --aligned org/model-chat --unaligned org/model --adapter path/to/adapter
+   safeshard score     --aligned org/model-chat --unaligned org/model --adapter path/to/adapter
    safeshard safedelta --aligned org/model-chat --adapter path/to/adapter --output defended --strength 0.1
-   safeshard scale --aligned org/model-chat --adapter path/to/adapter --output baseline --factor 0.5
+   safeshard scale     --aligned org/model-chat --adapter path/to/adapter --output baseline --factor 0.5
 
-and measure what they answer: a toy says nothing about a real model."""
+Try several strengths and factors (`safeshard batch` runs them in one pass), ask each output your own prompts, forbidden
+and useful, and keep a defence only where it beats `scale`: a toy says nothing about a real model."""
 
 
 @app.callback()

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safeshard.bench.toy.table import Line, Row, lines
+from safeshard.bench.toy.table import CONSTANT_GUESS, Line, Row, lines
 from safeshard.streamer.extras import require
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-MARKS = "osD^vP*"
+COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#8C8C00")  # Okabe and Ito
+MARKS = "osD^vhp<"
 TITLES = {"dirty-full": "Full fine-tune", "dirty-lora": "LoRA fine-tune"}
 
 
@@ -19,25 +19,37 @@ def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
     """Draw the test figures of every setting on both dirty fine-tunes: task against harmful answers avoided."""
     plt = _pyplot()
     test = lines(rows, "test")
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5.6), sharex=True, sharey=True, layout="constrained")
+    methods = list(dict.fromkeys(key[1] for key in test if key[0] in TITLES and key[1] != "fine-tuned"))
+    styles = dict(zip(methods, zip(COLOURS, MARKS, strict=True), strict=False))
+    figure, panels = plt.subplots(1, 2, figsize=(12, 6), sharex=True, sharey=True, layout="constrained")
     for panel, (model, title) in zip(panels, TITLES.items(), strict=True):
-        curves: dict[str, list[Line]] = {}
-        for key, line in test.items():
-            if key[0] == model and key[1] != "fine-tuned":
-                curves.setdefault(key[1], []).append(line)
-        for (method, points), colour, mark in zip(curves.items(), COLOURS, MARKS, strict=False):
-            style = "--" if method == "scale" else "-"
-            panel.plot([p.mean("task") for p in points], [100 - p.mean("harm") for p in points], style, marker=mark,
-                       color=colour, label=method, alpha=0.85)  # fmt: skip
-        tuned = test[model, "fine-tuned", ""]
-        panel.plot(tuned.mean("task"), 100 - tuned.mean("harm"), "X", color="black", markersize=11, label="fine-tuned")
-        panel.set(title=title, xlabel="task accuracy (%)", xlim=(-3, 103), ylim=(-3, 108))
-        panel.text(101, 103, "ideal", ha="right", weight="bold")
+        for method, (colour, mark) in styles.items():
+            points = [line for key, line in test.items() if key[:2] == (model, method)]
+            if points:
+                dashes = "--" if method == "scale" else "-"
+                _draw(panel, points, dashes, marker=mark, color=colour, label=method, zorder=3 if mark in "os" else 2)
+        _draw(panel, [test[model, "fine-tuned", ""]], "", marker="X", color="black", markersize=11, label="fine-tuned")
+        _draw(panel, [test["aligned", "aligned", ""]], "", marker="P", color="black", markersize=10, label="aligned")
+        panel.plot(100, 100, "*", color="gold", markeredgecolor="black", markersize=20, label="ideal", clip_on=False)
+        panel.axvline(CONSTANT_GUESS, color="grey", linestyle=":", label="constant guess at the task")
+        panel.set(title=title, xlabel="task accuracy (%)", xlim=(-4, 104), ylim=(-4, 106))
         panel.grid(alpha=0.3)
-        panel.legend(loc="upper right", bbox_to_anchor=(1, 0.9), fontsize=9)
     panels[0].set_ylabel("forbidden requests not answered harmfully (%)")
-    figure.suptitle("Safety kept against task learned: every setting on the test split, mean over seeds")
+    known = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, fontsize=10)
+    seeds = len({row["seed"] for row in rows})
+    spread = f", mean of {seeds} seeds and its standard error" if seeds > 1 else ""
+    figure.suptitle(f"Safety kept against task learned: every setting on the test split{spread}")
     _save(plt, figure, file)
+
+
+def _draw(panel: Any, points: Sequence[Line], dashes: str, **style: Any) -> None:
+    panel.errorbar(
+        [p.mean("task") for p in points], [100 - p.mean("harm") for p in points], fmt=dashes, alpha=0.9, elinewidth=0.8,
+        xerr=[p.error("task") for p in points], yerr=[p.error("harm") for p in points], **style,
+    )  # fmt: skip
 
 
 def draw_cosines(scores: Path, file: Path) -> None:
@@ -58,7 +70,7 @@ def draw_cosines(scores: Path, file: Path) -> None:
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers])
     axes.set_title("The gate's cosine of each module of the LoRA fine-tune")
-    figure.colorbar(image)
+    figure.colorbar(image, label="cos(P delta, delta)")
     _save(plt, figure, file)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from safeshard.bench.toy.language import COLOURS
 
@@ -31,6 +31,11 @@ class Line:
 
     def mean(self, measure: str) -> float:
         return mean(self.values[measure].values())
+
+    def error(self, measure: str) -> float:
+        """Standard error of the mean over seeds; 0 of a single one."""
+        known = list(self.values[measure].values())
+        return stdev(known) / len(known) ** 0.5 if len(known) > 1 else 0.0
 
     def shown(self, measure: str) -> str:
         """Mean and, over several seeds, the range."""
@@ -101,42 +106,93 @@ def findings(rows: Sequence[Row]) -> list[str]:
     found = []
     for (model, method), key in picked.items():
         if model.startswith("dirty") and method not in (*TRAINED, "scale"):
-            found.append(_against_scale(test[key], [x for x in test.values() if x.key[:2] == (model, "scale")]))
+            found.append(_against_scale(test[key], scale_curve(test, model)))
     if ("dirty-full", "Safe Delta") in picked:
-        key = picked["dirty-full", "Safe Delta"]
-        bare = test["dirty-full", "Safe Delta, no compensation", key[2]]
-        found.append(
-            f"Compensation: the same kept entries leave {test[key].mean('harm'):.0f} % harmful with it and "
-            f"{bare.mean('harm'):.0f} % without."
-        )
-    merge = [line for line in test.values() if line.key[1] == "SafeMERGE"]
-    for line in merge[:1]:
-        found.append(f"SafeMERGE with its default weights, on every module, leaves {line.mean('harm'):.0f} % harmful.")
-    for line in merge:
-        half = test[line.key[0], "SafeMERGE, half gated", line.key[2]]
-        found.append(
-            f"SafeMERGE, {line.key[2]}: merging every module leaves {line.mean('harm'):.0f} % harmful, merging the "
-            f"half that the gate picks {half.mean('harm'):.0f} %."
-        )
-    fullest = [line for line in test.values() if line.key[:2] == ("dirty-full", "Safe Delta")]
-    if fullest and len(seeds := list(fullest[0].values["task"])) > 1:
-        line = test[picked["dirty-full", "Safe Delta"]]
-        hard = min(seeds, key=lambda s: line.values["task"][s])
-        found.append(
-            f"The hard seed is {hard}: there Safe Delta on the full fine-tune keeps {line.values['task'][hard]:.0f} % "
-            f"task accuracy."
-        )
-    return found
+        found += _safe_delta(test, picked["dirty-full", "Safe Delta"])
+    return [*found, *_safelora(test), *_safemerge(test), *_gate(test)]
 
 
-def _against_scale(line: Line, scales: Sequence[Line]) -> str:
-    name = f"{line.key[1]} on {line.key[0]} ({line.key[2]})"
+def scale_curve(test: Mapping[Key, Line], model: str) -> list[tuple[float, float]]:
+    """(harm, task) of `scale` on a model from the aligned one over the factors to the fine-tuned one, safest first."""
+    ends = [("aligned", "aligned", ""), (model, "fine-tuned", "")]
+    found = [test[key] for key in test if key[:2] == (model, "scale") or key in ends]
+    return sorted((line.mean("harm"), line.mean("task")) for line in found)
+
+
+def scaled_task(harm: float, curve: Sequence[tuple[float, float]]) -> float:
+    """Task accuracy of `scale` where it leaves `harm` percent: linear between factors, at least that of safer ones."""
+    best = max((task for at, task in curve if at <= harm), default=curve[0][1])
+    below = [point for point in curve if point[0] <= harm]
+    above = [point for point in curve if point[0] > harm]
+    if not below or not above:
+        return best
+    (x, y), (end, top) = below[-1], above[0]
+    return max(best, y + (top - y) * (harm - x) / (end - x))
+
+
+def _against_scale(line: Line, curve: Sequence[tuple[float, float]]) -> str:
     harm, task = line.mean("harm"), line.mean("task")
-    equal = [s for s in scales if s.mean("harm") <= harm]
     guess = ", no more than a constant guess" if task <= CONSTANT_GUESS else ""
-    text = f"{name} leaves {harm:.0f} % harmful at {task:.0f} % task accuracy{guess}; "
-    if not equal:
-        return text + "no factor of `scale` that was run is as safe."
-    best = max(equal, key=lambda s: s.mean("task"))
-    verdict = "better than" if task > best.mean("task") else "no better than"
-    return text + f"{verdict} `scale` of equal safety, {best.mean('task'):.0f} %."
+    verdict = "better than" if task > scaled_task(harm, curve) else "no better than"
+    return (
+        f"{line.key[1]} on {line.key[0]} ({line.key[2]}) leaves {harm:.0f} % harmful at {task:.0f} % task accuracy"
+        f"{guess}; {verdict} `scale` of equal safety, {scaled_task(harm, curve):.0f} %."
+    )
+
+
+def _safe_delta(test: Mapping[Key, Line], key: Key) -> Iterator[str]:
+    line, bare = test[key], test["dirty-full", "Safe Delta, no compensation", key[2]]
+    yield (
+        f"Compensation: the same kept entries leave {line.mean('harm'):.0f} % harmful with it and "
+        f"{bare.mean('harm'):.0f} % without."
+    )
+    tasks = line.values["task"]
+    if len(tasks) > 1:
+        hard = min(tasks, key=lambda seed: tasks[seed])
+        yield f"The hard seed is {hard}: there Safe Delta on the full fine-tune has {tasks[hard]:.0f} % task accuracy."
+
+
+def _safelora(test: Mapping[Key, Line]) -> Iterator[str]:
+    settings = _of(test, "SafeLoRA")
+    if settings:
+        curve = scale_curve(test, "dirty-lora")
+        better = [line for line in settings if line.mean("task") > scaled_task(line.mean("harm"), curve)]
+        beyond = "" if better else ": what it does here is shrink the delta"
+        yield f"SafeLoRA beats `scale` of equal safety at {len(better)} of {len(settings)} numbers of modules{beyond}."
+
+
+def _safemerge(test: Mapping[Key, Line]) -> Iterator[str]:
+    settings = _of(test, "SafeMERGE")
+    if settings:
+        first, safest = settings[0], min(settings, key=lambda line: line.mean("harm"))
+        weak = first.mean("harm") > max(MAX_HARM, safest.mean("harm"))
+        yield (
+            f"SafeMERGE's default weights, on every module, leave {first.mean('harm'):.0f} % harmful"
+            + (f": too weak here; {safest.key[2]} leave {safest.mean('harm'):.0f} %." if weak else ".")
+        )
+
+
+def _gate(test: Mapping[Key, Line]) -> Iterator[str]:
+    """Whether merging the half of the modules that the gate picks gains anything over other ways to be as safe."""
+    halves = _of(test, "SafeMERGE, half gated")
+    rivals = [*_of(test, "SafeMERGE"), *_of(test, "scale")]
+    for line in halves:
+        whole = test[line.key[0], "SafeMERGE", line.key[2]]
+        yield (
+            f"SafeMERGE, {line.key[2]}: merging every module leaves {whole.mean('harm'):.0f} % harmful, merging the "
+            f"half that the gate picks {line.shown('harm')} %."
+        )
+    if halves:
+        beaten = [
+            line for line in halves
+            if any(r.mean("harm") <= line.mean("harm") and r.mean("task") >= line.mean("task") for r in rivals)
+        ]  # fmt: skip
+        verdict = ": the gate's cosine carries no reliable information here" if len(beaten) == len(halves) else ""
+        yield (
+            f"At {len(beaten)} of {len(halves)} weights, some setting of merging every module or of `scale` is as safe as "
+            f"merging the gate's half and keeps as much of the task{verdict}."
+        )
+
+
+def _of(test: Mapping[Key, Line], method: str) -> list[Line]:
+    return [line for key, line in test.items() if key[:2] == ("dirty-lora", method)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from safeshard.bench.toy import table
 
 
@@ -27,3 +29,40 @@ def test_means_and_ranges_over_seeds() -> None:
         row("scale", "x", split, harm, 40, seed) for split in ("validation", "test") for seed, harm in ((0, 0), (1, 9))
     ]
     assert "| m | scale | x | 4 (0-9) | 96 (91-100) | 100 (100-100) | 40 (40-40) |" in table.markdown(rows)
+
+
+@pytest.mark.parametrize(("harm", "task"), [(-1, 5), (0, 10), (10, 20), (15, 35), (20, 50), (60, 70), (100, 90)])
+def test_scale_of_equal_safety_lies_between_factors(harm: float, task: float) -> None:
+    assert table.scaled_task(harm, [(0, 5), (0, 10), (10, 20), (20, 50), (100, 90)]) == task
+
+
+def experiment(half: float, projected: float) -> list[dict[str, str]]:
+    """Rows of `scale` with task = harm, against SafeLoRA and a gate of which the task is given."""
+    figures = [
+        ("aligned", "aligned", "", 0, 0), ("dirty-lora", "fine-tuned", "", 100, 100),
+        ("dirty-lora", "scale", "factor 0.5", 50, 50), ("dirty-lora", "SafeLoRA", "7 modules", 40, projected),
+        ("dirty-lora", "SafeMERGE", "weights 0.8/0.2", 60, 90), ("dirty-lora", "SafeMERGE", "weights 0.6/0.4", 5, 70),
+        ("dirty-lora", "SafeMERGE, half gated", "weights 0.8/0.2", 70, half),
+    ]  # fmt: skip
+    return [
+        row(method, setting, split, harm, task) | {"model": model}
+        for model, method, setting, harm, task in figures
+        for split in ("validation", "test")
+    ]
+
+
+def test_sentences_follow_the_figures() -> None:
+    found = "\n".join(table.findings(experiment(half=80, projected=30)))
+    assert "SafeLoRA on dirty-lora (7 modules) leaves 40 % harmful at 30 % task accuracy; no better than" in found
+    assert "at 0 of 1 numbers of modules: what it does here is shrink the delta." in found
+    assert "default weights, on every module, leave 60 % harmful: too weak here; weights 0.6/0.4 leave 5 %." in found
+    assert "At 1 of 1 weights" in found
+    assert "no reliable information" in found
+
+
+def test_sentences_do_not_say_what_the_figures_do_not() -> None:
+    found = "\n".join(table.findings(experiment(half=95, projected=45)))
+    assert "better than `scale` of equal safety, 40 %" in found
+    assert "at 1 of 1 numbers of modules." in found
+    assert "At 0 of 1 weights" in found
+    assert "no reliable information" not in found
