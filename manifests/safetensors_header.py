@@ -45,6 +45,14 @@ class TensorRef:
     offset: int
     nbytes: int
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BITS[self.dtype] // 8
+
 
 @dataclass(frozen=True)
 class Header:

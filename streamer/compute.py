@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
-from safeshard.manifests.errors import RunError
 from safeshard.manifests.schema import ModuleEntry
 from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan import Pair, Weight
 from safeshard.streamer.steps import CopyTask, ModuleTask
 from safeshard.streamer.stream import Clock, Read, Step
-from safeshard.streamer.writer import NotFiniteError, all_finite
+from safeshard.streamer.strips import compute_strips
+from safeshard.streamer.writer import NotFiniteError, refuse_not_finite
 
 UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
 
@@ -41,6 +41,7 @@ class Inputs:
         return tensor.T if place.transposed else tensor
 
     def delta(self, place: Pair | Weight) -> Lora | Tensor:
+        """A fine-tuned or safe delta's pair, or weight (O x I)."""
         if isinstance(place, Weight):
             return self.weight(place)
         a, b = (self.tensor(Read(place.source, ref)) for ref in (place.lora.a, place.lora.b))
@@ -59,6 +60,9 @@ def compute_step(
     Raises:
         RunError: a tensor holds NaN or infinity, or writing failed.
     """
+    if step.strips:
+        compute_strips(step, device, clock)
+        return
     inputs = Inputs(loaded, device)
     gates = _gates([t for t in step.tasks if isinstance(t, ModuleTask)], inputs)
     for task in step.tasks:
@@ -154,17 +158,15 @@ def _module(
     )
 
 
-def _write(task: ModuleTask, tensors: Mapping[str, Tensor]) -> None:
+def _write(task: ModuleTask, tensors: Mapping[str, Tensor | Iterator[Tensor]]) -> None:
     writer, plan = task.run.writer, task.plan
     assert writer is not None
     for part, name in plan.writes.items():
-        transposed = part == "weight" and plan.aligned is not None and plan.aligned.transposed
-        writer.write(name, tensors[part].T if transposed else tensors[part])
+        tensor = tensors[part]
+        if part == "weight" and plan.aligned is not None and plan.aligned.transposed:
+            tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
+        writer.write(name, tensor)
 
 
 def _refuse_not_finite(task: ModuleTask, inputs: Inputs) -> None:
-    """Name the input tensor that holds NaN or infinity, if one does."""
-    for read in task.reads():
-        if not all_finite(inputs.tensor(read)):
-            where = f"{read.source.spec}/{read.ref.file}: {read.ref.name}"
-            raise RunError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")
+    refuse_not_finite((read, inputs.tensor(read)) for read in task.reads())

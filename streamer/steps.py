@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +9,15 @@ from typing import Any
 
 import torch
 
+from safeshard.kernels.projection import LANES
 from safeshard.streamer.checkpoint import layer_of, natural
 from safeshard.streamer.methods.base import Job
+from safeshard.streamer.methods.dense import PIECE, ROWS
 from safeshard.streamer.plan import Copy, JobPlan, ModulePlan, Pair, Weight
 from safeshard.streamer.stream import Read, Step
 from safeshard.streamer.writer import Writer
 
-STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take
+STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
 DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
 
 
@@ -118,9 +119,21 @@ def module_steps(runs: Sequence[JobRun]) -> list[Step]:
 def module_step(name: str, wanted: Iterable[tuple[JobRun, str]]) -> Step:
     """One step for modules of jobs that share tensors; what is done is left out."""
     tasks = [ModuleTask(r, r.plan.modules[m]) for r, m in wanted if m in r.plan.modules and not r.is_done(m)]
+    if tasks and all(t.run.job.edits_all and isinstance(t.plan.finetuned, Weight) for t in tasks):
+        return _elementwise(name, tasks)
     step = Step(name, {read.key: read for task in tasks for read in task.reads()}, [*tasks])
     step.scratch = STRIP_BYTES + max(map(_scratch, tasks), default=0) + sum(map(_projected, tasks))
     return step
+
+
+def _elementwise(name: str, tasks: Sequence[ModuleTask | CopyTask]) -> Step:
+    """A step whose tensors are read ahead where they are small, strip by strip where they are large."""
+    reads = {read.key: read for task in tasks for read in task.reads()}
+    nbytes = sum(read.ref.nbytes for read in reads.values())
+    pieces = 4 * 4 * PIECE  # in fp32
+    if nbytes <= len(reads) * STRIP_BYTES:
+        return Step(name, reads, [*tasks], scratch=pieces + nbytes)  # a transposed weight is put together again
+    return Step(name, {}, [*tasks], scratch=pieces + len(reads) * STRIP_BYTES, copied=nbytes, strips=True)
 
 
 def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
@@ -131,9 +144,10 @@ def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
         for copy in job_run.plan.copies:
             if job_run.writer is None or copy.name not in job_run.writer.hashes:
                 task = CopyTask(job_run, copy, cast=dtypes[copy.name] != copy.ref.dtype)
-                reads = {read.key: read for read in task.reads()}
                 steps.append(
-                    Step(copy.name, reads, [task], copied=copy.ref.nbytes, scratch=copy.ref.nbytes * 2 * task.cast)
+                    _elementwise(copy.name, [task])
+                    if task.cast
+                    else Step(copy.name, {}, [task], copied=copy.ref.nbytes)
                 )
     return steps
 
@@ -157,11 +171,12 @@ def _reads(place: Pair | Weight | None) -> Iterator[Read]:
 
 
 def _projected(task: ModuleTask) -> int:
-    """Host bytes of a gate's fp32 copy of B, of V^T B, and of the projected B, which is held until the step ends."""
+    """Host bytes of a gate's fp32 copies of B, of V^T B, and of the projected B, which is held until the step ends."""
     finetuned = task.plan.finetuned
     if not isinstance(finetuned, Pair) or not task.run.job.gated:
         return 0
-    return 4 * finetuned.lora.rank * (2 * finetuned.lora.b.shape[0] + finetuned.lora.a.shape[1])
+    rank = -(-finetuned.lora.rank // LANES) * LANES
+    return 4 * rank * (4 * finetuned.lora.b.shape[0] + finetuned.lora.a.shape[1])
 
 
 def _scratch(task: ModuleTask) -> int:
@@ -170,7 +185,10 @@ def _scratch(task: ModuleTask) -> int:
     if job.writes_checkpoint:
         weight = task.plan.aligned or finetuned
         assert isinstance(weight, Weight)
-        return job.dense_scratch * math.prod(weight.ref.shape) + (_gate_scratch(weight) if job.gated else 0)
+        rows, columns = weight.ref.shape[:: -1 if weight.transposed else 1] if len(weight.ref.shape) == 2 else (1, 0)
+        whole = job.dense_scratch + 4 * weight.transposed  # a weight stored in x out is put together from its tiles
+        tiles = 4 * 4 * min(rows, ROWS) * columns
+        return whole * weight.ref.numel + tiles + (_gate_scratch(weight) if job.gated else 0)
     if isinstance(finetuned, Weight):
         return _gate_scratch(finetuned)
     return 3 * 4 * (finetuned.lora.a.shape[1] + finetuned.lora.b.shape[0]) * _written_rank(task)

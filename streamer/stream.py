@@ -47,7 +47,8 @@ class Read:
 class Step:
     """One unit of work: tensors read together, computed on by one worker.
 
-    `scratch` is the host bytes that computing adds; `copied` the bytes moved without passing through a buffer.
+    `scratch` is the host bytes that computing adds; `copied` the bytes moved without passing through a buffer. A step
+    with `strips` has no reads: it is one large tensor's, which its worker reads strip by strip.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Step:
     tasks: list[Any] = field(default_factory=list)
     scratch: int = 0
     copied: int = 0
+    strips: bool = False
 
     @property
     def nbytes(self) -> int:

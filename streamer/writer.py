@@ -13,24 +13,26 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
-from safeshard.manifests.hashing import hash_bytes, hash_tensor_region
+from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.journal import Journal, sync_path
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import MANIFEST_NAME
 from safeshard.streamer.plan import Copy, OutputFile, staging_of
-from safeshard.streamer.stream import TORCH_DTYPES
+from safeshard.streamer.stream import TORCH_DTYPES, Read
 
 JOURNAL = "journal.jsonl"
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
+PIECE = 1 << 18  # elements written at a time: they pass the check, the hash and the disk in a core's cache
 _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all set in NaN and infinity alone
     torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.int32, 0x7F800000),
@@ -91,26 +93,24 @@ class Writer:
         """Where an output tensor goes: its dtype, shape, offset."""
         return self._places[name][1]
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor (any device, any float dtype), cast to the planned dtype.
+    def write(self, name: str, tensor: Tensor | Iterable[Tensor]) -> None:
+        """Write a tensor, or pieces of it in row-major order (any device, any float dtype), cast to the planned dtype.
 
         Raises:
             NotFiniteError: it holds NaN or infinity, or a value that the planned dtype cannot hold.
             RunError: the disk is full, or writing failed.
         """
-        file, ref = self._places[name]
-        host = tensor.to("cpu", TORCH_DTYPES[ref.dtype]).contiguous()
-        if tuple(host.shape) != ref.shape:
-            raise AssertionError(f"{name}: shape {tuple(host.shape)}, planned {ref.shape}")
-        if not all_finite(host):
-            problem = "is not finite" if not bool(torch.isfinite(tensor).all()) else f"does not fit {ref.dtype}"
-            raise NotFiniteError(
-                f"{self.output}: the new {name} {problem}", "check the inputs, or choose another --dtype"
-            )
-        data = host.reshape(-1).view(torch.uint8).numpy().data
-        with clear_errors(self.output):
-            _write_all(self._fds[file], data, ref.offset)
-        self._finished(name, hash_bytes(data), ref.nbytes)
+        if isinstance(tensor, Tensor):
+            assert tuple(tensor.shape) == self.place(name).shape, f"{name}: shape {tuple(tensor.shape)}"
+            tensor = torch.split(tensor.reshape(-1), PIECE)
+        under_way = self.begin(name)
+        for piece in tensor:
+            under_way.add(piece)
+        under_way.finish()
+
+    def begin(self, name: str) -> TensorWrite:
+        """Begin to write a tensor piece by piece; it counts once it is finished."""
+        return TensorWrite(self, name)
 
     def copy(self, copy: Copy) -> None:
         """Take over a tensor's bytes, through the kernel where the input is a local file."""
@@ -205,6 +205,34 @@ class Writer:
         self.record("tensor", name=name, blake3=digest)
 
 
+class TensorWrite:
+    """One output tensor on its way to the disk: each piece is checked, hashed and written while it is in cache."""
+
+    def __init__(self, writer: Writer, name: str) -> None:
+        self._writer, self._name = writer, name
+        file, self._ref = writer._places[name]
+        self._fd, self._offset, self._hash = writer._fds[file], self._ref.offset, blake3()
+
+    def add(self, piece: Tensor) -> None:
+        """Write what follows in row-major order; raises as `Writer.write` does."""
+        output = self._writer.output
+        host = piece.to("cpu", TORCH_DTYPES[self._ref.dtype]).contiguous()
+        if not all_finite(host):
+            problem = "is not finite" if not bool(torch.isfinite(piece).all()) else f"does not fit {self._ref.dtype}"
+            remedy = "check the inputs, or choose another --dtype"
+            raise NotFiniteError(f"{output}: the new {self._name} {problem}", remedy)
+        data = host.reshape(-1).view(torch.uint8).numpy().data
+        with clear_errors(output):
+            _write_all(self._fd, data, self._offset)
+        self._hash.update(data)
+        self._offset += len(data)
+
+    def finish(self) -> None:
+        """Note the tensor as written. All its pieces must be."""
+        assert self._offset == self._ref.offset + self._ref.nbytes, f"{self._name}: pieces of another size"
+        self._writer._finished(self._name, self._hash.hexdigest(), self._ref.nbytes)
+
+
 def all_finite(tensor: Tensor) -> bool:
     """Whether a contiguous host tensor holds neither NaN nor infinity, by its exponent bits.
 
@@ -215,6 +243,18 @@ def all_finite(tensor: Tensor) -> bool:
     integer, mask = _EXPONENTS[tensor.dtype]
     parts = torch.split(tensor.reshape(-1).view(integer), 1 << 20)
     return all(int(part.bitwise_and(mask).max()) != mask for part in parts if part.numel())
+
+
+def refuse_not_finite(tensors: Iterable[tuple[Read, Tensor]]) -> None:
+    """Name the input tensor that holds NaN or infinity, if one does.
+
+    Raises:
+        RunError: one does.
+    """
+    for read, tensor in tensors:
+        if not all_finite(tensor):
+            where = f"{read.source.spec}/{read.ref.file}: {read.ref.name}"
+            raise RunError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")
 
 
 @contextlib.contextmanager

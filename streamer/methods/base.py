@@ -60,10 +60,13 @@ class Module:
 
 @dataclass(frozen=True)
 class Edit:
-    """What becomes of a module: its new tensors ("a" and "b", or "weight"), and the manifest's fields about it."""
+    """What becomes of a module: its new tensors ("a" and "b", or "weight"), and the manifest's fields about it.
+
+    A tensor may come as its row tiles.
+    """
 
     decision: Decision
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor | Iterator[Tensor]]
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -74,7 +77,7 @@ class Job(Options):
     title: ClassVar[str]
     paper: ClassVar[str]
     gated: ClassVar[bool] = False
-    edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, not only decoder linears
+    edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, element by element
     keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
     calibrated: ClassVar[bool] = False  # needs the factors of the aligned model's Gram matrices
     writes_model: ClassVar[bool] = True
@@ -107,8 +110,8 @@ class Job(Options):
 
     @property
     def dense_scratch(self) -> int:
-        """Bytes that `edit` holds at most for each element of a full weight, its output included."""
-        return 4
+        """Bytes that `edit` holds at most for each element of a full weight, beside the tiles of its output."""
+        return 0
 
     @property
     def writes_checkpoint(self) -> bool:

@@ -1,7 +1,11 @@
-"""Deltas of full checkpoints, in row tiles: fp32 arithmetic without an fp32 copy of a whole weight."""
+"""Deltas of full checkpoints, in row tiles: fp32 arithmetic without an fp32 copy of a whole weight.
+
+Results come as row tiles, in order, so that each is checked, hashed and written while it is in cache.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from safeshard.kernels import merge
 
+PIECE = 1 << 17  # elements of an element-wise piece, which stays in a core's L2 cache in fp32
 ROWS = 256  # rows a tile; part of dare_linear's random stream, so changing it changes outputs
 
 
@@ -25,12 +30,11 @@ def add_deltas(
     dtype: torch.dtype,
     density: float | None = None,
     key: Callable[[int, int], int] | None = None,
-) -> Tensor:
-    """aligned + sum_i weights[i] * (tuned[i] - aligned), as `dtype`; deltas are dropped to `density` where it is given.
+) -> Iterator[Tensor]:
+    """Tiles of aligned + sum_i weights[i] * (tuned[i] - aligned), as `dtype`; `density` drops entries of the deltas.
 
     `key(i, row)` is the random key of the tile of delta i that starts at `row`.
     """
-    out = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
     for rows in tiles(aligned.shape[0]):
         base = aligned[rows].float()
         deltas = [t[rows].float() - base for t in tuned]
@@ -39,14 +43,13 @@ def add_deltas(
         else:
             assert key is not None
             total = merge.dare_linear(deltas, weights, density, [key(i, rows.start) for i in range(len(deltas))])
-        out[rows] = base + total
-    return out
+        yield (base + total).to(dtype)
 
 
 def add_low_rank_delta(
     aligned: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], rank: int, dtype: torch.dtype
-) -> tuple[Tensor, float]:
-    """aligned + the best rank-`rank` approximation of the weighted deltas, as `dtype`; and the fraction lost."""
+) -> tuple[Iterator[Tensor], float]:
+    """Tiles of aligned + the best approximation of the deltas of rank `rank`, as `dtype`; and the fraction lost."""
     delta = torch.zeros(aligned.shape, device=aligned.device)
     for rows in tiles(aligned.shape[0]):
         base = aligned[rows].float()
@@ -55,20 +58,15 @@ def add_low_rank_delta(
     return add(aligned, low, dtype), float(lost)
 
 
-def add(aligned: Tensor, delta: Tensor, dtype: torch.dtype) -> Tensor:
-    """aligned + delta (fp32), as `dtype`."""
-    out = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
+def add(aligned: Tensor, delta: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Tiles of aligned + delta (fp32), as `dtype`."""
     for rows in tiles(aligned.shape[0]):
-        out[rows] = aligned[rows].float() + delta[rows]
-    return out
+        yield (aligned[rows].float() + delta[rows]).to(dtype)
 
 
-def interpolate(aligned: Tensor, tuned: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """aligned + factor * (tuned - aligned), as `dtype`; exactly `aligned` at 0 and `tuned` at 1. Any shape."""
-    out = torch.empty(aligned.shape, dtype=dtype, device=aligned.device)
-    flat_out, flat_aligned, flat_tuned = out.view(-1), aligned.reshape(-1), tuned.reshape(-1)
-    step = 1 << 20
-    for start in range(0, out.numel(), step):
-        part = slice(start, start + step)
-        flat_out[part] = torch.lerp(flat_aligned[part].float(), flat_tuned[part].float(), factor)
-    return out
+def interpolate(aligned: Tensor, tuned: Tensor, factor: float, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Tiles of aligned + factor * (tuned - aligned), as `dtype`; exactly `aligned` at 0 and `tuned` at 1. Any shape."""
+    aligned, tuned = (t.reshape(t.shape or (1,)) for t in (aligned, tuned))
+    rows = max(1, PIECE // max(1, math.prod(aligned.shape[1:])))
+    for base, theirs in zip(torch.split(aligned, rows), torch.split(tuned, rows), strict=True):
+        yield torch.lerp(base.float(), theirs.float(), factor).to(dtype)

@@ -19,7 +19,7 @@ from safeshard.manifests.schema import Decision
 from safeshard.streamer.adapter import Adapter, LoraModule
 from safeshard.streamer.checkpoint import Checkpoint
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module, pad_rank, unit_scaling_config
-from safeshard.streamer.methods.dense import add
+from safeshard.streamer.methods.dense import add, tiles
 from safeshard.streamer.options import Finite, Options, Place
 
 
@@ -139,7 +139,8 @@ class SafeDelta(Job, Calibrated):
             return Edit("selected", {"weight": aligned}, _fields(result.scores, factor))
         new = add(aligned, result.delta, dtype)
         if isinstance(tuned, Tensor):  # to the bit, where adding the delta back may round otherwise
-            new = torch.where(result.mask, tuned.to(dtype), new)
+            rows = tiles(len(aligned))
+            new = (torch.where(result.mask[r], tuned[r].to(dtype), tile) for r, tile in zip(rows, new, strict=True))
         return Edit("selected", {"weight": new}, _fields(result.scores, factor))
 
     def _lora(self, a: Tensor, b: Tensor, factor: Factor) -> LoraCompensated:
@@ -181,8 +182,10 @@ class SafeDelta(Job, Calibrated):
         assert aligned is not None
         if not keep:
             return Edit(decision, {"weight": aligned}, fields)
-        new = add(aligned, _product(pair), self.dense_dtype(aligned)) if isinstance(pair, Lora) else pair
-        return Edit(decision, {"weight": new}, fields)
+        dtype = self.dense_dtype(aligned)
+        return Edit(
+            decision, {"weight": add(aligned, _product(pair), dtype) if isinstance(pair, Lora) else pair}, fields
+        )
 
 
 def _product(pair: Lora) -> Tensor:

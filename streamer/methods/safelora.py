@@ -36,7 +36,7 @@ class SafeLora(GatedJob):
 
     @property
     def dense_scratch(self) -> int:
-        return 8  # the projected delta in fp32, and the output
+        return 4  # the projected delta in fp32
 
     @property
     def ranks_first(self) -> bool:

@@ -62,7 +62,7 @@ class SafeMerge(GatedJob):
 
     @property
     def dense_scratch(self) -> int:
-        return 24 if self.combine == "svd" else 4  # the delta, its factors and the result in fp32
+        return 24 if self.combine == "svd" else 0  # the delta, its factors and the result in fp32
 
     def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
         if not isinstance(finetuned, Adapter) or not isinstance(safe, Adapter):
@@ -143,7 +143,7 @@ class SafeMerge(GatedJob):
         keys = [random_key(self.seed, name, role, side) for role in ("finetuned", "safe")[: len(tensors)]]
         return merge.dare_linear(tensors, weights, self.density, keys)
 
-    def _dense(self, module: Module, fields: dict[str, Any]) -> Tensor:
+    def _dense(self, module: Module, fields: dict[str, Any]) -> Iterator[Tensor]:
         assert module.aligned is not None
         assert isinstance(module.finetuned, Tensor)
         assert isinstance(module.safe, Tensor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer import safelora, safemerge, scale
+from safeshard.streamer import batch, safelora, safemerge, scale
 from safeshard.streamer.stream import GRAIN, Buffers, Clock, Read, Step, run_steps
 
 MEBI = 1 << 20
@@ -142,17 +143,58 @@ def test_a_module_that_does_not_fit_is_refused_up_front(world: Any) -> None:
     assert not list((world.root / "2-1").glob("out*"))
 
 
-def test_a_cast_copy_that_does_not_fit_is_refused_up_front(world: Any) -> None:
-    """A tensor that is only taken over needs memory too where its dtype changes."""
-    aligned = world.llama(1, seed=1) | {"model.embed_tokens.weight": torch.randn(1 << 18, 24).bfloat16()}
+@pytest.fixture
+def embedding_of_40_mib(world: Any) -> dict[str, Any]:
+    """Full checkpoints whose embedding is larger than two strips, and a budget that two of them exceed."""
+    aligned = world.llama(1, seed=1) | {"model.embed_tokens.weight": torch.randn(1 << 20, 20).bfloat16()}
     moved = {n: (t.float() + 0.01).bfloat16() for n, t in aligned.items()}
     places = {r: world.checkpoint(r, moved if i else aligned) for i, r in enumerate(("aligned", "finetuned"))}
-    places["unaligned"] = world.checkpoint("unaligned", {n: t * 2 for n, t in aligned.items()})
-    common = places | {"output": world.root / "out", "threshold": 0.1, "quiet": True, "memory": 30 * MEBI}
-    with pytest.raises(RequestError, match=r"model\.embed_tokens\.weight"):
-        safelora(**common, dtype="float32")
-    assert not list(world.root.glob("out*"))
-    assert safelora(**common).manifest is not None
+    return places | {"quiet": True, "memory": 72 * MEBI}
+
+
+def test_an_embedding_larger_than_the_budget_is_scaled(
+    world: Any, embedding_of_40_mib: dict[str, Any], load_tensors: Any
+) -> None:
+    manifest = scale(**embedding_of_40_mib, output=world.root / "out", factor=0.25).manifest
+    assert manifest is not None
+    assert manifest.run.peak_buffer_bytes <= 72 * MEBI
+    base, tuned, out = (load_tensors(world.root / name) for name in ("aligned", "finetuned", "out"))
+    for name, tensor in base.items():
+        expected = tensor.double() + 0.25 * (tuned[name].double() - tensor.double())
+        torch.testing.assert_close(out[name].double(), expected, rtol=2**-8, atol=0)
+    assert manifest.run.bytes_read == sum(2 * t.nbytes for t in base.values())
+
+
+def test_jobs_share_the_strips_of_a_large_tensor(world: Any, embedding_of_40_mib: dict[str, Any]) -> None:
+    jobs = world.root / "jobs.yaml"
+    places = {role: str(embedding_of_40_mib[role]) for role in ("aligned", "finetuned")}
+    entries = [{"method": "scale", "factor": f, "output": str(world.root / f"out-{f}")} for f in (0.25, 0.5)]
+    jobs.write_text(json.dumps({"defaults": places, "jobs": entries}))
+    first, second = (r.manifest for r in batch(jobs, quiet=True, memory=72 * MEBI))
+    alone = scale(**embedding_of_40_mib, output=world.root / "alone", factor=0.25).manifest
+    assert first is not None
+    assert second is not None
+    assert alone is not None
+    assert first.run.bytes_read == alone.run.bytes_read
+    assert [t.blake3 for t in first.tensors] == [t.blake3 for t in alone.tensors] != [t.blake3 for t in second.tensors]
+
+
+def test_a_large_tensor_is_cast_in_strips(world: Any, embedding_of_40_mib: dict[str, Any], load_tensors: Any) -> None:
+    base = load_tensors(embedding_of_40_mib["aligned"])
+    unaligned = world.checkpoint("unaligned", {n: t * 2 for n, t in base.items()})
+    common = embedding_of_40_mib | {"unaligned": unaligned, "output": world.root / "out", "threshold": 0.1}
+    safelora(**common, dtype="float32")
+    out, tuned = load_tensors(world.root / "out"), load_tensors(embedding_of_40_mib["finetuned"])
+    assert torch.equal(out["model.embed_tokens.weight"], tuned["model.embed_tokens.weight"].float())
+
+
+def test_infinity_in_a_late_strip_is_named(world: Any, embedding_of_40_mib: dict[str, Any], load_tensors: Any) -> None:
+    tensors = load_tensors(embedding_of_40_mib["finetuned"])
+    tensors["model.embed_tokens.weight"][-1, -1] = torch.inf
+    broken = world.checkpoint("broken", tensors)
+    with pytest.raises(RunError, match=r"broken/model\.safetensors: model\.embed_tokens\.weight holds NaN or infinity"):
+        scale(**embedding_of_40_mib | {"finetuned": broken}, output=world.root / "out", factor=0.25)
+    assert not (world.root / "out").exists()
 
 
 def test_results_do_not_depend_on_the_budget(world: Any, load_tensors: Any) -> None:
