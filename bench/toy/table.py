@@ -189,8 +189,8 @@ def _gate(test: Mapping[Key, Line]) -> Iterator[str]:
         ]  # fmt: skip
         verdict = ": the gate's cosine carries no reliable information here" if len(beaten) == len(halves) else ""
         yield (
-            f"At {len(beaten)} of {len(halves)} weights, some setting of merging every module or of `scale` is as safe as "
-            f"merging the gate's half and keeps as much of the task{verdict}."
+            f"At {len(beaten)} of {len(halves)} weights, some setting of merging every module or of `scale` is as safe "
+            f"as merging the gate's half and keeps as much of the task{verdict}."
         )
 
 

@@ -16,6 +16,7 @@ import torch
 from safeshard.streamer.extras import require
 
 PROCESSES = 2
+LIBRARIES = ["safeshard.bench.toy.experiment", "peft", "transformers.models.llama.modeling_llama"]  # imported once
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class Task:
 def run_tasks(tasks: Sequence[Task], done: Callable[[Task, Any], None]) -> None:
     """Run tasks, the earlier first where two are ready; call `done` with each and with what it returned."""
     waiting, running = list(tasks), dict[Future[Any], Task]()
-    pool = ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), initializer=_prepare)
+    if not tasks:
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    pool = ProcessPoolExecutor(PROCESSES, context, initializer=_prepare)
     try:
         while waiting or running:
             missing = {task.name for task in (*waiting, *running.values())}
