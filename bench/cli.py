@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from safeshard.bench import models, pipeline, rows, safedelta
-from safeshard.bench.toy import experiment, pictures, table
+from safeshard.bench import io, kernels, models, peers, pictures, pipeline, rows, safety
+from safeshard.bench.toy import experiment, table
+from safeshard.bench.toy import pictures as toy_pictures
 from safeshard.bench.toy.defences import WHOLE
 from safeshard.manifests.errors import Offence, RequestError
 
@@ -19,6 +21,9 @@ Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES))]
 Layers = Annotated[
     int | None, typer.Option("--layers", help="decoder layers, fewer than the shape's own to save time", min=1)
 ]
+
+Runs = Annotated[int, typer.Option("--runs", help="repetitions; the median counts", min=1)]
+Cold = Annotated[bool, typer.Option("--cold", help="drop the files from the page cache first")]
 
 
 @app.command("make-models")
@@ -30,51 +35,110 @@ def make_models(
     rank: Annotated[int, typer.Option(help="of the adapters", min=1)] = 16,
     full: Annotated[bool, typer.Option("--full", help="also full fine-tuned and safe checkpoints")] = False,
 ) -> None:
-    """Write aligned, unaligned, safe and adapter-N folders: random weights of a real shape."""
-    size = _shape(shape)
-    paths = models.make_models(folder, size, layers=layers or size.layers, adapters=adapters, rank=rank, finetuned=full)
+    """Write aligned, unaligned, safe and adapter-N folders: random weights of a real shape.
+
+    They lie in a folder of their own, named by shape and layers. The other commands make what they need.
+    """
+    _shape(shape)
+    _, paths = models.prepare(folder, shape, layers, adapters=adapters, rank=rank, finetuned=full)
     print("\n".join(map(str, paths.values())))
+
+
+@app.callback()
+def bench(
+    results: Annotated[Path | None, typer.Option(help="where rows go; default: bench/results")] = None,
+) -> None:
+    """Make synthetic models and measure."""
+    if results is not None:
+        rows.RESULTS = results
+
+
+@app.command("kernels")
+def measure_kernels(
+    operations: Annotated[str, typer.Option(help="some of these")] = ",".join(kernels.OPERATIONS),
+    shape: Shape = "llama-8b",
+    ranks: Annotated[str, typer.Option(help="of the adapters")] = "8,16,64",
+    adapters: Annotated[str, typer.Option(help="numbers of adapters")] = "1,16,256",
+    device: Annotated[str, typer.Option(help="cpu or cuda:N")] = "cpu",
+    limit: Annotated[float, typer.Option(help="seconds a run may be expected to take", min=0)] = 10,
+) -> None:
+    """Time kernels on torch and Triton against the published formulation and the machine's ceilings."""
+    _shape(shape)
+    names = _names("--operations", operations, kernels.OPERATIONS)
+    kernels.run(names, shape, _numbers("--ranks", ranks), _numbers("--adapters", adapters), device, limit)
+
+
+@app.command("io")
+def measure_io(
+    folder: Folder = Path("bench-models"),
+    shape: Shape = "llama-1b",
+    layers: Layers = None,
+    runs: Runs = 3,
+    cold: Cold = False,
+) -> None:
+    """Time plain reading, by each method, and writing."""
+    _shape(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    io.run(folder, shape, layers, runs, cold)
 
 
 @app.command("pipeline")
 def measure_pipeline(
     folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
-    layers: Layers = None,
-    adapters: Annotated[str, typer.Option(help="numbers of adapters in a batch")] = "1,8,32",
-    runs: Annotated[int, typer.Option(help="repetitions; the median counts", min=1)] = 3,
-    cold: Annotated[bool, typer.Option("--cold", help="drop the files from the page cache first")] = False,
-    full: Annotated[bool, typer.Option("--full", help="also jobs on full checkpoints")] = False,
+    layers: Annotated[str, typer.Option(help="numbers of decoder layers, a model each; default: the shape's own")] = "",
+    adapters: Annotated[str, typer.Option(help="numbers of adapters in a batch")] = "1,8,64",
+    jobs: Annotated[str, typer.Option(help="some of " + ", ".join(pipeline.JOBS))] = "safemerge",
+    runs: Runs = 3,
+    cold: Cold = False,
+    memory: Annotated[str, typer.Option(help="the jobs' --memory")] = "2GiB",
 ) -> None:
-    """Time whole jobs from outside, with peak memory, against plainly reading the same bytes."""
+    """Time whole jobs from outside, with stages and peak memory, against a process that reads the same bytes."""
     _shape(shape)
-    counts = _numbers("--adapters", adapters)
+    depths = _numbers("--layers", layers) if layers else [None]
+    counts, names = _numbers("--adapters", adapters), _names("--jobs", jobs, pipeline.JOBS)
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline.run(folder, shape, layers, counts, runs, cold, full)
+    pipeline.run(folder, shape, depths, counts, names, runs, cold, memory)
 
 
-@app.command("safedelta")
-def measure_safedelta(
+@app.command("peers")
+def measure_peers(
     folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
-    layers: Layers = 2,
-    jobs: Annotated[str, typer.Option(help="numbers of LoRA jobs in a batch")] = "1,16",
-    runs: Annotated[int, typer.Option(help="repetitions; the median counts", min=1)] = 3,
+    layers: Layers = None,
+    runs: Runs = 3,
+    cold: Cold = False,
+    only: Annotated[str, typer.Option("--peers", help="some of " + ", ".join(peers.PEERS))] = ",".join(peers.PEERS),
+    mergekit: Annotated[str | None, typer.Option(help="the executable mergekit-yaml, if not on the PATH")] = None,
 ) -> None:
-    """Time Safe Delta: one weight on its own, and whole jobs that share a calibration."""
+    """Time mergekit and PEFT on the same job, and compare the outputs."""
     _shape(shape)
-    counts = _numbers("--jobs", jobs)
-    for threads in (1, 2):
-        safedelta.run_weight(runs, threads)
-    safedelta.run_jobs(folder, shape, layers, counts, runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    peers.run(folder, shape, layers, runs, cold, _names("--peers", only, peers.PEERS), mergekit)
 
 
-@app.command("tables")
-def refresh_tables() -> None:
-    """Make the tables in README.md and bench/README.md, and the toy's picture, anew from the rows in bench/results."""
+@app.command("safety")
+def measure_safety(
+    folder: Folder = Path("bench-models"),
+    shape: Shape = "llama-1b",
+    layers: Layers = None,
+    runs: Runs = 3,
+    cold: Cold = False,
+) -> None:
+    """Time hashing and syncing as a share of a job that writes a checkpoint."""
+    _shape(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    safety.run(folder, shape, layers, runs, cold)
+
+
+@app.command("report")
+def report() -> None:
+    """Make the tables in README.md and bench/README.md, and the pictures, anew from the rows in bench/results."""
+    print("\n".join(map(str, pictures.draw(rows.RESULTS))))
     for document in rows.documents():
         document.write_text(rows.refresh(document))
-    pictures.draw_tradeoff(table.read(rows.RESULTS / "toy.csv"), rows.RESULTS / "toy.png")
+    if (toy := rows.RESULTS / "toy.csv").exists():
+        toy_pictures.draw_tradeoff(table.read(toy), rows.RESULTS / "toy.png")
 
 
 @app.command("toy")
@@ -90,10 +154,16 @@ def measure_toy(
         rows.append("toy", row, table.COLUMNS)
 
 
-def _shape(name: str) -> models.Shape:
+def _shape(name: str) -> None:
     if name not in models.SHAPES:
         raise RequestError(Offence("--shape", "", " or ".join(models.SHAPES), name))
-    return models.SHAPES[name]
+
+
+def _names(option: str, text: str, known: Iterable[str]) -> list[str]:
+    names, allowed = text.split(","), list(known)
+    if unknown := [name for name in names if name not in allowed]:
+        raise RequestError(Offence(option, "", "some of " + ",".join(allowed), ",".join(unknown)))
+    return names
 
 
 def _numbers(option: str, text: str) -> list[int]:

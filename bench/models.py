@@ -52,6 +52,7 @@ SHAPES = {
     "llama-tiny": Shape(64, 176, 3, 4, 2, 256),
     "llama-1b": Shape(2048, 5632, 22, 32, 4, 32000),
     "llama-7b": Shape(4096, 11008, 32, 32, 32, 32000),
+    "llama-8b": Shape(4096, 14336, 32, 32, 8, 128256),
     "llama-70b": Shape(8192, 28672, 80, 64, 8, 32000),
 }
 
@@ -72,6 +73,17 @@ class _Values:
             yield piece
             count -= len(piece)
             self._at = (self._at + len(piece)) % POOL
+
+
+def prepare(
+    folder: Path, name: str, layers: int | None = None, *, adapters: int = 1, rank: int = 16, finetuned: bool = False
+) -> tuple[str, dict[str, Path]]:
+    """Make a model of a named shape in a folder of its own below `folder`; return a label and the paths by name."""
+    shape = SHAPES[name]
+    layers = layers or shape.layers
+    below = folder / f"{name}-x{layers}"
+    paths = make_models(below, shape, layers=layers, adapters=adapters, rank=rank, finetuned=finetuned)
+    return f"{name} x{layers} layers", paths
 
 
 def make_models(

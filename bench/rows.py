@@ -6,9 +6,11 @@ import csv
 import os
 import platform
 import re
+import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from safeshard.bench.toy import table
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
-    "what", "shape", "dtype", "median_s", "min_s", "max_s", "runs", "bytes", "GB_per_s", "ceiling", "share_of_ceiling",
-    "peak_rss_bytes", "cache", "versions", "hardware", "commit", "date",
+    "what", "shape", "dtype", "backend", "layers", "adapters", "rank", "median_s", "min_s", "max_s", "runs", "bytes",
+    "GB_per_s", "operations", "TFLOP_per_s", "ceiling", "share_of_ceiling", "against", "time_ratio", "memory_ratio",
+    "peak_rss_bytes", "peak_device_bytes", "cache", "stages", "versions", "hardware", "commit", "date",
 )  # fmt: skip
 
 
@@ -29,12 +32,61 @@ def append(file: str, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) 
         raise ValueError(f"unknown columns {sorted(unknown)}")
     path = RESULTS / f"{file}.csv"
     new = not path.exists()
-    RESULTS.mkdir(exist_ok=True)
+    if not new and path.read_text().splitlines()[:1] != [",".join(columns)]:
+        raise ValueError(f"{path} has other columns: move it away, or choose another --results")
+    RESULTS.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as out:
         rows = csv.DictWriter(out, columns, lineterminator="\n")
         if new:
             rows.writeheader()
         rows.writerow({**environment(), **row})
+
+
+def record(
+    file: str, seconds: Sequence[float], *, nbytes: int = 0, operations: int = 0, floor: float = 0.0, **columns: Any
+) -> float:
+    """Append and print a row of repeated timings; return their median.
+
+    Args:
+        file: the table, bench/results/<file>.csv.
+        seconds: one a run.
+        nbytes: read and written, in all.
+        operations: floating-point operations.
+        floor: the time of the ceiling that `columns["ceiling"]` names, in seconds.
+        columns: further columns; `stages` is a mapping of seconds.
+    """
+    median = statistics.median(seconds)
+    row = {
+        "median_s": f"{median:.4g}", "min_s": f"{min(seconds):.4g}", "max_s": f"{max(seconds):.4g}",
+        "runs": len(seconds), **columns,
+    }  # fmt: skip
+    if nbytes:
+        row |= {"bytes": nbytes, "GB_per_s": f"{nbytes / median / 1e9:.2f}"}
+    if operations:
+        row |= {"operations": operations, "TFLOP_per_s": f"{operations / median / 1e12:.4g}"}
+    if floor:
+        row["share_of_ceiling"] = f"{floor / median:.3f}"
+    if "stages" in row:
+        stages = row["stages"]
+        row["stages"] = " ".join(f"{name}={value:.3f}" for name, value in sorted(stages.items()))
+    append(file, row)
+    rate = f"{nbytes / median / 1e9:.2f} GB/s" if nbytes else ""
+    if row.get("against"):
+        memory = f", {row['memory_ratio']} times its memory" if "memory_ratio" in row else ""
+        rate += f"; {row['against']} takes {row['time_ratio']} times as long{memory}"
+    name = ", ".join(filter(None, (row["what"], row.get("backend"))))
+    print(f"{name:56} {row.get('shape', ''):22} {median:10.4g} s  {rate}", flush=True)
+    return median
+
+
+def read(file: str) -> list[dict[str, str]]:
+    """The newest row of each measurement in bench/results/<file>.csv, in the order in which they were first made."""
+    path = RESULTS / f"{file}.csv"
+    if not path.exists():
+        return []
+    keys = ("what", "shape", "dtype", "backend", "adapters", "rank", "cache", "hardware")
+    with path.open(newline="") as lines:
+        return list({tuple(row[key] for key in keys): row for row in csv.DictReader(lines)}.values())
 
 
 def environment() -> dict[str, str]:
@@ -68,23 +120,51 @@ def _commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+CELLS: dict[str, Callable[[dict[str, str]], str]] = {
+    "what": lambda row: ", ".join(filter(None, (row["what"], row["backend"]))),
+    "shape": lambda row: row["shape"],
+    "dtype": lambda row: row["dtype"],
+    "rank": lambda row: row["rank"],
+    "adapters": lambda row: row["adapters"],
+    "cache": lambda row: row["cache"],
+    "median": lambda row: _seconds(row["median_s"]),
+    "spread": lambda row: f"{_seconds(row['min_s'])} to {_seconds(row['max_s'])}",
+    "GB/s": lambda row: row["GB_per_s"] if float(row["bytes"] or 0) else "",
+    "TFLOP/s": lambda row: row["TFLOP_per_s"],
+    "share of ceiling": lambda row: f"{100 * float(row['share_of_ceiling']):.0f} %" if row["share_of_ceiling"] else "",
+    "compared with": lambda row: row["against"],
+    "times as fast": lambda row: row["time_ratio"],
+    "of its memory": lambda row: f"{100 * float(row['memory_ratio']):.0f} %" if row["memory_ratio"] else "",
+    "peak memory": lambda row: f"{float(row['peak_rss_bytes']) / 1e9:.2f} GB" if row["peak_rss_bytes"] else "",
+    "peak device memory": lambda row: (
+        f"{float(row['peak_device_bytes']) / 1e9:.2f} GB" if row["peak_device_bytes"] else ""
+    ),
+    "hardware": lambda row: row["hardware"],
+    "commit": lambda row: row["commit"],
+}
+
+
 def markdown(file: str) -> str:
-    """The newest row of each measurement in bench/results/<file>.csv, as a Markdown table."""
-    path = RESULTS / f"{file}.csv"
-    with path.open(newline="") as lines:
-        newest = {(row["what"], row["shape"], row["cache"]): row for row in csv.DictReader(lines)}
-    table = [
-        "| what | shape | cache | median | spread | GB/s | share of plain reading | peak memory | commit |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in newest.values():
-        spread = f"{float(row['min_s']):.2f}-{float(row['max_s']):.2f} s"
-        share = f"{100 * float(row['share_of_ceiling']):.0f} %" if row["share_of_ceiling"] else ""
-        rate = row["GB_per_s"] if float(row["bytes"] or 0) else ""
-        peak = f"{float(row['peak_rss_bytes']) / 1e9:.2f} GB"
-        cells = [row["what"], row["shape"], row["cache"], f"{float(row['median_s']):.2f} s", spread, rate, share, peak]
-        table.append("| " + " | ".join([*cells, row["commit"]]) + " |")
-    return "\n".join(table) + "\n"
+    """The newest row of each measurement in bench/results/<file>.csv, as a Markdown table.
+
+    Columns that say nothing are left out: empty ones, and dtype, rank and hardware where they are the same in all rows.
+    """
+    found = read(file)
+    if not found:
+        return "No rows yet.\n"
+    columns = {head: [cell(row) for row in found] for head, cell in CELLS.items()}
+    columns = {
+        head: cells for head, cells in columns.items()
+        if any(cells) and (head not in ("dtype", "rank", "hardware") or len(set(cells)) > 1)
+    }  # fmt: skip
+    lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _seconds(text: str) -> str:
+    """Seconds to two decimals, or milliseconds to three digits where that would say little."""
+    value = float(text)
+    return f"{value:.2f} s" if value >= 0.1 else f"{1e3 * value:.3g} ms"
 
 
 def documents() -> list[Path]:
@@ -94,15 +174,23 @@ def documents() -> list[Path]:
 
 
 def refresh(document: Path) -> str:
-    """The text of a Markdown document with the tables between its `rows` markers made anew."""
+    """The text of a Markdown document with the tables and pictures between its markers made anew."""
     text = document.read_text()
-    pattern = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: m[1] + _shown(m[2]) + m[3], text)
+    pattern = re.compile(r"(<!-- (rows|picture): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    shown: dict[str, Callable[[str], str]] = {"rows": _shown, "picture": partial(_picture, document)}
+    return pattern.sub(lambda m: m[1] + shown[m[2]](m[3]) + m[4], text)
+
+
+def _picture(document: Path, name: str) -> str:
+    file = RESULTS / f"{name}.png"
+    return f"![{name}]({os.path.relpath(file, document.parent)})\n" if file.exists() else ""
 
 
 def _shown(name: str) -> str:
     """The text between two markers: a table of measurements, or what the toy experiment's rows show."""
     if name not in ("toy", "toy_findings"):
         return markdown(name)
-    rows = table.read(RESULTS / "toy.csv")
+    if not (file := RESULTS / "toy.csv").exists():
+        return ""
+    rows = table.read(file)
     return table.markdown(rows) if name == "toy" else "".join(f"- {sentence}\n" for sentence in table.findings(rows))

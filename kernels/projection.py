@@ -33,12 +33,13 @@ MIN_TILE_ROWS = 64
 # as one by one at rank 16, where that changes no bit.
 LANES, STACK = 16, 128
 
-# Triton: the tile of one program, and how many programs a launch aims at through splits of the summed axis. The split
-# depends on V's shape alone, so that neither the device nor the other adapters of a batch change the result.
-BLOCK_M, BLOCK_K, BLOCK_R = 64, 32, 16
+# Triton: the tile of one program (WIDE_R columns where there are more than BLOCK_R), and how many programs a launch
+# aims at through splits of the summed axis. The split depends on V's shape alone, so that neither the device nor the
+# other adapters of a batch change the result.
+BLOCK_M, BLOCK_K, BLOCK_R, WIDE_R = 64, 32, 16, 32
 TARGET_PROGRAMS = 512
 MAX_SPLITS = 16
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+LAUNCH = {BLOCK_R: {"num_warps": 4, "enable_fp_fusion": True}, WIDE_R: {"num_warps": 8, "enable_fp_fusion": True}}
 
 
 class Projection(NamedTuple):
@@ -73,8 +74,8 @@ def _product_kernel(
     """partial[split] = (aligned - unaligned)[:, split] x[split]; with NORM also the sum of the squared differences.
 
     Grid: (tiles of R, tiles of M, splits of K). Programs of one tile of V are neighbours, so that all but the first
-    find it in the L2 cache. Differences are fp32, products three TF32 products on the tensor cores, which together are as
-    exact as fp32 ("tf32x3"), sums fp32; squares end in fp64.
+    find it in the L2 cache. Differences and sums are fp32, squares end in fp64. A product is three TF32 products on the
+    tensor cores, together as exact as one in fp32 ("tf32x3").
     """
     tile_r, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -109,7 +110,8 @@ def _product_triton(aligned: Tensor, unaligned: Tensor, x: Tensor, *, norm: bool
     chunk = triton.cdiv(triton.cdiv(k, BLOCK_K), splits) * BLOCK_K
     partial = x.new_empty((splits, m, r))
     squares = torch.zeros((splits, tiles_m), dtype=torch.float64, device=x.device)
-    _product_kernel[(triton.cdiv(r, BLOCK_R), tiles_m, splits)](
+    block_r = BLOCK_R if r <= BLOCK_R else WIDE_R
+    _product_kernel[(triton.cdiv(r, block_r), tiles_m, splits)](
         aligned,
         unaligned,
         x,
@@ -124,8 +126,8 @@ def _product_triton(aligned: Tensor, unaligned: Tensor, x: Tensor, *, norm: bool
         NORM=norm,
         BLOCK_M=BLOCK_M,
         BLOCK_K=BLOCK_K,
-        BLOCK_R=BLOCK_R,
-        **LAUNCH,
+        BLOCK_R=block_r,
+        **LAUNCH[block_r],
     )
     return partial.sum(0), squares.sum()
 
@@ -276,15 +278,20 @@ def check_operands(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]
             raise ValueError(f"tensors must be bfloat16, float16 or float32, got {tensor.dtype}")
 
 
-def _compile_case(weight: str, norm: bool) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
+def _compile_case(weight: str, norm: bool, block_r: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
     """One launch on row-major weights: the first (norm) reads them transposed, so its M axis is the contiguous one."""
     contiguous, other = ("m", "k") if norm else ("k", "m")
     signature = {"aligned_ptr": weight, "unaligned_ptr": weight, "x_ptr": "*fp32", "partial_ptr": "*fp32"}
     signature |= {"squares_ptr": "*fp64", "m": "i32", "k": "i32", "r": "i32", "chunk": "i32"}
     signature |= {f"aligned_stride_{other}": "i32", f"unaligned_stride_{other}": "i32"}
     constexprs: dict[str, Any] = {f"aligned_stride_{contiguous}": 1, f"unaligned_stride_{contiguous}": 1}
-    constexprs |= {"NORM": norm, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_R": BLOCK_R}
-    return _product_kernel, signature, constexprs, LAUNCH
+    constexprs |= {"NORM": norm, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_R": block_r}
+    return _product_kernel, signature, constexprs, LAUNCH[block_r]
 
 
-COMPILE_CASES = [_compile_case(weight, norm) for weight in ("*bf16", "*fp16", "*fp32") for norm in (True, False)]
+COMPILE_CASES = [
+    _compile_case(weight, norm, block_r)
+    for weight in ("*bf16", "*fp16", "*fp32")
+    for norm in (True, False)
+    for block_r in (BLOCK_R, WIDE_R)
+]

@@ -18,7 +18,7 @@ from safeshard.manifests.schema import MANIFEST_NAME, Input, Manifest, ModuleEnt
 Kind = Literal["adapter", "checkpoint"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_PLAIN_LINK = re.compile(r"https://[\w./-]+", re.ASCII)
+PLAIN_LINK = re.compile(r"https://[\w./-]+", re.ASCII)
 
 _LOADING = {
     "adapter": """\
@@ -86,9 +86,12 @@ def _options(manifest: Manifest) -> str:
 
 
 def _input_row(role: str, given: Input) -> list[str]:
-    # A folder's full path says more about the author's machine than a reader of the card should know.
-    source = PurePath(given.source).name if PurePath(given.source).is_absolute() else given.source
-    return [_code(role), _code(source), _code(given.revision) if given.revision else ""]
+    return [_code(role), _code(shown_source(given)), _code(given.revision) if given.revision else ""]
+
+
+def shown_source(given: Input) -> str:
+    """An input's source for readers elsewhere: a folder's full path says more about a machine than they should know."""
+    return PurePath(given.source).name if PurePath(given.source).is_absolute() else given.source
 
 
 def _decisions(modules: tuple[ModuleEntry, ...]) -> list[str]:
@@ -133,7 +136,7 @@ def _code(text: object) -> str:
 
 
 def _link(text: str) -> str:
-    return f"<{text}>" if _PLAIN_LINK.fullmatch(text) else _code(text)
+    return f"<{text}>" if PLAIN_LINK.fullmatch(text) else _code(text)
 
 
 def _yaml(text: str) -> str:

@@ -2,6 +2,8 @@
 
 `model.layers.3.mlp.up_proj` is layer 3 of the stack `model.layers`, of kind `mlp.up_proj`. Experts of a layer share
 one kind: `mlp.experts.17.up_proj` is of kind `mlp.experts.*.up_proj`, and a cell then holds several modules.
+
+Names are hostile: those made so that n modules would span n x n places, or share n^2 endings, stand alone instead.
 """
 
 from collections import Counter, defaultdict
@@ -27,6 +29,10 @@ MEANINGS: dict[Decision, str] = {
     "reverted": "kept as aligned",
 }
 NEAR = "~"
+MAX_SPARSITY = (
+    16  # places of a grid for each that holds a module; models are dense, hybrids of two kinds of layer half so
+)
+MAX_PARTS = 32  # of a dotted name; models have up to 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,10 @@ class Stack:
 
 
 def arrange(modules: Iterable[ModuleEntry]) -> tuple[list[Stack], list[ModuleEntry]]:
-    """The stacks, and the modules whose names hold no layer number."""
+    """The stacks, and the modules that stand alone: no layer number in their names, or too sparse a stack for a grid.
+
+    All places of all stacks together, empty ones included, are at most `MAX_SPARSITY` times the modules.
+    """
     stacks: dict[str, dict[tuple[int, str], list[ModuleEntry]]] = {}
     others = []
     for module in modules:
@@ -50,22 +59,36 @@ def arrange(modules: Iterable[ModuleEntry]) -> tuple[list[Stack], list[ModuleEnt
         else:
             prefix, layer, kind = place
             stacks.setdefault(prefix, defaultdict(list))[layer, kind].append(module)
-    return [_stack(prefix, cells) for prefix, cells in stacks.items()], others
+    dense = {prefix: cells for prefix, cells in stacks.items() if _places(cells) <= MAX_SPARSITY * len(cells)}
+    others += [m for prefix, cells in stacks.items() if prefix not in dense for ms in cells.values() for m in ms]
+    return [_stack(prefix, cells) for prefix, cells in dense.items()], others
 
 
 def cell_text(modules: tuple[ModuleEntry, ...]) -> str:
     """A cell in words: the value and mark of one module; of several, their range and the count of decisions."""
     if len(modules) == 1:
         return f"{_value(modules[0])}{NEAR if modules[0].near_threshold else ' '}{MARKS[modules[0].decision]}".strip()
-    values = sorted((number, _value(m)) for m in modules if (number := _number(m)) is not None)
+    values = sorted((value, _value(m)) for m in modules if (value := number(m)) is not None)
     spread = f"{values[0][1]}..{values[-1][1]} " if values else ""
     counts = Counter(module.decision for module in modules)
     shown: list[Decision] = [decision for decision in counts if decision != "kept"] or ["kept"]
     return f"{spread}{' '.join(f'{MARKS[decision]}{counts[decision]}' for decision in shown)}/{len(modules)}"
 
 
+def number(module: ModuleEntry) -> float | None:
+    """The value that a cell shows: the share of entries that Safe Delta kept, else the gate's cosine."""
+    return module.cosine if module.selected_fraction is None else module.selected_fraction
+
+
+def prevailing(modules: tuple[ModuleEntry, ...]) -> Decision:
+    """The decision that a cell is painted by: the first that is not to keep."""
+    return next((module.decision for module in modules if module.decision != "kept"), "kept")
+
+
 def _place(name: str) -> tuple[str, int, str] | None:
-    parts = name.split(".")
+    parts = name.split(".", MAX_PARTS)
+    if len(parts) > MAX_PARTS:
+        return None
     for index, part in enumerate(parts[:-1]):
         if index and _is_number(part):
             kind = ".".join("*" if _is_number(rest) else rest for rest in parts[index + 1 :])
@@ -75,6 +98,10 @@ def _place(name: str) -> tuple[str, int, str] | None:
 
 def _is_number(part: str) -> bool:
     return part.isascii() and part.isdigit() and len(part) <= 9
+
+
+def _places(cells: dict[tuple[int, str], list[ModuleEntry]]) -> int:
+    return len({layer for layer, _ in cells}) * len({kind for _, kind in cells})
 
 
 def _stack(prefix: str, cells: dict[tuple[int, str], list[ModuleEntry]]) -> Stack:
@@ -93,10 +120,6 @@ def _endings(kind: str) -> list[str]:
     parts = kind.split(".")
     last = max(parts.index("*") - 1, 0) if "*" in parts else len(parts) - 1
     return [".".join(parts[start:]) for start in range(last, -1, -1)]
-
-
-def _number(module: ModuleEntry) -> float | None:
-    return module.cosine if module.selected_fraction is None else module.selected_fraction
 
 
 def _value(module: ModuleEntry) -> str:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from safeshard.manifests.errors import MAX_LISTED, printable
-from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text
+from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, prevailing
 from safeshard.manifests.schema import Decision, Manifest, ModuleEntry, Run
 
 COLOURS: dict[Decision, str] = {
@@ -93,8 +93,7 @@ def _fitting(widths: dict[str, int], room: int) -> Iterator[list[str]]:
 def _painted(text: str, modules: tuple[ModuleEntry, ...], color: bool) -> str:
     if not color or not modules:
         return text
-    decision: Decision = next((m.decision for m in modules if m.decision != "kept"), "kept")
-    return f"\x1b[{COLOURS[decision]}m{text}\x1b[0m"
+    return f"\x1b[{COLOURS[prevailing(modules)]}m{text}\x1b[0m"
 
 
 def _plain(module: ModuleEntry, color: bool) -> str:
@@ -133,17 +132,18 @@ def _threshold(thresholds: list[float], modules: tuple[ModuleEntry, ...]) -> str
 
 def _figures(run: Run) -> list[tuple[str, str]]:
     stages = ", ".join(f"{printable(stage)} {seconds:.1f} s" for stage, seconds in run.seconds.items())
-    memory = f"{_bytes(run.peak_host_bytes)} host, {_bytes(run.peak_device_bytes)} device"
+    memory = f"{bytes_text(run.peak_host_bytes)} host, {bytes_text(run.peak_device_bytes)} device"
     if run.peak_buffer_bytes is not None:
-        memory += f", {_bytes(run.peak_buffer_bytes)} buffers"
+        memory += f", {bytes_text(run.peak_buffer_bytes)} buffers"
     return [
-        ("bytes", f"{_bytes(run.bytes_read)} read, {_bytes(run.bytes_written)} written"),
+        ("bytes", f"{bytes_text(run.bytes_read)} read, {bytes_text(run.bytes_written)} written"),
         ("time", f"{run.wall_s:.1f} s" + (f" ({stages})" if stages else "")),
         ("peak memory", memory),
     ]
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """A count of bytes in decimal units: 4.52 kB."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+MAX_NAME_CHARS = 8192  # far beyond any in use: what walks the parts of a name stays bounded
 MAX_DIMENSIONS = 64  # torch's; it also bounds the arithmetic that a hostile shape can cause
 # In the library's order, by which it also lays tensors out: the last dtype comes first in a file.
 ITEM_BITS = {
@@ -114,6 +115,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _tensor(name: str, entry: Any, file: str, data_start: int) -> TensorRef:
+    if len(name) > MAX_NAME_CHARS:
+        raise HeaderError(f"a name of at most {MAX_NAME_CHARS} characters", f"{len(name)} characters", name[:80])
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError):
@@ -126,8 +129,13 @@ def _tensor(name: str, entry: Any, file: str, data_start: int) -> TensorRef:
         raise HeaderError("sizes and offsets that are whole numbers from 0 to 2^63 - 1", repr(entry)[:200], name)
     bits = math.prod(shape) * ITEM_BITS[dtype]
     if (end - begin) * 8 != bits:
-        raise HeaderError(f"{bits / 8:.16g} bytes for {dtype} {shape}", f"{end - begin}", name)
+        raise HeaderError(f"{_bytes(bits)} bytes for {dtype} {shape}", f"{end - begin}", name)
     return TensorRef(name, dtype, tuple(shape), file, data_start + begin, end - begin)
+
+
+def _bytes(bits: int) -> str:
+    """Exact where it is a file's size; a hostile shape's product is too large for a float, or for decimal digits."""
+    return f"{bits / 8:.16g}" if bits < 2**70 else "more than 2^67"
 
 
 def _check_cover(tensors: Iterable[TensorRef], data_start: int, size: int) -> None:

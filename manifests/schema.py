@@ -28,12 +28,13 @@ from safeshard.manifests.hashing import hash_bytes
 SCHEMA = "safeshard.manifest/1"
 MANIFEST_NAME = "manifest.json"
 INLINE_CHARS = 300
+MAX_MANIFEST_BYTES = 1 << 30  # of a million tensors it is about 250 MB
 
 Decision = Literal["kept", "merged", "projected", "selected", "scaled", "reverted"]
 Action = Literal["copied", "edited", "new"]
 Name = Annotated[str, Field(min_length=1)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits, lower case")]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Entry(BaseModel):
@@ -212,6 +213,8 @@ def load(path: Path) -> Manifest:
     """The manifest at `path`: the file, or the output folder that holds it."""
     file = path / MANIFEST_NAME if path.is_dir() else path
     try:
+        if (size := file.stat().st_size) > MAX_MANIFEST_BYTES:
+            raise RequestError(Offence(str(file), "", f"at most {MAX_MANIFEST_BYTES} bytes", str(size)))
         text = file.read_bytes()
     except OSError as error:
         remedy = f"name an output folder of safeshard, with {MANIFEST_NAME} in it"

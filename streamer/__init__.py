@@ -4,7 +4,30 @@ Each function takes the options of its command by name and raises `RequestError`
 (the same call resumes) from `safeshard.manifests.errors`.
 """
 
-from safeshard.streamer.api import batch, calibrate, inspect, safedelta, safelora, safemerge, scale, score, verify
+from safeshard.streamer.api import (
+    batch,
+    calibrate,
+    inspect,
+    report,
+    safedelta,
+    safelora,
+    safemerge,
+    scale,
+    score,
+    verify,
+)
 from safeshard.streamer.run import Result
 
-__all__ = ["Result", "batch", "calibrate", "inspect", "safedelta", "safelora", "safemerge", "scale", "score", "verify"]
+__all__ = [
+    "Result",
+    "batch",
+    "calibrate",
+    "inspect",
+    "report",
+    "safedelta",
+    "safelora",
+    "safemerge",
+    "scale",
+    "score",
+    "verify",
+]

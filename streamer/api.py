@@ -6,14 +6,15 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.render import render
-from safeshard.manifests.schema import load
+from safeshard.manifests.report import page
+from safeshard.manifests.schema import Manifest, load
 from safeshard.manifests.verify import Finding
 from safeshard.manifests.verify import verify as verify_output
 from safeshard.streamer.jobs_file import read_jobs
@@ -123,7 +124,7 @@ def score(
     """
     table = Path(output) if output is not None else None
     if table is not None:
-        _check_table(table, overwrite)
+        _check_file(table, (".csv", ".json"), overwrite)
     job_options, run_options = _split(options)
     sources = [{"adapter": s} for s in _listed(adapter)] + [{"finetuned": s} for s in _listed(finetuned)]
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
@@ -134,23 +135,24 @@ def score(
     return results
 
 
-def _check_table(table: Path, overwrite: bool) -> None:
-    """Refuse a table that could not be written once all is computed."""
-    if table.suffix not in (".csv", ".json"):
-        raise RequestError(Offence("--output", str(table), "a .csv or .json file", table.suffix or "no suffix"))
+def _check_file(file: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Refuse a file that could not be written once all is computed."""
+    if file.suffix not in suffixes:
+        expected = f"a {' or '.join(suffixes)} file"
+        raise RequestError(Offence("--output", str(file), expected, file.suffix or "no suffix"))
     try:
-        exists = table.exists()
-        if exists and not overwrite and not table.is_dir():
+        exists = file.exists()
+        if exists and not overwrite and not file.is_dir():
             remedy = "choose another, or --overwrite"
-            raise RequestError(Offence("--output", str(table), "a file that does not exist", "it exists", remedy))
-        place = table if exists else next(p for p in table.absolute().parents if p.exists())
+            raise RequestError(Offence("--output", str(file), "a file that does not exist", "it exists", remedy))
+        place = file if exists else next(p for p in file.absolute().parents if p.exists())
         got = "" if os.access(place, os.W_OK) else f"no right to write to {place}"
         if exists == place.is_dir():  # a folder to replace, or a file to write below
             got = f"{place} is a {'folder' if exists else 'file'}"
     except OSError as error:
         got = error.strerror or "an unreadable place"
     if got:
-        raise RequestError(Offence("--output", str(table), "a file that can be written", got, "choose another"))
+        raise RequestError(Offence("--output", str(file), "a file that can be written", got, "choose another"))
 
 
 def score_table(results: Sequence[Result], suffix: str) -> str:
@@ -161,8 +163,15 @@ def score_table(results: Sequence[Result], suffix: str) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(["source", "module", "cosine"])
-    rows.writerows((source, name, c) for source, scores in cosines.items() for name, c in scores.items())
+    rows.writerows(
+        (_plain_cell(source), _plain_cell(name), c) for source, scores in cosines.items() for name, c in scores.items()
+    )
     return text.getvalue()
+
+
+def _plain_cell(text: str) -> str:
+    """A name that spreadsheets do not take for a formula: they show what follows an apostrophe as text."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 @_takes(RunOptions)
@@ -192,6 +201,67 @@ def verify(output: str | os.PathLike[str]) -> list[Finding]:
     Returns what differs from its manifest.
     """
     return verify_output(Path(output))
+
+
+def report(
+    output: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    file: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a page about finished outputs.
+
+    One HTML file that needs nothing else, whatever the number of outputs. Returns where it is.
+
+    Args:
+        output: a finished output, or several.
+        file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output,
+            `report.html` in the current folder for several.
+        overwrite: replace an existing file.
+    """
+    outputs = [Path(output)] if isinstance(output, str | os.PathLike) else [Path(each) for each in output]
+    if not outputs:
+        raise RequestError(Offence("report", expected="an output", got="none"))
+    place = Path(file) if file is not None else _report_file(outputs)
+    _check_file(place, [".html"], overwrite)
+    _check_outside(place, outputs)
+    offences: list[Offence] = []
+
+    def readable() -> Iterator[tuple[str, Manifest]]:
+        for each in outputs:
+            try:
+                yield str(each), load(each)
+            except RequestError as error:
+                offences.extend(error.offences)
+
+    text = page(readable())
+    if offences:
+        raise RequestError(offences)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = place.with_name(f".{place.name}.{os.getpid()}.partial")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(place)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return place
+
+
+def _report_file(outputs: Sequence[Path]) -> Path:
+    if len(outputs) > 1:
+        return Path("report.html")
+    folder = (outputs[0].parent if outputs[0].is_file() else outputs[0]).absolute()
+    return folder.parent / f"{folder.name}.report.html"
+
+
+def _check_outside(file: Path, outputs: Sequence[Path]) -> None:
+    """Refuse a place inside an output where `verify` would report a file that the manifest does not name."""
+    place = Path(os.path.realpath(file))
+    for output in outputs:
+        folder = Path(os.path.realpath(output.parent if output.is_file() else output))
+        if place.is_relative_to(folder) and place != folder / "report.html":
+            expected, got = "a file outside of the output, or its report.html", "a file that its manifest does not name"
+            raise RequestError(Offence("--output", str(file), expected, got, "choose another"))
 
 
 def _run_one(method: str, options: Mapping[str, Any]) -> Result:

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from safeshard.manifests.errors import SafeshardError, printable
-from safeshard.streamer import api, report
+from safeshard.streamer import api, messages
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions, build, fields_of
@@ -151,7 +151,7 @@ for _name in METHODS:
 def _score(*, json: Json = False, **options: Any) -> None:
     results = api.score(**{key: value for key, value in options.items() if value is not None})
     if not options["quiet"] and not options["dry_run"]:
-        print(report.scores(results))
+        print(messages.scores(results))
     _done(results, options | {"quiet": True} if not options["dry_run"] else options, json)
 
 
@@ -189,14 +189,30 @@ def _verify(output: Annotated[Path, typer.Argument(help="a folder that safeshard
         raise typer.Exit(1)
 
 
+@app.command("report", help=_help(api.report, "One HTML file that needs nothing else: to read, print and pass on."))
+def _report(
+    outputs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="folders that safeshard wrote")],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="the .html file (default: OUT.report.html; of several outputs, report.html here)"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
+    json: Json = False,
+) -> None:
+    file = api.report(outputs, file=output, overwrite=overwrite)
+    print(f"report: {printable(file)}")
+    if json:
+        _print_json({"report": str(file)})
+
+
 def _done(results: Sequence[Any], options: dict[str, Any], as_json: bool) -> None:
     if options["dry_run"]:
         given = {name: options[name] for name in RunOptions.model_fields}
-        print(report.plan([r.plan for r in results], int(build(RunOptions, given).memory)))
+        print(messages.plan([r.plan for r in results], int(build(RunOptions, given).memory)))
     elif not options["quiet"]:
-        print(report.summary(results))
+        print(messages.summary(results))
     if as_json:
-        _print_json([report.outcome(r) for r in results])
+        _print_json([messages.outcome(r) for r in results])
     _exit_reverted(
         {f"{r.job.output}: {name}": why for r in results for name, why in r.reverted.items()}, "kept aligned"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
-from safeshard.manifests.schema import ModuleEntry
+from safeshard.manifests.errors import RunError
+from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan import Pair, Weight
 from safeshard.streamer.steps import CopyTask, ModuleTask
@@ -32,7 +33,7 @@ class Inputs:
 
     def tensor(self, read: Read) -> Tensor:
         if read.key not in self._moved:
-            self._moved[read.key] = self._loaded[read.key].to(self._device)
+            self._moved[read.key] = self._loaded[read.key].to(self._device, non_blocking=True)
         return self._moved[read.key]
 
     def weight(self, place: Weight) -> Tensor:
@@ -57,18 +58,58 @@ def compute_step(
 ) -> None:
     """Run all tasks of a step. `factor` is that of the step's modules, or says why they have none.
 
+    Where the device runs out of memory, the jobs are served again in two halves, which the manifest records.
+
     Raises:
-        RunError: a tensor holds NaN or infinity, or writing failed.
+        RunError: a tensor holds NaN or infinity, writing failed, or half of the jobs are too many for the device.
     """
     if step.strips:
         compute_strips(step, device, clock)
         return
+    try:
+        _compute(step.tasks, loaded, device, clock, factor)
+    except torch.cuda.OutOfMemoryError as error:
+        _compute_halves(step, loaded, device, clock, factor, str(error))
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # the buffer that was copied from goes back to the readers
+
+
+def _compute_halves(
+    step: Step,
+    loaded: Mapping[Hashable, Tensor],
+    device: torch.device,
+    clock: Clock,
+    factor: Factor | str | None,
+    why: str,
+) -> None:
+    middle = len(step.tasks) // 2
+    for job_run in {id(task.run): task.run for task in step.tasks}.values():
+        done = "the jobs in two halves" if middle else "another try"
+        why_short = why.splitlines()[0] if why else "out of device memory"
+        job_run.fall_back(Fallback(asked="all jobs of a module at once", done=done, why=why_short, subject=step.name))
+    try:
+        for half in filter(None, (step.tasks[:middle], step.tasks[middle:])):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            _compute(half, loaded, device, clock, factor)
+    except torch.cuda.OutOfMemoryError as error:
+        remedy = "use a device with more memory, fewer jobs a batch, or --device cpu; the same command resumes"
+        raise RunError(f"{step.name}: the device is out of memory: {str(error).splitlines()[0]}", remedy) from error
+
+
+def _compute(
+    tasks: Sequence[ModuleTask | CopyTask],
+    loaded: Mapping[Hashable, Tensor],
+    device: torch.device,
+    clock: Clock,
+    factor: Factor | str | None,
+) -> None:
     inputs = Inputs(loaded, device)
-    gates = _gates([t for t in step.tasks if isinstance(t, ModuleTask)], inputs)
-    for task in step.tasks:
+    gates = _gates([t for t in tasks if isinstance(t, ModuleTask)], inputs)
+    for task in tasks:
         if isinstance(task, CopyTask):
             _copy(task, inputs, clock)
-        else:
+        elif not task.run.is_done(task.plan.name):
             _decide(task, inputs, gates, clock, factor)
 
 

@@ -148,7 +148,7 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
         modules=tuple(ModuleEntry(**job_run.entries[name]) for name in plan.modules),
         tensors=tuple(sorted(tensors, key=lambda t: natural(t.name))),
         files=tuple(FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files),
-        fallbacks=(*plan.fallbacks, *_reverted(job_run)),
+        fallbacks=(*plan.fallbacks, *job_run.fallbacks, *_reverted(job_run)),
         run=run,
     )
 

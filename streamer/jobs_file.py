@@ -112,7 +112,11 @@ def _fill(where: str, options: Mapping[str, Any]) -> str | None:
     def value(match: re.Match[str]) -> str:
         if match[1] not in options:
             raise RequestError(Offence(where, "output", "{option} of an option that the job has", match[0]))
-        return PurePath(str(options[match[1]])).name
+        name = PurePath(str(options[match[1]])).name
+        if not name.strip("."):
+            expected = "a value with a name to put into the path"
+            raise RequestError(Offence(where, "output", expected, f"{match[0]} = {options[match[1]]!r}"))
+        return name
 
     return re.sub(r"\{(\w+)\}", value, template)
 
@@ -127,11 +131,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        seen: set[str] = set()
         for key, (position, _) in zip(keys, node.value, strict=True):
-            if not isinstance(key, str) or keys.count(key) > 1:
+            if not isinstance(key, str) or key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is repeated or no name", position.start_mark
                 )
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -142,5 +148,7 @@ def _load(path: Path) -> Any:
         return yaml.load(path.read_bytes(), Loader=_Loader)  # a SafeLoader
     except OSError as error:
         raise RequestError(Offence(str(path), "", "a jobs file", error.strerror or "unreadable")) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except RequestError:
+        raise
+    except Exception as error:  # the constructors of YAML's own tags raise KeyError, IndexError, AttributeError, ...
         raise RequestError(Offence(str(path), "", "valid YAML", " ".join(str(error).split())[:300])) from None

@@ -63,7 +63,7 @@ class LoraConfig:
         if _is_all_linear(target):
             return None
         layers = self.raw.get("layers_to_transform")
-        if isinstance(target, str) or module in target or layers is None or layers == []:
+        if isinstance(target, str) or module in self._named or layers is None or layers == []:
             return self._targeted(module)
         layers = [layers] if isinstance(layers, int) else layers
         return self._targeted(module) and self._layer(module) in layers
@@ -92,6 +92,10 @@ class LoraConfig:
     def _targeted(self) -> Callable[[str], bool]:
         target = self.raw["target_modules"]
         return _matcher(None if _is_all_linear(target) else target)
+
+    @cached_property
+    def _named(self) -> frozenset[str]:
+        return frozenset(self.raw["target_modules"])
 
     @cached_property
     def _saved(self) -> list[re.Pattern[str]]:
@@ -193,5 +197,12 @@ def _matcher(names: Names) -> Callable[[str], bool]:
     if isinstance(names, str) and names:
         full = re.compile(names).fullmatch
         return lambda module: full(module) is not None
-    whole, tails = frozenset(names or ()), tuple(f".{name}" for name in names or ())
-    return lambda module: module in whole or module.endswith(tails)
+    whole = frozenset(names or ())
+    return lambda module: any(tail in whole for tail in _tails(module))
+
+
+def _tails(module: str) -> Iterator[str]:
+    """A dotted name and all of its endings."""
+    while module:
+        yield module
+        module = module.partition(".")[2]

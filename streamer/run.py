@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
-from safeshard.manifests.schema import Manifest
+from safeshard.manifests.schema import Fallback, Manifest
 from safeshard.streamer.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.compute import compute_step
 from safeshard.streamer.finish import Measured, fingerprint, publish
@@ -110,7 +110,8 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     entries = {record["entry"]["name"]: record["entry"] for record in writer.journal.entries("module")}
     cosines = {name: entry.get("cosine") for name, entry in entries.items()}
     cosines |= {record["name"]: record["cosine"] for record in writer.journal.entries("cosine")}
-    return JobRun(plan, writer, entries, cosines)
+    fallbacks = [Fallback(**record["entry"]) for record in writer.journal.entries("fallback")]
+    return JobRun(plan, writer, entries, cosines, fallbacks=fallbacks)
 
 
 def _earlier(plan: JobPlan) -> Result:
@@ -173,7 +174,9 @@ class _Pass:
             compute or (lambda step, loaded: compute_step(step, loaded, self.device, self.clock)),
             buffers=self.buffers,
             clock=self.clock,
-            workers=workers_for(self.device),
+            # A step of the calibrated pass may fill the device, so that one runs at a time there.
+            workers=1 if compute and self.device.type == "cuda" else workers_for(self.device),
+            device=self.device,
             done=lambda step: progress.done(step.name, step.nbytes + step.copied),
         )
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ _HUB_NAME = re.compile(
     r"(?:hf://)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>(?!.*\.\.)[\w-][\w./-]*))?", re.ASCII
 )
 _CONFIGS = ("config.json", "adapter_config.json")
+MAX_JSON_DEPTH = 64
 MAX_JSON_BYTES = 200_000_000  # the index of a checkpoint with a million tensors is about 100 MB
 RANGE_BYTES = 1 << 25  # of one remote read: a tensor is not held twice
 
@@ -72,15 +74,36 @@ def read_json(source: Source, name: str) -> Any:
     """Parse a small JSON file of a source.
 
     Raises:
-        RequestError: it is too large, or not JSON.
+        RequestError: it is too large, not JSON, nested too deep to write it again, or names a key twice.
     """
     size = source.sizes()[name]
     if size > MAX_JSON_BYTES:
         raise _refuse(f"{source.spec}/{name}", f"at most {MAX_JSON_BYTES} bytes", f"{size} bytes", "check the file")
     try:
-        return json.loads(source.read(name, 0, size))
+        value = json.loads(source.read(name, 0, size), object_pairs_hook=_unique)
+        _check_depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # escapes can smuggle in lone surrogates
+        return value
     except (ValueError, RecursionError) as error:
         raise _refuse(f"{source.spec}/{name}", "valid JSON", _reason(error), "check the file") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):  # parsers differ in which of the two they take
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return table
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        children = (child for v in level for child in (v.values() if isinstance(v, dict) else v))
+        level = [child for child in children if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
 
 
 class LocalSource:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from safeshard.kernels.projection import LANES
+from safeshard.manifests.schema import Fallback
 from safeshard.streamer.checkpoint import layer_of, natural
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.dense import PIECE, ROWS
@@ -18,6 +19,7 @@ from safeshard.streamer.stream import Read, Step
 from safeshard.streamer.writer import Writer
 
 STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
+DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
 DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
 
 
@@ -30,6 +32,7 @@ class JobRun:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     cosines: dict[str, float | None] = field(default_factory=dict)
     chosen: set[str] | None = None
+    fallbacks: list[Fallback] = field(default_factory=list)
 
     @property
     def job(self) -> Job:
@@ -52,6 +55,12 @@ class JobRun:
         self.entries[module] = entry
         if self.writer:
             self.writer.record("module", entry=entry)
+
+    def fall_back(self, fallback: Fallback) -> None:
+        """Keep what was done otherwise than asked, also in the journal."""
+        self.fallbacks.append(fallback)
+        if self.writer:
+            self.writer.record("fallback", entry=fallback.model_dump(mode="json", exclude_none=True))
 
     def has_factor(self, module: str) -> bool:
         """Whether a module is served in the calibrated pass."""
@@ -153,8 +162,8 @@ def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
 
 
 def workers_for(device: torch.device) -> int:
-    """Compute threads: one a core (each runs torch single-threaded), or one that feeds a CUDA device."""
-    return 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+    """Compute threads: one a core, each with single-threaded torch; or, for a CUDA device, each with its own stream."""
+    return DEVICE_WORKERS if device.type == "cuda" else len(os.sched_getaffinity(0))
 
 
 def _order(name: str) -> tuple[float, Any]:

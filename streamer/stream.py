@@ -1,7 +1,7 @@
 """Bounded streaming: readers fill buffers ahead of the workers, never beyond a byte budget.
 
 A step's tensors are read into one buffer; a worker computes with views of it and gives it back. Buffers are reused, so
-steady state allocates nothing. With a CUDA device they are pinned, and one worker feeds the device.
+steady state allocates nothing. With a CUDA device they are pinned, so that copies from them overlap with the rest.
 """
 
 from __future__ import annotations
@@ -134,9 +134,12 @@ def run_steps(
     clock: Clock,
     workers: int,
     readers: int = 2,
+    device: torch.device | None = None,
     done: Callable[[Step], None] = lambda step: None,
 ) -> None:
     """Read and compute all steps. Steps start in order and may end in any.
+
+    On a CUDA device each worker has a stream of its own: while one computes, others copy, hash and write.
 
     The first exception of any thread is raised after the steps in flight have ended.
     """
@@ -169,7 +172,7 @@ def run_steps(
 
     threads = torch.get_num_threads()  # MKL's part of that setting is the process's, whichever thread sets it
     with (
-        ThreadPoolExecutor(workers, "worker", initializer=torch.set_num_threads, initargs=(1,)) as computing,
+        ThreadPoolExecutor(workers, "worker", initializer=_start_worker, initargs=(device,)) as computing,
         ThreadPoolExecutor(readers, "reader") as reading,
     ):
         try:
@@ -184,6 +187,12 @@ def run_steps(
     torch.set_num_threads(threads)
     if failures:
         raise failures[0]
+
+
+def _start_worker(device: torch.device | None) -> None:
+    torch.set_num_threads(1)
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _allocate(size: int, pinned: bool) -> Tensor:

@@ -102,6 +102,8 @@ class Writer:
         """
         if isinstance(tensor, Tensor):
             assert tuple(tensor.shape) == self.place(name).shape, f"{name}: shape {tuple(tensor.shape)}"
+            if tensor.is_cuda:  # in one copy
+                tensor = tensor.to(TORCH_DTYPES[self.place(name).dtype]).cpu()
             tensor = torch.split(tensor.reshape(-1), PIECE)
         under_way = self.begin(name)
         for piece in tensor:

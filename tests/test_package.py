@@ -56,6 +56,17 @@ def test_run_options_of_the_contract() -> None:
 
 
 def test_public_functions() -> None:
-    names = ["safemerge", "safelora", "safedelta", "calibrate", "scale", "score", "batch", "inspect", "verify"]
+    names = [
+        "safemerge",
+        "safelora",
+        "safedelta",
+        "calibrate",
+        "scale",
+        "score",
+        "batch",
+        "inspect",
+        "verify",
+        "report",
+    ]
     assert set(names) <= set(streamer.__all__)
     assert all(callable(getattr(streamer, name)) for name in names)

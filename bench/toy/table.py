@@ -109,7 +109,11 @@ def findings(rows: Sequence[Row]) -> list[str]:
             found.append(_against_scale(test[key], scale_curve(test, model)))
     if ("dirty-full", "Safe Delta") in picked:
         found += _safe_delta(test, picked["dirty-full", "Safe Delta"])
-    return [*found, *_safelora(test), *_safemerge(test), *_gate(test)]
+    found += [*_safelora(test), *_safemerge(test), *_gate(test)]
+    aligned = test["aligned", "aligned", ""]
+    if aligned.mean("harm") > 0:
+        found.append(f"The aligned models themselves leave {aligned.shown('harm')} % harmful.")
+    return found
 
 
 def scale_curve(test: Mapping[Key, Line], model: str) -> list[tuple[float, float]]:
@@ -146,6 +150,9 @@ def _safe_delta(test: Mapping[Key, Line], key: Key) -> Iterator[str]:
         f"Compensation: the same kept entries leave {line.mean('harm'):.0f} % harmful with it and "
         f"{bare.mean('harm'):.0f} % without."
     )
+    strongest = [line for known, line in test.items() if known[:2] == key[:2]][-1]
+    if strongest is not line:
+        yield "At the greatest strength that was run: " + _against_scale(strongest, scale_curve(test, "dirty-full"))
     tasks = line.values["task"]
     if len(tasks) > 1:
         hard = min(tasks, key=lambda seed: tasks[seed])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from safeshard.bench import demo, pipeline, rows, safedelta
+from safeshard.bench import demo, pipeline, rows
 from safeshard.streamer.cli import main
 
 
@@ -29,25 +28,19 @@ def test_the_demo_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     assert (folder / "whole").is_dir()
 
 
-@pytest.mark.parametrize("bench", ["pipeline", "safedelta"])
-def test_measuring_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bench: str) -> None:
+def test_measuring_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
-    commands: list[Sequence[str]] = []
-    process = lambda command: commands.append(command) or (1.0, 1)  # noqa: E731
-    monkeypatch.setattr(pipeline, "_process", process)
     folder = tmp_path / "models"
     (folder / "outputs").mkdir(parents=True)
     (folder / "outputs" / "thesis.txt").write_text("precious")
-    if bench == "pipeline":
-        pipeline.run(folder, "llama-tiny", 1, [1, 2], runs=1, cold=False, full=True)
-    else:
-        safedelta.run_jobs(folder, "llama-tiny", 1, [1, 2], runs=1)
-    assert any("batch" in command for command in commands)
+    pipeline.run(folder, "llama-tiny", [1], [1, 2], ["safemerge", "scale-full"], runs=1, cold=True, memory="1GiB")
+    made = [row for row in rows.read("pipeline") if row["stages"]]
+    assert [(row["what"], row["layers"], row["adapters"]) for row in made] == [
+        ("safemerge, 1 adapter", "1", "1"), ("safemerge, 2 adapters", "1", "2"), ("scale, full checkpoint", "1", ""),
+    ]  # fmt: skip
+    assert all(row["share_of_ceiling"] and row["bytes"] and row["peak_rss_bytes"] for row in made)
     assert (folder / "outputs" / "thesis.txt").read_text() == "precious"
-    made = {"aligned", "unaligned", "safe", "adapter-0", "adapter-1", "outputs"}
-    assert {path.name for path in folder.iterdir()} == made | (
-        {"finetuned", "finetuned-safe"} if bench == "pipeline" else set()
-    )
+    assert not list(folder.glob("bench-*"))
 
 
 @pytest.mark.parametrize("text", ["a,b", "", "0", "1,,2", "-1"])

@@ -13,18 +13,36 @@ def test_documents_show_the_newest_rows() -> None:
     for document in rows.documents():
         text = document.read_text()
         assert "<!-- rows: " in text, document
-        assert rows.refresh(document) == text, f"{document.name} is stale: run `safeshard bench tables`"
+        assert rows.refresh(document) == text, f"{document.name} is stale: run `safeshard bench report`"
 
 
 def test_append_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     row = {"what": "x", "shape": "s", "median_s": "1", "min_s": "1", "max_s": "2", "bytes": "5", "GB_per_s": "3.00",
-           "peak_rss_bytes": "7", "cache": "warm"}  # fmt: skip
+           "peak_rss_bytes": "7", "cache": "warm", "backend": ""}  # fmt: skip
     rows.append("t", row)
     rows.append("t", {**row, "median_s": "2"})
     lines = (tmp_path / "t.csv").read_text().splitlines()
     assert len(lines) == 3
     assert lines[0].split(",") == list(rows.COLUMNS)
-    assert "| 2.00 s | 1.00-2.00 s | 3.00 |" in rows.markdown("t")
+    assert (
+        rows.markdown("t").splitlines()[-1].startswith("| x | s | warm | 2.00 s | 1.00 s to 2.00 s | 3.00 | 0.00 GB |")
+    )
+    assert "dtype" not in rows.markdown("t")
+    assert rows.markdown("none") == "No rows yet.\n"
     with pytest.raises(ValueError, match="unknown columns"):
         rows.append("t", {"colour": "red"})
+    (tmp_path / "old.csv").write_text("what,median_s\nx,1\n")
+    with pytest.raises(ValueError, match="other columns"):
+        rows.append("old", row)
+    assert (tmp_path / "old.csv").read_text() == "what,median_s\nx,1\n"
+
+
+def test_a_picture_is_shown_where_it_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    rows.RESULTS.mkdir()
+    document = tmp_path / "README.md"
+    document.write_text("<!-- picture: jobs -->\n![old](old.png)\n<!-- end -->\n")
+    assert rows.refresh(document) == "<!-- picture: jobs -->\n<!-- end -->\n"
+    (rows.RESULTS / "jobs.png").touch()
+    assert rows.refresh(document) == "<!-- picture: jobs -->\n![jobs](results/jobs.png)\n<!-- end -->\n"

@@ -100,6 +100,16 @@ def test_factor_does_not_depend_on_its_batch(rows: int, cols: int, transposed: b
         assert torch.equal(alone.squared_norm, together.squared_norm)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_factor_does_not_depend_on_its_batch_on_a_device() -> None:
+    aligned, unaligned = (w.bfloat16().cuda() for w in weights(2, 1500, 700))
+    batch = [factor.cuda() for factor in factors(3, 1500, [16, 16, 1, 7, 64, 16])]
+    together = project(aligned, unaligned, batch).projected
+    for factor, product in zip(batch, together, strict=True):
+        assert torch.equal(project(aligned, unaligned, [factor]).projected[0], product)
+
+
 def test_factor_does_not_depend_on_where_it_lies() -> None:
     aligned, unaligned = weights(4, 300, 200)
     (factor,) = factors(5, 300, [9])

@@ -42,6 +42,26 @@ def test_names_without_a_layer_stand_alone(name: str) -> None:
     assert arrange([kept(name)]) == ([], [kept(name)])
 
 
+@pytest.mark.parametrize("count", [16, 17, 2000])
+def test_a_grid_of_mostly_empty_places_is_none(count: int) -> None:
+    modules = [kept(f"layers.{i}.kind_{i}") for i in range(count)]
+    stacks, others = arrange(modules)
+    assert (len(stacks), len(others)) == ((1, 0) if count == 16 else (0, count))
+
+
+def test_a_sparse_stack_leaves_the_others_alone_and_keeps_the_order() -> None:
+    sparse = [kept(f"a.{i}.kind_{i}") for i in range(40)]
+    stacks, others = arrange([kept("lm_head"), *sparse, kept("b.0.q"), kept("b.1.q")])
+    assert [stack.prefix for stack in stacks] == ["b"]
+    assert others == [kept("lm_head"), *sparse]
+
+
+def test_a_name_of_endless_parts_stands_alone() -> None:
+    deep = kept("layers.0." + "x." * 200_000 + "q")
+    assert arrange([deep]) == ([], [deep])
+    assert arrange([kept("layers.0." + "x." * 29 + "q")])[1] == []
+
+
 def test_experts_of_a_layer_share_a_cell() -> None:
     modules = [kept(f"layers.1.experts.{i}.up") for i in range(3)]
     (stack,), _ = arrange(modules)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.manifests import Fallback, Input, Manifest, Method, ModuleEntry, render, render_summary
+from safeshard.manifests import Fallback, Input, Manifest, Method, ModuleEntry, card, render, render_summary
 
 KINDS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -83,3 +83,9 @@ def test_escape_sequences_are_neutralised(example: Manifest) -> None:
     for color in (False, True):
         text = ANSI.sub("", render(hostile, width=100, color=color)).replace("\n", "")
         assert text.isprintable()
+
+
+def test_text_grows_with_the_modules_whatever_their_names(example: Manifest) -> None:
+    names = [f"layers.{i}.kind_{i}" for i in range(2000)]
+    assert len(render(with_modules(example, names), width=80)) < 100 * len(names)
+    assert len(card(with_modules(example, names), None, "adapter")) < 100 * len(names)

@@ -92,7 +92,7 @@ def test_score_takes_many_adapters(capsys: pytest.CaptureFixture[str], world: An
     assert len(rows) == 1 + 2 * 14
 
 
-@pytest.mark.parametrize("command", ["safemerge", "safelora", "scale", "score", "batch", "inspect", "verify"])
+@pytest.mark.parametrize("command", ["safemerge", "safelora", "scale", "score", "batch", "inspect", "verify", "report"])
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     status, stdout, _ = run(capsys, command, "--help")
     assert status == 0
@@ -203,7 +203,7 @@ def test_a_wrong_default_is_reported_once_beside_the_jobs_own(
 def test_every_command_has_a_short_summary_and_explained_options(capsys: pytest.CaptureFixture[str]) -> None:
     stdout = run(capsys, "--help")[1]
     assert "..." not in stdout.partition("Commands:")[2]
-    assert len(stdout.partition("Commands:")[2].strip().splitlines()) == 11
+    assert len(stdout.partition("Commands:")[2].strip().splitlines()) == 12
     assert "(default: 0)" in run(capsys, "safemerge", "--help")[1]
     batch = run(capsys, "batch", "--help")[1]
     assert "the jobs file" in batch

@@ -1,0 +1,163 @@
+"""Each kernel over shapes of real models, against the published formulation and what the machine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeshard.bench import published
+from safeshard.bench.ceilings import DTYPES, copying, multiplying, timings
+from safeshard.bench.models import SHAPES
+from safeshard.bench.rows import record
+from safeshard.kernels.compensation import safe_delta_dense
+from safeshard.kernels.factor import Factor, safety_factor
+from safeshard.kernels.gate import lora_gate
+from safeshard.kernels.gram import accumulate
+from safeshard.kernels.merge import linear
+from safeshard.kernels.projection import project
+
+TOKENS = 2048
+OPERATIONS = ("projection", "gate", "gram", "factor", "compensation", "row", "merge")
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one size: least bytes moved and operations, those published, and memory."""
+
+    operation: str
+    rows: int
+    columns: int
+    rank: int
+    adapters: int
+    nbytes: int
+    operations: int
+    published_operations: int
+    memory: int
+
+
+def cases(names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequence[int]) -> Iterator[Case]:
+    """The cases of some operations over the distinct projections of a model."""
+    for rows, columns in sorted(set(SHAPES[shape].projections.values())):
+        size, square = rows * columns, columns * columns
+        for name in names:
+            if name in ("projection", "gate"):
+                for rank in ranks:
+                    for count in adapters:
+                        wide = rank * count
+                        dense = 2 * rows * rows * (columns + (columns if name == "gate" else rank)) * count
+                        yield Case(
+                            name, rows, columns, rank, count, 4 * size + 8 * wide * rows, 4 * size * wide, dense,
+                            4 * (rows * rows + 4 * size),
+                        )  # fmt: skip
+            else:
+                nbytes, operations, dense = {
+                    "gram": (2 * TOKENS * columns + 8 * square, TOKENS * square, 2 * TOKENS * square),
+                    "factor": (8 * square, 2 * columns**3 // 3, 4 * columns**3 // 3),
+                    "compensation": (9 * size + 2 * square, size * columns, 2 * size * columns),
+                    "row": (9 * size + 2 * square, size * columns, 0),
+                    "merge": (8 * size, 3 * size, 3 * size),
+                }[name]
+                yield Case(name, rows, columns, 0, 0, nbytes, operations, dense, 4 * (4 * square + 6 * size))
+
+
+def run(
+    names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequence[int], device: str, limit: float
+) -> None:
+    """Time every case on every backend; append a row each and print it.
+
+    Args:
+        device: "cpu" or "cuda:N". Triton runs on CUDA alone. On a CPU one thread computes, as a job's worker does.
+        limit: seconds that one run may be expected to take; longer ones are skipped, and said so.
+    """
+    torch.set_num_threads(1)
+    cuda = torch.device(device).type == "cuda"
+    _ceilings(device)
+    seen: set[tuple[Any, ...]] = set()
+    for case in cases(names, shape, ranks, adapters):
+        size = case.columns if case.operation in ("gram", "factor") else (case.rows, case.columns)
+        key = (case.operation, size, case.rank, case.adapters)
+        if key in seen:
+            continue
+        seen.add(key)
+        dtype = "bf16" if cuda and case.operation == "gram" else "fp32"
+        rate = multiplying(device, dtype).rate
+        label = f"{case.rows} x {case.columns}"
+        if case.memory > (room := _free(device)):
+            print(f"{case.operation} {label}: skipped: needs {case.memory / 2**30:.1f} GiB of {room / 2**30:.1f}")
+            continue
+        floor = max(case.nbytes / copying(device).rate, case.operations / rate)
+        if floor > limit:
+            print(f"{case.operation} {label}: skipped: needs {floor:.0f} s or more")
+            continue
+        for backend, function in backends(case, device).items():
+            own = case.published_operations if backend == "published" else case.operations
+            if own / rate > limit:
+                print(f"{case.operation} {label} {backend}: skipped: needs {own / rate:.0f} s or more")
+                continue
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            record(
+                "kernels", timings(function, device), nbytes=case.nbytes, operations=case.operations, floor=floor,
+                what=case.operation, shape=label, dtype=dtype, backend=backend, adapters=case.adapters or "",
+                rank=case.rank or "", ceiling="copy and matrix rate", cache="in memory",
+                peak_device_bytes=torch.cuda.max_memory_allocated() if cuda else "",
+            )  # fmt: skip
+
+
+def _ceilings(device: str) -> None:
+    copied = copying(device)
+    record("kernels", copied.seconds, nbytes=copied.amount, what="copy", cache="in memory")
+    for dtype in DTYPES:
+        product = multiplying(device, dtype)
+        record(
+            "kernels", product.seconds, operations=product.amount, what="square product", dtype=dtype, cache="in memory"
+        )
+
+
+def _free(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def backends(case: Case, device: str) -> dict[str, Run]:
+    """The functions to time by backend, on operands that they share."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, device=device).mul_(0.02).to(dtype)
+
+    names: list[Any] = ["torch", *(["triton"] * (torch.device(device).type == "cuda"))]
+    rows, columns, operation = case.rows, case.columns, case.operation
+    if operation in ("projection", "gate", "merge"):
+        v, w = (random(rows, columns, dtype=torch.bfloat16) for _ in range(2))
+        if operation == "merge":
+            runs: dict[str, Run] = {n: partial(linear, [v, w], [0.8, 0.2], backend=n) for n in names}
+            weights = torch.tensor([0.8, 0.2], device=device)[:, None, None]
+            return runs | {"published": lambda: (torch.stack([v, w]).float() * weights).sum(0)}
+        pairs = [(random(case.rank, columns), random(rows, case.rank)) for _ in range(case.adapters)]
+        if operation == "gate":
+            runs = {n: partial(lora_gate, v, w, pairs, backend=n) for n in names}
+            return runs | {"published": lambda: [published.gate(v, w, a, b) for a, b in pairs]}
+        runs = {n: partial(project, v, w, [b for _, b in pairs], backend=n) for n in names}
+        return runs | {"published": lambda: [published.projection_matrix(v, w) @ b for _, b in pairs]}
+    x = random(TOKENS, columns, dtype=torch.bfloat16)
+    h = torch.zeros(columns, columns, device=device)
+    if operation == "gram":
+        runs = {n: partial(accumulate, h, x, backend=n) for n in names}
+        return runs | {"published": partial(published.gram, x)}
+    h = published.gram(x)
+    if operation == "factor":
+        return {"torch": partial(safety_factor, h), "published": partial(published.factor, h)}
+    factor: Factor = safety_factor(h)
+    delta = random(rows, columns)
+    selection: Any = "row" if operation == "row" else "block"
+    runs = {n: partial(safe_delta_dense, delta, factor, 1.0, selection=selection, backend=n) for n in names}
+    return runs if operation == "row" else runs | {"published": partial(published.safe_delta, delta, factor.u, 1.0)}

@@ -1,0 +1,147 @@
+"""Pictures of the rows: time against the floor and by stage, peak memory, and the roofline of the kernels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safeshard.bench import rows
+from safeshard.streamer.extras import require
+
+Row = dict[str, str]
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito
+MARKS = {"torch": "o", "triton": "s", "published": "x"}
+FLOOR, WALL = "#000000", "#BBBBBB"
+
+
+def draw(results: Path) -> list[Path]:
+    """Draw each picture whose rows are there as results/<name>.png; return the files written."""
+    pipeline, kernels = rows.read("pipeline"), rows.read("kernels")
+    figures = {"jobs": jobs(pipeline), "memory": memory(pipeline), "roofline": roofline(kernels)}
+    files = {results / f"{name}.png": figure for name, figure in figures.items() if figure is not None}
+    for file, figure in files.items():
+        figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    return list(files)
+
+
+def jobs(found: Sequence[Row]) -> Any | None:
+    """Wall seconds of each whole job, of its deepest models, beside the floor, and thread-seconds by stage."""
+    measured = _deepest([row for row in found if row["stages"] and row["layers"] and row["share_of_ceiling"]], "what")
+    if not measured:
+        return None
+    figure = _figure(11, 2.4 + 0.42 * len(measured))
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [f"{row['what']}\n{row['shape']}, {row['cache']}" for row in measured]
+    walls = [float(row["median_s"]) for row in measured]
+    floors = [wall * float(row["share_of_ceiling"]) for wall, row in zip(walls, measured, strict=True)]
+    left.barh(names, walls, color=WALL, label="whole job")
+    left.barh(names, floors, color=FLOOR, height=0.3, label="a process that reads the same bytes")
+    for name, wall, floor in zip(names, walls, floors, strict=True):
+        text = f" {wall:.1f} s, {wall / floor:.1f} times"
+        left.annotate(text, (max(wall, floor), name), va="center", fontsize=8)
+    left.set(xlabel="wall time (s)", title="Whole jobs, and how many times plain reading they take",
+             xlim=(0, 1.4 * max(walls)))  # fmt: skip
+    stages = [dict(_stage(pair) for pair in row["stages"].split()) for row in measured]
+    starts = [0.0] * len(measured)
+    for stage, colour in zip(dict.fromkeys(s for each in stages for s in each), COLOURS, strict=False):
+        widths = [each.get(stage, 0.0) for each in stages]
+        right.barh(names, widths, left=starts, color=colour, label=stage)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    right.set(xlabel="thread-seconds, which overlap (s)", title="What the threads of each job do")
+    left.invert_yaxis()
+    for panel in (left, right):
+        panel.tick_params(axis="y", labelsize=8)
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.9 / figure.get_figheight()), ncols=4, fontsize=8)
+    return figure
+
+
+def memory(found: Sequence[Row]) -> Any | None:
+    """Peak host memory of SafeMERGE jobs against the number of layers and of adapters, and the bytes they move."""
+    merges = [row for row in found if row["what"].startswith("safemerge, ") and row["layers"] and row["adapters"]]
+    single = [row for row in merges if row["adapters"] == "1" and row["cache"] == "warm"]
+    deepest = [row for row in _deepest(merges) if row["cache"] == "warm"]
+    panels = {"layers": ("decoder layers", single), "adapters": ("adapters in one batch", deepest)}
+    panels = {column: panel for column, panel in panels.items() if len(panel[1]) > 1}
+    if not panels:
+        return None
+    figure = _figure(5.5 * len(panels), 4)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, (column, (label, chosen)) in zip(axes, panels.items(), strict=True):
+        for shape, colour in zip(dict.fromkeys(row["shape"].split()[0] for row in chosen), COLOURS, strict=False):
+            own = sorted((r for r in chosen if r["shape"].split()[0] == shape), key=lambda row: int(row[column]))
+            places = [int(row[column]) for row in own]
+            panel.plot(places, _giga(own, "peak_rss_bytes"), "o-", color=colour, label=f"{shape}: peak memory")
+            panel.plot(places, _giga(own, "bytes"), "s--", color=colour, alpha=0.6, label=f"{shape}: read and written")
+        panel.set(xlabel=label, ylabel="GB", title=f"SafeMERGE: peak memory against {column}", ylim=(0, None))
+        panel.set_xticks(sorted({int(row[column]) for row in chosen}))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    return figure
+
+
+def roofline(found: Sequence[Row]) -> Any | None:
+    """Operations a second of each kernel against operations a byte, a panel each machine, under its ceilings."""
+    machines = list(dict.fromkeys(row["hardware"] for row in found if row["ceiling"]))
+    if not machines:
+        return None
+    figure = _figure(8.5 * len(machines), 5.5)
+    for panel, machine in zip(figure.subplots(1, len(machines), squeeze=False)[0], machines, strict=True):
+        own = [row for row in found if row["hardware"] == machine]
+        points = [row for row in own if row["ceiling"]]
+        _roofs(panel, own, [_intensity(row) for row in points])
+        operations = list(dict.fromkeys(row["what"] for row in points))
+        for operation, colour in zip(operations, COLOURS, strict=False):
+            for backend, mark in MARKS.items():
+                chosen = [row for row in points if (row["what"], row["backend"]) == (operation, backend)]
+                label = f"{operation}, {backend}" if chosen else None
+                panel.plot([_intensity(row) for row in chosen], [_tera(row) for row in chosen], mark, color=colour,
+                           label=label, alpha=0.8)  # fmt: skip
+        panel.set(xscale="log", yscale="log", xlabel="least operations a byte moved (FLOP/byte)", ylabel="TFLOP/s",
+                  title=f"Kernels under the machine's ceilings: higher is faster\n{machine}")  # fmt: skip
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    return figure
+
+
+def _roofs(panel: Any, own: Sequence[Row], intensities: Sequence[float]) -> None:
+    """The lines that the copy and the square product of the same machine draw: bytes and operations a second."""
+    copies = [float(row["GB_per_s"]) for row in own if row["what"] == "copy"]
+    products = {row["dtype"]: _tera(row) for row in own if row["what"] == "square product"}
+    low, high = min(intensities) / 2, max(intensities) * 4
+    for (dtype, rate), style in zip(products.items(), ("-", "--"), strict=False):
+        edge = [rate / copy * 1e3 for copy in copies]
+        places = sorted({low, high, *(place for place in edge if low < place < high)})
+        heights = [min([rate, *(place * copy / 1e3 for copy in copies)]) for place in places]
+        panel.plot(places, heights, style, color="black", label=f"copy and {dtype} product")
+
+
+def _deepest(found: Sequence[Row], *columns: str) -> list[Row]:
+    """The rows of each shape, and of each value of `columns`, with the most layers."""
+    keys = [(row["shape"].split()[0], *(row[column] for column in columns)) for row in found]
+    most: dict[tuple[str, ...], int] = {}
+    for key, row in zip(keys, found, strict=True):
+        most[key] = max(most.get(key, 0), int(row["layers"]))
+    return [row for key, row in zip(keys, found, strict=True) if int(row["layers"]) == most[key]]
+
+
+def _stage(pair: str) -> tuple[str, float]:
+    name, _, seconds = pair.partition("=")
+    return name, float(seconds)
+
+
+def _giga(found: Sequence[Row], column: str) -> list[float]:
+    return [float(row[column] or math.nan) / 1e9 for row in found]
+
+
+def _intensity(row: Row) -> float:
+    return float(row["operations"]) / float(row["bytes"])
+
+
+def _tera(row: Row) -> float:
+    return float(row["TFLOP_per_s"])
+
+
+def _figure(width: float, height: float) -> Any:
+    return require("matplotlib.figure", "report").Figure(figsize=(width, height), layout="constrained")

@@ -1,0 +1,81 @@
+"""Pictures show the rows, all that belong, and are left out where there are none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from safeshard.bench import pictures, rows
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(rows, "environment", lambda: {"hardware": "a machine", "commit": "c"})
+    return tmp_path
+
+
+def job(number: int, adapters: int | str = 1, seconds: float = 4.0, floor: float = 2.0, **columns: Any) -> None:
+    what = f"safemerge, {adapters} adapters" if adapters else "safemerge, full checkpoint"
+    defaults = {
+        "what": what, "shape": f"llama-1b x{number} layers", "cache": "warm", "layers": number, "adapters": adapters,
+        "peak_rss_bytes": 5 * 10**8, "stages": {"read": 1.0, "compute": 3.0},
+    }  # fmt: skip
+    rows.record("pipeline", [seconds], nbytes=number * 10**8, floor=floor, **{**defaults, **columns})
+
+
+def test_without_rows_there_is_no_picture(results: Path) -> None:
+    job(2, layers="", what="a row from before layers were recorded")
+    rows.record("kernels", [1.0], nbytes=10, what="copy")
+    assert pictures.draw(results) == []
+    assert not list(results.glob("*.png"))
+
+
+def test_jobs_stand_beside_their_floor_and_their_stages() -> None:
+    job(2)
+    job(22, seconds=8.0)
+    job(2, "", seconds=16.0, stages={"read": 2.0, "write": 5.0})
+    left, right = pictures.jobs(rows.read("pipeline")).axes
+    walls, floors = left.containers
+    assert [bar.get_width() for bar in walls] == [8.0, 16.0]  # of each job's deepest model alone
+    assert [bar.get_width() for bar in floors] == [2.0, 2.0]
+    stages = {bars.get_label(): [bar.get_width() for bar in bars] for bars in right.containers}
+    assert stages == {"read": [1.0, 2.0], "compute": [3.0, 0.0], "write": [0.0, 5.0]}
+    assert [bar.get_x() for bar in right.containers[2]] == [4.0, 2.0]
+
+
+def test_memory_is_drawn_against_layers_and_adapters() -> None:
+    for layers in (11, 2, 22):
+        job(layers)
+    job(22, 8, peak_rss_bytes=7 * 10**8)
+    job(22, 64, cache="cold")
+    layers, adapters = pictures.memory(rows.read("pipeline")).axes
+    peak, moved = layers.lines
+    assert [*peak.get_xdata()] == [*moved.get_xdata()] == [2, 11, 22]
+    assert [*peak.get_ydata()] == [0.5, 0.5, 0.5]
+    assert [*moved.get_ydata()] == pytest.approx([0.2, 1.1, 2.2])
+    assert [*adapters.lines[0].get_xdata()] == [1, 8]
+    assert [*adapters.lines[0].get_ydata()] == [0.5, 0.7]
+    assert layers.get_ylim()[0] == 0
+
+
+def test_kernels_lie_under_the_roof_of_their_machine(results: Path) -> None:
+    rows.record("kernels", [1.0], nbytes=10 * 10**9, what="copy")
+    rows.record("kernels", [1.0], operations=10**12, what="square product", dtype="fp32")
+    for backend, seconds in (("torch", 2.0), ("published", 8.0)):
+        columns = {"what": "gate", "backend": backend, "ceiling": "copy and matrix rate", "shape": "8 x 8"}
+        rows.record("kernels", [seconds], nbytes=10**9, operations=4 * 10**9, floor=0.1, **columns)
+    [panel] = pictures.roofline(rows.read("kernels")).axes
+    roof, *points = panel.lines
+    for x, y in roof.get_xydata():
+        assert y == pytest.approx(min(10 * 10**9 * x, 10**12) / 1e12)
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in points if len(line.get_xdata())}
+    assert drawn == {"gate, torch": [[4.0, 0.002]], "gate, published": [[4.0, 0.0005]]}
+    [file] = pictures.draw(results)
+    assert file == results / "roofline.png"
+    assert file.read_bytes().startswith(PNG)
