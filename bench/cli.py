@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 
 from safeshard.bench import io, kernels, models, peers, pictures, pipeline, rows, safety
+from safeshard.bench.toy import experiment, table
+from safeshard.bench.toy import pictures as toy_pictures
+from safeshard.bench.toy.defences import WHOLE
 from safeshard.manifests.errors import Offence, RequestError
 
 app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure.\n\nRows go to bench/results.")
@@ -134,6 +137,21 @@ def report() -> None:
     print("\n".join(map(str, pictures.draw(rows.RESULTS))))
     for document in rows.documents():
         document.write_text(rows.refresh(document))
+    if (toy := rows.RESULTS / "toy.csv").exists():
+        toy_pictures.draw_tradeoff(table.read(toy), rows.RESULTS / "toy.png")
+
+
+@app.command("toy")
+def measure_toy(
+    folder: Annotated[Path, typer.Option("--folder", help="where models and outputs go, and are kept")] = Path(
+        "bench-toy"
+    ),
+    seeds: Annotated[int, typer.Option(help="seeds 0 to N-1", min=1)] = 6,
+) -> None:
+    """Run the demo's experiment over several seeds and append its rows."""
+    found = experiment.run(folder, range(seeds), WHOLE, lambda text: print(text, flush=True))
+    for row in found:
+        rows.append("toy", row, table.COLUMNS)
 
 
 def _shape(name: str) -> None:

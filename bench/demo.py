@@ -1,135 +1,67 @@
-"""`make demo`: the main job on small checkpoints that it makes itself with transformers and PEFT, in seconds."""
+"""`make demo`: a toy alignment experiment, from nothing to a table of what each defence keeps and what it costs."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
 
-from safeshard import streamer
+from safeshard.bench.toy import pictures, table
+from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
+from safeshard.bench.toy.experiment import folder_of, run, write
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli import main
-from safeshard.streamer.extras import require
-from safeshard.streamer.messages import summary
 
-MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence remove
-app = typer.Typer(invoke_without_command=True, help="Run the methods on small models made on the spot.")
+MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence fill
+app = typer.Typer(invoke_without_command=True, help="Train toy models, defend them with the real commands, judge them.")
+NEXT = """\
+Next, on your own models:
+
+   safeshard score     --aligned org/model-chat --unaligned org/model --adapter path/to/adapter
+   safeshard safedelta --aligned org/model-chat --adapter path/to/adapter --output defended --strength 0.1
+   safeshard scale     --aligned org/model-chat --adapter path/to/adapter --output baseline --factor 0.5
+
+Try several strengths and factors (`safeshard batch` runs them in one pass), ask each output your own prompts, forbidden
+and useful, and keep a defence only where it beats `scale`: a toy says nothing about a real model."""
 
 
 @app.callback()
 def demo(
-    folder: Annotated[Path, typer.Option(help="where models and outputs go; replaced if it is a demo's")] = Path(
-        "demo"
-    ),
+    folder: Annotated[Path, typer.Option(help="where models and outputs go, and are kept")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="seeds 0 to N-1; the table shows means and ranges", min=1)] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="fewer settings, and no attack without a task")] = False,
 ) -> None:
-    """Make models and adapters, score them, defend them in one batch, verify the outputs, and load one with PEFT."""
-    _renew(folder)
-    models, out = folder / "models", folder / "outputs"
-    print(f"Making a 4-layer Llama, an aligned version of it and two LoRA adapters in {models}\n")
-    make_models(models)
-    common: dict[str, Any] = {"aligned": models / "aligned", "unaligned": models / "unaligned"}
-    adapter = str(models / "fine-tuned")
-
-    print("1. How far does the adapter keep to the alignment subspace?  safeshard score\n")
-    [scored] = streamer.score(**common, adapter=adapter, quiet=True)
-    known = sorted(c for c in scored.cosines.values() if c is not None)
-    median = known[len(known) // 2]
-    print(f"   {len(known)} modules, cosines from {known[0]:.3f} to {known[-1]:.3f}, median {median:.3f}\n")
-
-    print("2. SafeMERGE, SafeLoRA and the scaled baseline in one pass.  safeshard batch jobs.yaml\n")
-    jobs = folder / "jobs.yaml"
-    jobs.write_text(JOBS.format(models=models, out=out, threshold=round(median, 3)))
-    print("   " + jobs.read_text().replace("\n", "\n   "))
-    results = streamer.batch(jobs)
-    print(summary(results))
-
-    print(f"\n3. What was decided?  safeshard inspect {out}/safemerge\n")
-    print(streamer.inspect(out / "safemerge", width=100))
-
-    print(f"4. Is every byte as written?  safeshard verify {out}/safemerge\n")
-    print(f"   differences: {len(streamer.verify(out / 'safemerge'))}\n")
-
-    print("5. It loads in PEFT as it is:\n")
-    print(
-        f"   largest change of a logit against the fine-tuned adapter: {logit_change(models, out / 'safemerge'):.4f}\n"
-    )
-    print("Next, on your own models:\n")
-    print("   safeshard score --aligned org/model-chat --unaligned org/model --adapter path/to/adapter")
-    print("   safeshard safemerge --aligned org/model-chat --unaligned org/model --adapter path/to/adapter \\")
-    print("       --safe-adapter path/to/safe-adapter --output defended")
+    """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
+    _claim(folder)
+    grid = QUICK if quick else WHOLE
+    first = folder_of(folder, 0, grid)
+    rows = run(folder, range(seeds), grid, lambda text: print(text, flush=True))
+    write(folder / "table.csv", rows)
+    shown = table.markdown(rows)
+    (folder / "table.md").write_text(shown)
+    pictures.draw_tradeoff(rows, folder / "tradeoff.png")
+    pictures.draw_cosines(first / SCORES, folder / "cosines.png")
+    print("\nThe test split, each method at the setting that the validation split chose:\n")
+    print(shown)
+    print("What these figures say:\n")
+    print("\n".join(f"- {sentence}" for sentence in table.findings(rows)))
+    print(f"\nSaved in {folder}: table.csv, table.md, tradeoff.png, cosines.png; jobs in {first}/jobs.yaml\n")
+    print(NEXT)
 
 
-def _renew(folder: Path) -> None:
-    """Make `folder` anew, empty but for the marker.
+def _claim(folder: Path) -> None:
+    """Make `folder` or take over an earlier demo's.
 
     Raises:
         RequestError: it holds something, and no demo made it.
     """
-    if (folder / MARKER).is_file():
-        shutil.rmtree(folder)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not (folder / MARKER).is_file() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         got = "something that the demo did not make"
         raise RequestError(Offence("--folder", str(folder), "a new folder, or a demo's", got, "choose another"))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
-
-
-JOBS = """\
-defaults:
-  aligned: {models}/aligned
-  unaligned: {models}/unaligned
-  adapter: {models}/fine-tuned
-jobs:
-  - method: safemerge
-    safe_adapter: {models}/safe
-    threshold: {threshold}
-    output: {out}/safemerge
-  - method: safelora
-    num_layers: 7
-    output: {out}/safelora
-  - method: scale
-    factor: 0.5
-    output: {out}/scale
-"""
-
-
-def make_models(folder: Path) -> None:
-    """A random Llama, a perturbed copy of it as the aligned version, and two random LoRA adapters."""
-    transformers, peft = require("transformers", "bench"), require("peft", "bench")
-    config = transformers.LlamaConfig(
-        hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=512, torch_dtype="bfloat16",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(folder / "unaligned")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.1 * parameter.std() * torch.randn_like(parameter) if parameter.ndim == 2 else 0
-    model.save_pretrained(folder / "aligned")
-    for seed, name in enumerate(("fine-tuned", "safe"), 1):
-        torch.manual_seed(seed)
-        base = transformers.LlamaForCausalLM.from_pretrained(folder / "aligned")
-        lora = peft.LoraConfig(
-            r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM"
-        )
-        peft.get_peft_model(base, lora).save_pretrained(folder / name)
-
-
-def logit_change(models: Path, defended: Path) -> float:
-    """Load the fine-tuned and the defended adapter with PEFT and compare their outputs on a few tokens."""
-    transformers, peft = require("transformers", "bench"), require("peft", "bench")
-    tokens = torch.arange(16)[None]
-    logits: list[Any] = []
-    for adapter in (models / "fine-tuned", defended):
-        base = transformers.LlamaForCausalLM.from_pretrained(models / "aligned")
-        with torch.no_grad():
-            logits.append(peft.PeftModel.from_pretrained(base, adapter)(tokens).logits.float())
-    return float((logits[0] - logits[1]).abs().max())
 
 
 if __name__ == "__main__":

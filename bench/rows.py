@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safeshard.bench.toy import table
+
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (
     "what", "shape", "dtype", "backend", "layers", "adapters", "rank", "median_s", "min_s", "max_s", "runs", "bytes",
@@ -23,18 +25,18 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def append(file: str, row: Mapping[str, Any]) -> None:
-    """Add one row to bench/results/<file>.csv. Keys outside of COLUMNS are errors; missing ones stay empty."""
-    unknown = row.keys() - set(COLUMNS)
+def append(file: str, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
+    """Add one row to bench/results/<file>.csv. Keys outside of `columns` are errors; missing ones stay empty."""
+    unknown = row.keys() - set(columns)
     if unknown:
         raise ValueError(f"unknown columns {sorted(unknown)}")
     path = RESULTS / f"{file}.csv"
     new = not path.exists()
-    if not new and path.read_text().splitlines()[:1] != [",".join(COLUMNS)]:
+    if not new and path.read_text().splitlines()[:1] != [",".join(columns)]:
         raise ValueError(f"{path} has other columns: move it away, or choose another --results")
     RESULTS.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as out:
-        rows = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        rows = csv.DictWriter(out, columns, lineterminator="\n")
         if new:
             rows.writeheader()
         rows.writerow({**environment(), **row})
@@ -175,10 +177,20 @@ def refresh(document: Path) -> str:
     """The text of a Markdown document with the tables and pictures between its markers made anew."""
     text = document.read_text()
     pattern = re.compile(r"(<!-- (rows|picture): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    shown: dict[str, Callable[[str], str]] = {"rows": markdown, "picture": partial(_picture, document)}
+    shown: dict[str, Callable[[str], str]] = {"rows": _shown, "picture": partial(_picture, document)}
     return pattern.sub(lambda m: m[1] + shown[m[2]](m[3]) + m[4], text)
 
 
 def _picture(document: Path, name: str) -> str:
     file = RESULTS / f"{name}.png"
     return f"![{name}]({os.path.relpath(file, document.parent)})\n" if file.exists() else ""
+
+
+def _shown(name: str) -> str:
+    """The text between two markers: a table of measurements, or what the toy experiment's rows show."""
+    if name not in ("toy", "toy_findings"):
+        return markdown(name)
+    if not (file := RESULTS / "toy.csv").exists():
+        return ""
+    rows = table.read(file)
+    return table.markdown(rows) if name == "toy" else "".join(f"- {sentence}\n" for sentence in table.findings(rows))

@@ -20,12 +20,12 @@ def test_the_demo_removes_only_what_it_made(tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "thesis.txt").read_text() == "precious"
 
 
-def test_the_demo_replaces_its_own_folder(tmp_path: Path) -> None:
+def test_the_demo_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    for _ in range(2):
-        demo._renew(folder)
-        assert [path.name for path in folder.iterdir()] == [demo.MARKER]
-        (folder / "models").mkdir()
+    demo._claim(folder)
+    (folder / "whole").mkdir()
+    demo._claim(folder)
+    assert (folder / "whole").is_dir()
 
 
 def test_measuring_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,118 @@
+"""The defences of one seed: a jobs.yaml run by the real `batch` in one pass, after the real `score`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safeshard import streamer
+from safeshard.bench.toy.language import REFUSAL, REFUSED, TRAIN, requests
+from safeshard.bench.toy.recipes import STAGES
+
+OUTPUTS, SCORES = "outputs", "scores.csv"  # in the folder of a seed and a grid
+WEIGHTS = ((0.8, 0.2), (0.7, 0.3), (0.6, 0.4))
+BLOCK = 32
+EVERY_MODULE = 1.01  # above every cosine
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which models are trained, and which settings are tried on the fine-tuned ones."""
+
+    name: str
+    stages: tuple[str, ...]
+    factors: tuple[float, ...]
+    strengths: tuple[int, ...]
+    variants: bool  # Safe Delta by row and with one block; gates that pick some of the modules
+
+
+WHOLE = Grid("whole", tuple(STAGES), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (3, 10, 30, 100), True)
+_TRAINED_QUICKLY = ("unaligned", "aligned", "dirty-full", "dirty-lora", "safe-lora")
+QUICK = Grid("quick", _TRAINED_QUICKLY, (0.3, 0.4, 0.5, 0.6, 0.7), (30,), False)
+
+
+@dataclass(frozen=True)
+class Defence:
+    """One job: on which fine-tuned model, how it is called in tables, and the options of its method."""
+
+    model: str
+    method: str
+    label: str
+    setting: str
+    options: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The name of its output."""
+        return f"{self.model}-{self.label}-{self.setting}".replace(" ", "-").replace("/", "-").replace(",", "")
+
+
+def defences(grid: Grid, cosines: Sequence[float]) -> list[Defence]:
+    """Every defence of the fine-tuned models of a grid; `cosines` are the gate's on dirty-lora."""
+    found: list[Defence] = []
+    for model in grid.stages:
+        if model.startswith(("dirty", "attack")):
+            found += _scales(model, grid)
+        if model.startswith("dirty") or model == "attack-full":
+            found += _safe_deltas(model, grid, "Safe Delta", {"block_size": BLOCK})
+        if model == "dirty-full":
+            found += _ablations(model, grid)
+        if model == "dirty-lora":
+            found += _gated(model, grid, sorted(cosines))
+    return found
+
+
+def _scales(model: str, grid: Grid) -> Iterator[Defence]:
+    for factor in grid.factors:
+        yield Defence(model, "scale", "scale", f"factor {factor}", {"factor": factor})
+
+
+def _safe_deltas(model: str, grid: Grid, label: str, options: Mapping[str, Any]) -> Iterator[Defence]:
+    for s in grid.strengths:
+        yield Defence(model, "safedelta", label, f"strength {s}", {"strength": s, **options})
+
+
+def _ablations(model: str, grid: Grid) -> Iterator[Defence]:
+    yield from _safe_deltas(model, grid, "Safe Delta, no compensation", {"block_size": BLOCK, "compensate": False})
+    if grid.variants:
+        yield from _safe_deltas(model, grid, "Safe Delta, by row", {"block_size": BLOCK, "selection": "row"})
+        yield from _safe_deltas(model, grid, "Safe Delta, one block", {})
+
+
+def _gated(model: str, grid: Grid, cosines: Sequence[float]) -> Iterator[Defence]:
+    count = len(cosines)
+    half = (cosines[count // 2 - 1] + cosines[count // 2]) / 2
+    for weights in WEIGHTS:
+        name = f"weights {weights[0]}/{weights[1]}"
+        options = {"weights": list(weights), "threshold": EVERY_MODULE}
+        yield Defence(model, "safemerge", "SafeMERGE", name, options)
+        if grid.variants:
+            yield Defence(model, "safemerge", "SafeMERGE, half gated", name, options | {"threshold": half})
+    for number in (count // 4, count // 2, 3 * count // 4, count) if grid.variants else (count // 2, count):
+        yield Defence(model, "safelora", "SafeLoRA", f"{number} modules", {"num_layers": number})
+
+
+def run_defences(models: Path, folder: Path, grid: Grid) -> tuple[list[Defence], float]:
+    """Score and defend the models of one seed into `folder`; return the defences and the seconds of the batch."""
+    common: dict[str, Any] = {"aligned": models / "aligned", "unaligned": models / "unaligned", "quiet": True}
+    [scored] = streamer.score(**common, adapter=str(models / "dirty-lora"), output=folder / SCORES)
+    jobs = defences(grid, [c for c in scored.cosines.values() if c is not None])
+    data = folder / "refusals.jsonl"
+    prompts = requests(REFUSED, TRAIN.requests, REFUSAL)
+    data.write_text("".join(json.dumps({"instruction": e.prompt, "output": e.answer}) + "\n" for e in prompts))
+    defaults = {
+        "aligned": str(models / "aligned"), "unaligned": str(models / "unaligned"),
+        "safe_adapter": str(models / "safe-lora"), "calibration": str(data),
+    }  # fmt: skip
+    entries = [
+        {"method": job.method, ("adapter" if job.model.endswith("-lora") else "finetuned"): str(models / job.model),
+         "output": str(folder / OUTPUTS / job.folder), **job.options}
+        for job in jobs
+    ]  # fmt: skip
+    file = folder / "jobs.yaml"
+    file.write_text(json.dumps({"defaults": defaults, "jobs": entries}, indent=1))  # JSON is YAML
+    results = streamer.batch(file, quiet=True)
+    return jobs, max(r.manifest.run.wall_s for r in results if r.manifest)

@@ -1,0 +1,90 @@
+"""One seed from trained models to rows: defend, load each model as users would, ask it, write down what it answers."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safeshard.bench.rows import environment
+from safeshard.bench.toy.defences import OUTPUTS, Grid, defences, run_defences
+from safeshard.bench.toy.evaluation import evaluate
+from safeshard.bench.toy.language import SPLITS
+from safeshard.bench.toy.models import load_model, path_of, recipe_key, seconds_of, training
+from safeshard.bench.toy.table import COLUMNS, Row, read
+from safeshard.bench.toy.tokenizer import make_tokenizer
+from safeshard.bench.toy.workers import Task, run_tasks
+
+
+def run(folder: Path, seeds: Sequence[int], grid: Grid, say: Callable[[str], None]) -> list[Row]:
+    """Train what is missing, defend and evaluate each seed; return all rows. A finished seed is read back."""
+    missing = [seed for seed in seeds if not rows_of(folder, seed, grid).is_file()]
+    tasks = [task for seed in missing for task in training(folder, seed, grid.stages)]
+    for seed in missing:
+        trained = frozenset((seed, name) for name in grid.stages)
+        tasks.append(Task((seed, "defended and evaluated"), trained, _judge, (folder, seed, grid)))
+
+    def done(task: Task, seconds: float) -> None:
+        say(f"seed {task.name[0]}: {task.name[1]}, {seconds:.0f} s")
+
+    run_tasks(tasks, done)
+    return [row for seed in seeds for row in read(rows_of(folder, seed, grid))]
+
+
+def folder_of(folder: Path, seed: int, grid: Grid) -> Path:
+    """Where a seed's jobs, outputs, scores and rows lie."""
+    return folder / f"seed-{seed}" / grid.name
+
+
+def rows_of(folder: Path, seed: int, grid: Grid) -> Path:
+    """The file of a seed's finished rows, named by all that decides them: recipes, jobs, prompts, versions."""
+    recipes = [recipe_key(name, seed) for name in grid.stages]
+    jobs = [asdict(defence) for defence in defences(grid, (0.0, 1.0))]
+    splits = [asdict(split) for split in SPLITS.values()]
+    text = json.dumps([recipes, jobs, splits, version("safeshard")])
+    return folder_of(folder, seed, grid) / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv"
+
+
+def write(file: Path, rows: Sequence[Row]) -> None:
+    """Write rows whole or not at all."""
+    part = file.with_suffix(".part")
+    with part.open("w", newline="") as out:
+        table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    part.replace(file)
+
+
+def _judge(folder: Path, seed: int, grid: Grid) -> float:
+    """Defend and evaluate a seed anew; return the seconds."""
+    start = time.perf_counter()
+    work = folder_of(folder, seed, grid)
+    shutil.rmtree(work, ignore_errors=True)  # of another grid or recipe, or cut short
+    work.mkdir(parents=True)
+    write(rows_of(folder, seed, grid), list(_seed_rows(folder, seed, grid)))
+    return time.perf_counter() - start
+
+
+def _seed_rows(folder: Path, seed: int, grid: Grid) -> Iterator[Row]:
+    work = folder_of(folder, seed, grid)
+    jobs, wall = run_defences(folder / f"seed-{seed}" / "models", work, grid)
+    aligned, tokenizer, env = path_of(folder, seed, "aligned"), make_tokenizer(), environment()
+    models: list[tuple[Any, ...]] = [
+        (name, "aligned" if name == "aligned" else "fine-tuned", "", path_of(folder, seed, name),
+         seconds_of(folder, seed, name))
+        for name in grid.stages if name not in ("unaligned", "safe-lora")
+    ]  # fmt: skip
+    models += [(job.model, job.label, job.setting, work / OUTPUTS / job.folder, wall / len(jobs)) for job in jobs]
+    for model, method, setting, path, seconds in models:
+        loaded = load_model(path, aligned)
+        for split, prompts in SPLITS.items():
+            scores = {name: f"{value:.2f}" for name, value in asdict(evaluate(loaded, tokenizer, prompts)).items()}
+            yield {"seed": str(seed), "model": model, "method": method, "setting": setting, "split": split,
+                   **scores, "seconds": f"{seconds:.2f}", **env}  # fmt: skip
