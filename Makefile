@@ -23,11 +23,12 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/pytest
 
-# FAULTS times as many faults as the tests inject, at places that differ from run to run; SEED repeats a run.
+# FAULTS times as many faults and fuzzed files as the tests take; faults at places that differ from run to run, which
+# SEED repeats.
 FAULTS ?= 20
 SEED ?= $(shell date +%s)
 soak: .venv/installed
-	SAFESHARD_FAULTS=$(FAULTS) SAFESHARD_FAULTS_SEED=$(SEED) $(BIN)/pytest tests/faults
+	SAFESHARD_FAULTS=$(FAULTS) SAFESHARD_FAULTS_SEED=$(SEED) SAFESHARD_SOAK=$(FAULTS) $(BIN)/pytest tests/faults tests/fuzz
 
 check: .venv/installed
 	$(BIN)/ruff check .
