@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: all demo test check fix clean
+.PHONY: all demo test soak check fix clean
 
 all: .venv/installed
 
@@ -22,6 +22,12 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/pytest
+
+# FAULTS times as many faults as the tests inject, at places that differ from run to run; SEED repeats a run.
+FAULTS ?= 20
+SEED ?= $(shell date +%s)
+soak: .venv/installed
+	SAFESHARD_FAULTS=$(FAULTS) SAFESHARD_FAULTS_SEED=$(SEED) $(BIN)/pytest tests/faults
 
 check: .venv/installed
 	$(BIN)/ruff check .

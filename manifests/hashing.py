@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from blake3 import blake3
 
@@ -14,21 +14,43 @@ def hash_bytes(data: bytes | bytearray | memoryview) -> str:
     return blake3(data).hexdigest()
 
 
-def hash_tensor_region(fd: int, offset: int, nbytes: int, progress: Callable[[int], None] | None = None) -> str:
+def hash_pieces(pieces: Iterable[bytes | bytearray | memoryview]) -> str:
+    """BLAKE3 of contiguous buffers, one after another."""
+    hasher = blake3()
+    for piece in pieces:
+        hasher.update(piece)
+    return hasher.hexdigest()
+
+
+def hash_tensor_region(
+    fd: int,
+    offset: int,
+    nbytes: int,
+    progress: Callable[[int], None] | None = None,
+    check: Callable[[memoryview], None] | None = None,
+) -> str:
     """BLAKE3 of `nbytes` bytes at `offset` of an open file, by positional reads (threads may share the descriptor).
 
-    `progress` is called with the number of bytes of each chunk. Raises EOFError where the file ends early.
+    `progress` is called with the number of bytes of each chunk, `check` with the chunk itself: CHUNK_BYTES, the last
+    one less. Raises EOFError where the file ends early.
     """
     hasher = blake3()
     end = offset + nbytes
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, nbytes)))
     while offset < end:
-        chunk = os.pread(fd, min(CHUNK_BYTES, end - offset), offset)
-        if not chunk:
-            raise EOFError(f"the file ends at byte {offset}, {end - offset} bytes early")
+        chunk = buffer[: end - offset]
+        filled = 0
+        while filled < len(chunk):
+            count = os.preadv(fd, [chunk[filled:]], offset + filled)
+            if not count:
+                raise EOFError(f"the file ends at byte {offset + filled}, {end - offset - filled} bytes early")
+            filled += count
         hasher.update(chunk)
         offset += len(chunk)
         if progress is not None:
             progress(len(chunk))
+        if check is not None:
+            check(chunk)
     return hasher.hexdigest()
 
 

@@ -1,26 +1,32 @@
 """The journal of a job underway, from which an interrupted run resumes.
 
 A file of JSON lines, appended and synced to the disk. The first line is the fingerprint of the request; each other
-line is a record with a `kind`. Every line ends in its own CRC-32. A crash may tear the last line, which is then cut
-off; any other damage is refused, by line.
+line is a record with a `kind`. Every line ends in its own CRC-32. A power cut may tear the last commit anywhere, so all
+from the first damaged line on is dropped; where that is the fingerprint, the journal begins anew. What the records
+speak of has hashes: losing a record loses work, never bytes.
 """
 
+import contextlib
+import errno
 import fcntl
 import json
+import logging
 import os
+import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 
+JOURNAL_NAME = "journal.jsonl"
 MAGIC = '{"journal":"safeshard.journal/1",'
 ANEW = "--overwrite starts anew"
 CRC_CHARS = len(',"crc":"00000000"}')
-
-_datasync = getattr(os, "fdatasync", os.fsync)
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -41,7 +47,7 @@ class Journal:
         """Create the journal at `path`, or reopen the one there and recover its records.
 
         `fingerprint` is JSON: all that the output's bytes depend on. Raises RequestError where the journal there
-        belongs to another request (every difference is listed), is damaged, or is held by another process.
+        belongs to another request (every difference is listed), is another file, or is held by another process.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -54,10 +60,14 @@ class Journal:
     @classmethod
     def _recover(cls, path: Path, fd: int, fingerprint: dict[str, Any]) -> "Journal":
         content = path.read_bytes()
-        size = content.rfind(b"\n") + 1
-        if not size:
+        lines = content.split(b"\n")[:-1]
+        found = list(takewhile(bool, (_parse(number, line) for number, line in enumerate(lines))))
+        if len(found) < len(lines):
+            log.warning("%s is damaged from line %d on: what it says there is done again", path, len(found) + 1)
+        if not found:
             return cls._begin(path, fd, content, fingerprint)
-        first, *records = [_parse(path, number, line) for number, line in enumerate(content.split(b"\n")[:-1], 1)]
+        first, *records = found
+        size = sum(len(line) + 1 for line in lines[: len(found)])
         _same_fingerprint(path, first.get("fingerprint"), fingerprint)
         os.ftruncate(fd, size)
         return cls(path, fd, size, records)
@@ -93,6 +103,11 @@ class Journal:
         with self._lock:
             self._pending.append(record)
 
+    def sign(self) -> None:
+        """Note durably which process holds the journal, for whoever is refused meanwhile."""
+        self.record("owner", pid=os.getpid(), host=socket.gethostname())
+        self.commit()
+
     def commit(self, sync: Callable[[], None] | None = None) -> None:
         """Make the records held so far durable, in one write and one sync; when it returns, they are.
 
@@ -111,7 +126,7 @@ class Journal:
                 sync()
             lines = b"".join(map(_line, chosen))
             _write(self._fd, lines, self._size)
-            _datasync(self._fd)
+            os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
             self._size += len(lines)
             self._broken = False
             with self._lock:
@@ -144,12 +159,17 @@ def _line(record: dict[str, Any]) -> bytes:
     return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _parse(number: int, line: bytes) -> dict[str, Any]:
+    """The record of a line; empty where the line is damaged."""
     body, tail = line[:-CRC_CHARS], line[-CRC_CHARS:]
-    if tail != b',"crc":"%08x"}' % zlib.crc32(body) or (number == 1) != body.startswith(MAGIC.encode()):
-        expected = "a record with a valid checksum" if number > 1 else "the first line of a safeshard journal"
-        raise RequestError(Offence(str(path), f"line {number}", expected, repr(line[:60]), ANEW))
-    record: dict[str, Any] = json.loads(body + b"}")
+    if tail != b',"crc":"%08x"}' % zlib.crc32(body) or (number == 0) != body.startswith(MAGIC.encode()):
+        return {}
+    try:
+        record = json.loads(body + b"}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(record, dict) or not (number == 0 or isinstance(record.get("kind"), str)):
+        return {}
     return record
 
 
@@ -157,16 +177,36 @@ def _hold(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        offence = Offence(str(path), expected="no other run with this output", got="one underway", remedy="wait for it")
+        offence = Offence(str(path), expected="no other run with this output", got=_owner(path), remedy="wait for it")
         raise RequestError(offence) from error
     except OSError:
         pass  # a file system without locks; two runs at once are then the user's to avoid
+    try:
+        there = os.path.samestat(os.fstat(fd), path.stat())
+    except FileNotFoundError:
+        there = False
+    if not there:
+        raise RequestError(
+            Offence(str(path), "", "no other run with this output", "one that ended just now", "run again")
+        )
+
+
+def _owner(path: Path) -> str:
+    """Who holds a journal, by the last owner that it names; its lock ends with that process."""
+    for line in reversed(path.read_bytes().split(b"\n")):
+        if line.startswith(b'{"kind":"owner",'):
+            with contextlib.suppress(ValueError, KeyError):
+                record = json.loads(line)
+                return f"one underway: process {record['pid']} on {record['host']}"
+    return "one underway"
 
 
 def _write(fd: int, data: bytes, offset: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(fd, view, offset)
+        if not written:
+            raise OSError(errno.EIO, "nothing could be written")
         view, offset = view[written:], offset + written
 
 
@@ -189,7 +229,11 @@ def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def _same_fingerprint(path: Path, theirs: object, ours: dict[str, Any]) -> None:
-    before, now = dict(_leaves(theirs)), dict(_leaves(ours))
+    try:
+        before, now = dict(_leaves(theirs)), dict(_leaves(ours))
+    except (ValueError, RecursionError):  # NaN, or nested too deep: none that was written here
+        offence = Offence(str(path), "line 1", "the fingerprint of a request", "something else", ANEW)
+        raise RequestError(offence) from None
     remedy = f"the unfinished output belongs to another request; {ANEW}"
     offences = [
         Offence(str(path), ".".join(key), before.get(key, "nothing"), now.get(key, "nothing"), remedy)

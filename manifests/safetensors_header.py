@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safeshard.manifests.errors import printable
+
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_NAME_CHARS = 8192  # far beyond any in use: what walks the parts of a name stays bounded
 MAX_DIMENSIONS = 64  # torch's; it also bounds the arithmetic that a hostile shape can cause
@@ -32,7 +34,7 @@ class HeaderError(ValueError):
         self.expected, self.got, self.tensor = expected, got, tensor
 
     def __str__(self) -> str:
-        return f"{self.tensor}: " * bool(self.tensor) + f"expected {self.expected}, got {self.got}"
+        return printable(f"{self.tensor}: " * bool(self.tensor) + f"expected {self.expected}, got {self.got}")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ JSON; NaN and infinity never enter it (a cosine of a zero delta is None, with a 
 function of the content: field order as declared, floats by `repr`, ASCII only, one list entry a line.
 """
 
+import errno
 import json
+import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +20,7 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -58,13 +61,24 @@ class Method(_Entry):
     options: dict[str, JsonValue]
     seed: int | None = None
 
+    @field_validator("options")
+    @classmethod
+    def _can_be_written(cls, options: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        json.dumps(options, allow_nan=False)  # JSON's 1e999 is read as infinity
+        return options
+
 
 class InputFile(_Entry):
-    """A file that was read: a safetensors file by the hash of its header, any other by the hash of its content."""
+    """A file that was read: a safetensors file by the hash of its header, any other by the hash of its content.
+
+    `sample_blake3` is of a safetensors file's bytes up to 64 MiB; of a larger one, of 16 KiB from the middle of each
+    tensor. It is left out where a commit pins the content.
+    """
 
     name: Name
     size: Count
     header_sha256: Hash | None = None
+    sample_blake3: Hash | None = None
     blake3: Hash | None = None
 
 
@@ -213,7 +227,10 @@ def load(path: Path) -> Manifest:
     """The manifest at `path`: the file, or the output folder that holds it."""
     file = path / MANIFEST_NAME if path.is_dir() else path
     try:
-        if (size := file.stat().st_size) > MAX_MANIFEST_BYTES:
+        status = file.stat()
+        if stat.S_ISFIFO(status.st_mode):  # reading would wait for ever
+            raise OSError(errno.EINVAL, "no regular file")
+        if (size := status.st_size) > MAX_MANIFEST_BYTES:
             raise RequestError(Offence(str(file), "", f"at most {MAX_MANIFEST_BYTES} bytes", str(size)))
         text = file.read_bytes()
     except OSError as error:

@@ -15,10 +15,11 @@ from pathlib import Path, PurePosixPath
 
 from safeshard.manifests.errors import RequestError, printable
 from safeshard.manifests.hashing import hash_tensor_region
+from safeshard.manifests.journal import JOURNAL_NAME
 from safeshard.manifests.safetensors_header import HeaderError, TensorRef, header_digest, read_header
 from safeshard.manifests.schema import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, load
 
-UNLISTED = frozenset({MANIFEST_NAME, "report.html"})
+UNLISTED = frozenset({MANIFEST_NAME, JOURNAL_NAME, "report.html"})  # the journal: of a run killed in its last step
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,28 @@ def verify(output: Path, *, threads: int = 2, progress: Callable[[int], None] | 
     """Compare the output folder with its manifest; an empty list means that every byte is as written.
 
     Hashing runs on `threads` threads, and `progress` (called from any of them) receives the bytes done. Findings come
-    in the manifest's order. Hidden files and report.html are not looked at. Raises RequestError without a manifest.
+    in the manifest's order. Hidden files, report.html and a journal are not looked at. Raises RequestError without a
+    manifest.
     """
     manifest_file = output / MANIFEST_NAME
     try:
         manifest = load(manifest_file)
+        text = manifest_file.read_bytes()
     except RequestError as error:
         if not manifest_file.is_file():
             raise
         return [Finding(MANIFEST_NAME, "", f"not valid: {o.what}", o.expected, o.got) for o in error.offences]
     with ThreadPoolExecutor(threads) as pool:
-        findings = [*_check_seal(manifest), *_Comparison(output, manifest, pool, progress).findings()]
+        findings = [*_check_seal(manifest, text), *_Comparison(output, manifest, pool, progress).findings()]
     return [*findings, *_extra_files(output, {entry.name for entry in manifest.files})]
 
 
-def _check_seal(manifest: Manifest) -> Iterator[Finding]:
+def _check_seal(manifest: Manifest, text: bytes) -> Iterator[Finding]:
     content = manifest.content_hash()
     if manifest.blake3 != content:
         yield Finding(MANIFEST_NAME, "", "edited after it was written", manifest.blake3 or "a blake3 field", content)
+    elif text != manifest.to_json().encode():  # a flipped bit may leave a number or a letter's escape as it was
+        yield Finding(MANIFEST_NAME, "", "laid out anew after it was written")
 
 
 class _Comparison:
@@ -143,11 +148,18 @@ def _opened(output: Path, name: str) -> Iterator[tuple[int, int]]:
 
 
 def _extra_files(output: Path, listed: set[str]) -> Iterator[Finding]:
-    """Files that a loader could pick up though the manifest does not name them; links to folders count as files."""
-    for folder, subfolders, names in os.walk(output):
+    """What a loader could pick up though the manifest does not name it: files in any folder, and links.
+
+    A folder that cannot be looked into is a finding too, for it may hold anything.
+    """
+    unreadable: list[OSError] = []
+    for folder, subfolders, names in os.walk(output, onerror=unreadable.append):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         links = [name for name in subfolders if (Path(folder) / name).is_symlink()]
         for name in sorted([*names, *links]):
             relative = (Path(folder) / name).relative_to(output).as_posix()
             if relative not in listed | UNLISTED and not name.startswith("."):
                 yield Finding(relative, "", "a file that the manifest does not name")
+    for error in unreadable:
+        relative = Path(error.filename).relative_to(output).as_posix()
+        yield Finding(relative, "", f"cannot be listed: {error.strerror}")

@@ -7,8 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.safetensors_header import TensorRef, header_digest
-from safeshard.streamer.checkpoint import ADAPTER, FLOATS, Checkpoint, FileHeader, layer_of, natural, read_file_header
+from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.streamer.checkpoint import (
+    ADAPTER,
+    FLOATS,
+    Checkpoint,
+    FileHeader,
+    file_header,
+    layer_of,
+    natural,
+    read_file_header,
+)
 from safeshard.streamer.lora_config import LoraConfig, read_config
 from safeshard.streamer.sources import Source, read_json
 
@@ -85,8 +94,7 @@ def open_adapter(source: Source, base: Checkpoint) -> Adapter:
     Raises:
         RequestError: not a LoRA adapter, an unsupported variant, or one that does not fit `base`; all offenders.
     """
-    sizes = source.sizes()
-    _require_files(source, sizes)
+    _require_files(source, source.sizes())
     config = read_config(f"{source.spec}/{CONFIG}", read_json(source, CONFIG))
     header = read_file_header(source, WEIGHTS)
     matching = _Matching(f"{source.spec}/{WEIGHTS}", config, base)
@@ -96,8 +104,8 @@ def open_adapter(source: Source, base: Checkpoint) -> Adapter:
     targets = matching.expect(naming)
     if matching.offences:
         raise RequestError(matching.offences)
-    files = [FileHeader(WEIGHTS, sizes[WEIGHTS], header_digest(header.raw))]
     modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
+    files = [file_header(source, WEIGHTS, header)]
     return Adapter(source, config, files, modules, saved, len(targets | modules.keys()), str(naming))
 
 

@@ -21,8 +21,11 @@ from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions, build, fields_of
+from safeshard.streamer.recheck import check_inputs, input_places
+from safeshard.streamer.recompute import recompute as recompute_modules
 from safeshard.streamer.run import Result, run
 from safeshard.streamer.save_factors import Calibrate, Factors, run_calibrate
+from safeshard.streamer.writer import replace_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -130,8 +133,7 @@ def score(
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
     results = run(jobs, run_options)
     if table is not None and not run_options.dry_run:
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text(score_table(results, table.suffix), encoding="utf-8", errors="backslashreplace")
+        replace_file(table, score_table(results, table.suffix).encode(errors="backslashreplace"))
     return results
 
 
@@ -184,7 +186,7 @@ def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
         jobs: the file; its form is described in `safeshard.streamer.jobs_file`.
         options: the fields of `RunOptions`.
     """
-    return run(read_jobs(Path(jobs)), build(RunOptions, options))
+    return run(read_jobs(Path(jobs)), build(RunOptions, options), skip_finished=True)
 
 
 def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: bool = False) -> str:
@@ -195,12 +197,44 @@ def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: 
     return render(load(Path(output)), width=width, color=color)
 
 
-def verify(output: str | os.PathLike[str]) -> list[Finding]:
+def verify(
+    output: str | os.PathLike[str],
+    *,
+    inputs: bool = False,
+    recompute: int = 0,
+    seed: int = 0,
+    sources: Mapping[str, str | os.PathLike[str]] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> list[Finding]:
     """Hash a finished output again.
 
     Returns what differs from its manifest.
+
+    Args:
+        inputs: look at the inputs too: are they what was read?
+        recompute: how many modules, chosen by `seed`, to compute again from the inputs. Those that changed are refused.
+        sources: role -> place of inputs that have moved, and of those that lie at a URL.
+        note: receives what is worth knowing and is no difference: what was recomputed, what could not be compared.
+
+    Raises:
+        RequestError: no manifest, a URL that the manifest alone names, or inputs to recompute from that changed.
+        RunError: recomputing failed underway.
     """
-    return verify_output(Path(output))
+    if recompute < 0:
+        raise RequestError(Offence("--recompute", "", "a number from 0 on", str(recompute)))
+    findings = verify_output(Path(output))
+    if not inputs and not recompute:
+        return findings
+    try:
+        manifest = load(Path(output))
+    except RequestError:  # a manifest that cannot be read is among the findings
+        return findings
+    places = input_places(manifest, {role: os.fspath(place) for role, place in (sources or {}).items()})
+    changed = check_inputs(manifest, places, note)
+    if changed and recompute:
+        remedy = "restore the input, or name it: --source ROLE=PLACE"
+        raise RequestError([Offence(f.file, f.problem, f.expected, f.got, remedy) for f in changed])
+    return [*findings, *changed, *(recompute_modules(manifest, places, recompute, seed, note) if recompute else [])]
 
 
 def report(

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from safeshard.streamer.compute import compute_step
 from safeshard.streamer.factors import FactorSource, Group, device_bytes, resident_bytes
-from safeshard.streamer.steps import JobRun, module_step
+from safeshard.streamer.hidden_states import HiddenStates, clear_states
+from safeshard.streamer.steps import JobRun, module_step, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step
+from safeshard.streamer.writer import Writer
 
 Compute = Callable[[Step, Mapping[Hashable, Tensor]], None]
 RunSteps = Callable[[Sequence[Step], Compute], None]
@@ -26,6 +27,7 @@ def run_calibrated(
     for source, sharing in _by_source(runs):
         if _all_steps(source, sharing):
             _serve(source, sharing, run_steps, device, buffers, clock)
+        clear_states(writer.staging for writer in _writers(sharing))
 
 
 def planned_steps(runs: Sequence[JobRun]) -> list[Step]:
@@ -44,6 +46,14 @@ def host_bytes(runs: Sequence[JobRun], device: torch.device) -> int:
         return arithmetic_bytes(runs)
     steps = [step for source, sharing in _by_source(runs) for step in _all_steps(source, sharing, on_device=True)]
     return max([step.cost for step in steps], default=0)
+
+
+def batches_at_once(source: FactorSource, device: torch.device, memory: int) -> int:
+    """How many batches of a layer to run side by side, one a core, as far as host `memory` goes beside its Grams."""
+    room = memory - resident_bytes(source) - source.forward_bytes
+    if device.type != "cpu" or not source.batch_bytes:
+        return 1
+    return max(1, min(workers_for(device), 1 + room // source.batch_bytes))
 
 
 def _by_source(runs: Sequence[JobRun]) -> list[tuple[FactorSource, list[JobRun]]]:
@@ -93,12 +103,15 @@ def _serve(
         clock.add("factor", start)
         compute_step(step, loaded, device, clock, factor)
 
+    left = {name for r in runs for name in r.plan.modules if r.has_factor(name) and not r.is_done(name)}
     with _held(buffers, hidden + (0 if on_device else resident_bytes(source))):
-        layers = source.layers(device, hidden, _spill_folder(runs))
-        forward = 0 if on_device else source.forward_bytes
-        while (layer := _next(source, layers, buffers, forward, clock)) is not None:
+        workers = batches_at_once(source, device, buffers.limit - hidden)
+        layers = source.layers(device, hidden, _hidden_states(source, runs), workers)
+        forward = 0 if on_device else source.forward_bytes + (workers - 1) * source.batch_bytes
+        while left and (layer := _next(source, layers, buffers, forward, clock)) is not None:
             groups.update({name: group for group in layer for name in group.modules})
             run_steps([step for group in layer for step in _steps(group, runs, on_device)], compute)
+            left -= groups.keys()
             groups.clear()  # the factors go before the next layer runs
             layer.clear()
 
@@ -125,7 +138,17 @@ def _held(buffers: Buffers, nbytes: int) -> Iterator[None]:
         buffers.give(step, buffer)
 
 
-def _spill_folder(runs: Sequence[JobRun]) -> Path:
-    writer = runs[0].writer
-    assert writer is not None
-    return writer.staging
+def _hidden_states(source: FactorSource, runs: Sequence[JobRun]) -> HiddenStates:
+    """What the jobs share: their folders, the first layer that one of them needs, their journals."""
+    left = [any(_steps(group, runs) for group in layer) for layer in source.planned()]
+    writers = _writers(runs)
+
+    def commit() -> None:
+        for writer in writers:
+            writer.commit()
+
+    return HiddenStates([writer.staging for writer in writers], left.index(True), commit)
+
+
+def _writers(runs: Sequence[JobRun]) -> list[Writer]:
+    return [job_run.writer for job_run in runs if job_run.writer is not None]

@@ -6,7 +6,8 @@ padding does not count. The factor 2 / N matters only for inputs that are always
 diagonal entry to 1, whatever the scale of the others.
 
 Data flow, in one direction: token ids -> padded batches -> hidden states and recorded arguments (`Skeleton.record`)
--> layer by layer: weights in, every batch through, Grams out, weights dropped.
+-> layer by layer: weights in, every batch through, Grams out, weights dropped. Between layers the hidden states may be
+saved (`HiddenStates`), and an interrupted run goes on from those.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from safeshard.kernels import gram as gram_kernel
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.streamer.gram_collector import Batch, GramCollector
+from safeshard.streamer.hidden_states import SPILL, HiddenStates
 from safeshard.streamer.skeleton import LayerCall, Load, Skeleton
-
-_REMEDY = "Safe Delta does not take this model"
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,6 @@ class LayerGrams:
     tokens: int  # rows of X
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Samples run together, padded on the right to the longest.
-
-    `samples` are their places in the calibration data; `tokens` and `mask` are len(samples) x length, `rows` are the
-    places of the tokens that are not padding once both are flattened; all int64.
-    """
-
-    samples: list[int]
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    rows: torch.Tensor
-
-
 def calibrate(
     config_folder: Path,
     load: Load,
@@ -67,9 +55,11 @@ def calibrate(
     dtype: torch.dtype,
     batch_tokens: int = 4096,
     budget_bytes: int,
-    spill_folder: Path,
+    key: str,
+    saved: HiddenStates,
+    workers: int = 1,
 ) -> Iterator[LayerGrams]:
-    """Run an aligned model over calibration samples, layer by layer, and yield each layer's Grams.
+    """Run an aligned model over calibration samples, layer by layer, and yield the Grams of each from `saved.first` on.
 
     The request is checked at the call; the work happens while iterating.
 
@@ -82,7 +72,10 @@ def calibrate(
         batch_tokens: padded tokens a batch holds at most; a longer sample is a batch of its own. The batches, hence the
             last bits of a Gram, depend on this and on `tokens` alone, never on `budget_bytes`.
         budget_bytes: host bytes for the hidden states (all padded tokens x hidden size, in `dtype`); beyond that they
-            lie in a file without a name in `spill_folder`.
+            lie in a file without a name in the first of `saved.folders`.
+        key: hash of all that the hidden states depend on.
+        saved: where they are saved between layers, once the consumer is through with a layer's Grams.
+        workers: batches run at once, each on one thread of the CPU. They change no bit: a Gram takes them in order.
 
     Raises:
         RequestError: at the call, as `Skeleton` does, and for empty or too long samples.
@@ -91,7 +84,8 @@ def calibrate(
     skeleton = Skeleton(config_folder, names, dtype)
     check_lengths(config_folder, tokens, skeleton.max_positions)
     batches = _batches(tokens, batch_tokens)
-    return _run(skeleton, load, batches, device, lambda numel: _host_buffer(numel, dtype, budget_bytes, spill_folder))
+    buffer = partial(_host_buffer, dtype=dtype, budget_bytes=budget_bytes, folder=saved.folders[0])
+    return _run(skeleton, load, batches, device, buffer, key, saved, workers)
 
 
 @torch.no_grad()
@@ -101,16 +95,36 @@ def _run(
     batches: list[Batch],
     device: torch.device,
     allocate: Callable[[int], torch.Tensor],
+    key: str,
+    saved: HiddenStates,
+    workers: int,
 ) -> Iterator[LayerGrams]:
     with _one_thread():
-        hidden, calls = _embed(skeleton, load, batches, device, allocate)
-    for index, path in enumerate(skeleton.layers):
-        collector = GramCollector(skeleton.linears(path), batches)
+        buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
+    start = saved.load(key, buffer)
+    for index, path in list(enumerate(skeleton.layers))[start:]:
+        if index > start:
+            saved.save(key, index, buffer)
+        wanted = index >= saved.first
+        collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
         with _one_thread(), skeleton.filled(path, load, device), collector:
-            for batch, states, batch_calls in zip(batches, hidden, calls, strict=True):
-                collector.start(batch)
-                states.copy_(batch_calls[index].run(skeleton.layers[path], states.to(device)))
-        yield LayerGrams(index, path, collector.finish(), sum(len(batch.rows) for batch in batches))
+            run = partial(_run_batch, skeleton.layers[path], collector)
+            with ThreadPoolExecutor(workers, "batch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                for _ in pool.map(run, range(len(batches)), hidden, [batch_calls[index] for batch_calls in calls]):
+                    pass
+        if wanted:
+            grams = collector.finish()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # whoever takes the Grams works on a stream of its own
+            yield LayerGrams(index, path, grams, sum(len(batch.rows) for batch in batches))
+
+
+@torch.no_grad()  # which holds for a thread alone
+def _run_batch(layer: nn.Module, collector: GramCollector, number: int, states: torch.Tensor, call: LayerCall) -> None:
+    """Replace a batch's hidden states by those after `layer`, which computes where its weights lie."""
+    device = next(layer.parameters()).device
+    with collector.batch(number):
+        states.copy_(call.run(layer, states.to(device)))
 
 
 @contextmanager
@@ -130,9 +144,9 @@ def _embed(
     batches: list[Batch],
     device: torch.device,
     allocate: Callable[[int], torch.Tensor],
-) -> tuple[list[torch.Tensor], list[list[LayerCall]]]:
-    """Each batch's first hidden state (batch x length x hidden size, on the host), and its layers' arguments (on the
-    device: masks and position embeddings, which the layers mostly share)."""
+) -> tuple[torch.Tensor, list[torch.Tensor], list[list[LayerCall]]]:
+    """The first hidden states: flat on the host, and each batch's view of them (batch x length x hidden size); and each
+    batch's arguments of the layers (on the device: masks and position embeddings, which the layers mostly share)."""
     hidden: list[torch.Tensor] = []
     calls: list[list[LayerCall]] = []
     buffer = torch.empty(0)
@@ -145,85 +159,7 @@ def _embed(
             hidden.append(buffer[used : used + states.numel()].view(states.shape))
             hidden[-1].copy_(states)
             calls.append(batch_calls)
-    return hidden, calls
-
-
-class GramCollector:
-    """Adds up the Grams of one layer's linears while it runs, one for each distinct input; a context manager.
-
-    Linears share an input where they are given the same memory at the same version; the first of them to run leads the
-    group, whose members must not change from batch to batch.
-    """
-
-    def __init__(self, linears: dict[str, nn.Module], batches: list[Batch]) -> None:
-        self._linears = linears
-        self._scale = 2 / sum(len(batch.samples) for batch in batches)
-        self._leader: dict[str, str] = {}  # module path -> that of its group's leader
-        self._grams: dict[str, torch.Tensor] = {}  # by leader
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._batch = batches[0]
-        # Input -> (leader, input). The inputs are kept, so that no other of the same run can come to lie where they do.
-        self._seen: dict[tuple[object, ...], tuple[str, torch.Tensor]] = {}
-
-    def __enter__(self) -> GramCollector:
-        self._handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
-            for name, module in self._linears.items()
-        ]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._seen.clear()
-
-    def start(self, batch: Batch) -> None:
-        """Begin a batch: what was seen so far belongs to another run of the layer."""
-        self._batch = batch
-        self._seen.clear()
-
-    def finish(self) -> dict[str, torch.Tensor]:
-        """Module path -> its Gram, (2 / N) X^T X, symmetric. The collector forgets them.
-
-        Raises:
-            RunError: a linear did not run.
-        """
-        idle = [name for name in self._linears if name not in self._leader]
-        if idle:
-            raise RunError(f"{', '.join(idle)} took no part in the forward pass", _REMEDY)
-        for gram in self._grams.values():
-            gram_kernel.symmetrize(gram.mul_(self._scale))
-        grams, self._grams = self._grams, {}
-        return {name: grams[self._leader[name]] for name in self._linears}
-
-    def _add(self, name: str, x: torch.Tensor) -> None:
-        key = (x.data_ptr(), x.shape, x.stride(), x._version)
-        leader, _ = self._seen.setdefault(key, (name, x))
-        if self._leader.setdefault(name, leader) != leader:
-            raise RunError(f"{name}: which linears share its input changes from batch to batch")
-        if leader != name:
-            return
-        x = x.reshape(-1, x.shape[-1])
-        positions = self._batch.tokens.numel()
-        if len(x) != positions:
-            raise RunError(f"{name}: {len(x)} rows of input for {positions} tokens", _REMEDY)
-        rows = x if len(self._batch.rows) == positions else x[self._batch.rows.to(x.device)]
-        if name not in self._grams:
-            self._grams[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-        gram_kernel.accumulate(self._grams[name], rows)
-        self._check_finite(name, rows)
-
-    def _check_finite(self, name: str, rows: torch.Tensor) -> None:
-        # By Cauchy-Schwarz no entry is larger than the largest of the diagonal, and a NaN input reaches the diagonal.
-        if self._grams[name].diagonal().isfinite().all():
-            return
-        norms = rows.float().square().sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
-        place = int(self._batch.rows[int(norms.argmax())])
-        sample = self._batch.samples[place // self._batch.tokens.shape[1]]
-        raise RunError(
-            f"{name}: the Gram matrix is not finite from calibration sample {sample} (counted from 0) on",
-            "look at that sample and at the aligned checkpoint; float16 overflows where bfloat16 and float32 do not",
-        )
+    return buffer, hidden, calls
 
 
 def check_lengths(folder: Path, tokens: Sequence[Sequence[int]], longest: int | None) -> None:
@@ -261,7 +197,7 @@ def _host_buffer(numel: int, dtype: torch.dtype, budget_bytes: int, folder: Path
     if nbytes <= budget_bytes:
         return torch.empty(numel, dtype=dtype)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix="hidden-states-") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=SPILL[0], suffix=SPILL[1]) as file:
             if sys.platform == "linux":  # reserve it now: a full disk would otherwise kill the process at some write
                 os.posix_fallocate(file.fileno(), 0, nbytes)
             # The mapping outlives the name, so nothing is left behind however the process ends.

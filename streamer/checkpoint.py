@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import Header, HeaderError, TensorRef, header_digest, read_header
+from safeshard.manifests.schema import InputFile
+from safeshard.streamer.samples import sample_file
 from safeshard.streamer.sources import Source, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -40,11 +42,28 @@ _QUANTISED = re.compile(
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What the manifest says of an input file. `sha256` is of the header's bytes, length prefix included."""
+    """A safetensors file by its header. `sha256` is of the header's bytes, length prefix included."""
 
+    source: Source = field(repr=False)
     name: str
-    size: int
     sha256: str
+    tensors: tuple[TensorRef, ...] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.source.sizes()[self.name]
+
+    @cached_property
+    def sample(self) -> str:
+        """The hash of its content that `sample_file` makes; read once."""
+        return sample_file(self.source, self.name, self.tensors)
+
+    @property
+    def entry(self) -> InputFile:
+        """What the manifest says of it. A commit pins the content of a Hub repository's: nothing is read of that."""
+        sample = self.sample if self.source.revision is None else None
+        return InputFile(name=self.name, size=self.size, header_sha256=self.sha256, sample_blake3=sample)
 
 
 class Checkpoint:
@@ -59,9 +78,8 @@ class Checkpoint:
 
     def __init__(self, source: Source, config: dict[str, Any], headers: Mapping[str, Header]) -> None:
         self.source, self.config = source, config
-        sizes = source.sizes()
         self.tensors: dict[str, TensorRef] = {name: ref for h in headers.values() for name, ref in h.tensors.items()}
-        self.files = [FileHeader(name, sizes[name], header_digest(h.raw)) for name, h in sorted(headers.items())]
+        self.files = [file_header(source, name, header) for name, header in sorted(headers.items())]
 
     def weight(self, module: str) -> TensorRef | None:
         """The weight of a module; an output head that shares the embedding's weight is found there."""
@@ -83,11 +101,14 @@ class Checkpoint:
 
     @cached_property
     def linears(self) -> dict[str, TensorRef]:
-        """Weights of the decoder's linear layers: 2-D `.weight` tensors inside a numbered layer, in model order."""
+        """Weights of the decoder's linear layers: 2-D `.weight` tensors inside a numbered layer, in model order.
+
+        One without elements is not among them: there is nothing to treat.
+        """
         refs = {
             name.removesuffix(".weight"): ref
             for name, ref in self.tensors.items()
-            if name.endswith(".weight") and len(ref.shape) == 2 and layer_of(name) is not None
+            if name.endswith(".weight") and len(ref.shape) == 2 and ref.nbytes and layer_of(name) is not None
         }
         return dict(sorted(refs.items(), key=lambda item: natural(item[0])))
 
@@ -118,10 +139,9 @@ class Checkpoint:
                 yield self.offence(
                     ref.name, "BF16, F16 or F32", ref.dtype, "dequantise or convert the checkpoint first"
                 )
-            elif ref is not None and len(ref.shape) != 2:
-                yield self.offence(
-                    ref.name, "a 2-D weight", str(list(ref.shape)), "leave the module out of the adapter"
-                )
+            elif ref is not None and (len(ref.shape) != 2 or not ref.nbytes):
+                expected, remedy = "a 2-D weight with elements", "leave the module out of the adapter"
+                yield self.offence(ref.name, expected, str(list(ref.shape)), remedy)
 
     def untreatable_tensors(self) -> Iterator[Offence]:
         """Offences of tensors that would be left out when every decoder linear is treated."""
@@ -175,6 +195,11 @@ def open_checkpoint(source: Source) -> Checkpoint:
     if offences:
         raise RequestError(offences)
     return Checkpoint(source, config, headers)
+
+
+def file_header(source: Source, name: str, header: Header) -> FileHeader:
+    """A file of a source, described by its header."""
+    return FileHeader(source, name, header_digest(header.raw), tuple(header.tensors.values()))
 
 
 def read_file_header(source: Source, name: str) -> Header:

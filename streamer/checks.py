@@ -11,6 +11,8 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import MANIFEST_NAME, load
 from safeshard.streamer.adapter import Adapter
 from safeshard.streamer.checkpoint import BUFFERS, Checkpoint, natural
+from safeshard.streamer.finish import MAX_SIDE_BYTES, SIDE_FILES
+from safeshard.streamer.hidden_states import COPIES
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import JobPlan, staging_of
 
@@ -49,6 +51,18 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
                 got, remedy = f"it shares {weight.name}", "write an adapter, or untie the weights"
                 yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
     yield from plan.job.check(finetuned, safe)
+    if plan.job.writes_model:
+        yield from _side_file_offences(plan)
+
+
+def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:
+    """Offences of small files that are taken over, and held in memory for that."""
+    for source in (plan.aligned.source, plan.finetuned.source):
+        sizes = source.sizes()
+        for name in SIDE_FILES:
+            if sizes.get(name, 0) > MAX_SIDE_BYTES:
+                where, expected = f"{source.spec}/{name}", f"at most {MAX_SIDE_BYTES} bytes"
+                yield Offence(where, "", expected, f"{sizes[name]} bytes", "check the file")
 
 
 def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
@@ -77,8 +91,11 @@ def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
 
 def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bool) -> Iterator[Offence]:
     """Offences about where jobs write: what is there already, each other's way, and too small a disk."""
-    need: dict[Path, int] = {}
+    need: dict[int, tuple[Path, int]] = {}  # by file system
     sizes = {id(plan.job): 0 if plan.finished else plan.bytes_to_write for plan in plans}
+    for plan in {id(p.factors): p for p in reversed(plans) if p.factors and not p.finished}.values():
+        assert plan.factors is not None
+        sizes[id(plan.job)] += COPIES * plan.factors.hidden_bytes  # which lie beside the first of the jobs that share
     done = {id(plan.job) for plan in plans if plan.finished}
     paths = [job.output.absolute() for job in jobs if job.writes_model]
     taken = Counter(paths) + Counter(staging_of(path) for path in paths if path.name)
@@ -91,6 +108,11 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
             continue
         if id(job) in done:
             continue
+        try:
+            staging_of(path).exists()
+        except OSError as error:  # too long, not permitted
+            yield Offence("--output", shown, "a folder to write", error.strerror or "none", "choose another")
+            continue
         if path.exists() and not overwrite:
             remedy = "choose another, or --overwrite"
             yield Offence("--output", shown, "a folder that does not exist", "it exists", remedy)
@@ -101,8 +123,10 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
         if not parent.is_dir():
             yield Offence("--output", shown, "a folder to write in", f"{parent} is a file", "choose another")
         else:
-            need[parent] = need.get(parent, 0) + sizes.get(id(job), 0) - _taken(staging_of(path))
-    for parent, nbytes in need.items():
+            disk = parent.stat().st_dev
+            first, before = need.get(disk, (parent, 0))
+            need[disk] = (first, before + sizes.get(id(job), 0) - taken_bytes(staging_of(path)))
+    for parent, nbytes in need.values():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
             yield Offence(
@@ -110,7 +134,7 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
             )
 
 
-def _taken(staging: Path) -> int:
+def taken_bytes(staging: Path) -> int:
     """Bytes of the disk that an unfinished output has already."""
     return sum(p.stat().st_blocks * 512 for p in staging.iterdir()) if staging.is_dir() else 0
 

@@ -9,17 +9,20 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from safeshard.manifests.errors import SafeshardError, printable
+from safeshard.manifests.errors import Offence, RequestError, SafeshardError, printable
 from safeshard.streamer import api, messages
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
@@ -39,6 +42,26 @@ OUT_OF_MEMORY = re.compile(  # torch has no one type for it
 Json = Annotated[
     bool, typer.Option("--json", help="print the outcome as one line of JSON at the end", show_default=False)
 ]
+
+
+class _Stopped(BaseException):
+    """A signal asked for the end; no Exception, so that nothing on the way takes it for an error of its own."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    if _in_finalizer(frame):  # where exceptions are dropped
+        signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        return
+    for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
+        signal.signal(each, signal.SIG_DFL)
+    raise _Stopped(signal.Signals(number).name)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _print_version(asked: bool) -> None:
@@ -178,15 +201,34 @@ def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshar
 
 
 @app.command("verify", help=_help(api.verify, "Says what differs from its manifest."))
-def _verify(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")], json: Json = False) -> None:
-    findings = api.verify(output)
-    for finding in findings:
-        print(finding)
+def _verify(
+    output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")],
+    inputs: Annotated[bool, typer.Option("--inputs", help="also compare the inputs with what was read")] = False,
+    recompute: Annotated[int, typer.Option(help="compute this many modules again, from the inputs")] = 0,
+    seed: Annotated[int, typer.Option(help="of the choice of modules")] = 0,
+    source: Annotated[
+        list[str] | None, typer.Option(metavar="ROLE=PLACE", help="where an input lies now, e.g. adapter=./alice")
+    ] = None,
+    json: Json = False,
+) -> None:
+    notes: list[str] = []
+    findings = api.verify(
+        output, inputs=inputs, recompute=recompute, seed=seed, sources=_sources(source or []), note=notes.append
+    )
+    for line in (*notes, *findings):
+        print(printable(line, 10_000))
     print(f"{output}: {len(findings)} differences" if findings else f"{output}: every byte is as the manifest says")
     if json:
-        _print_json({"output": str(output), "differences": [str(finding) for finding in findings]})
+        _print_json({"output": str(output), "differences": [str(f) for f in findings], "notes": notes})
     if findings:
         raise typer.Exit(1)
+
+
+def _sources(words: Sequence[str]) -> dict[str, str]:
+    pairs = {role: place for role, _, place in (word.partition("=") for word in words)}
+    if len(pairs) < len(words) or not all(pairs.values()):
+        raise RequestError(Offence("--source", " ".join(words), "ROLE=PLACE, once a role", "another form"))
+    return pairs
 
 
 @app.command("report", help=_help(api.report, "One HTML file that needs nothing else: to read, print and pass on."))
@@ -240,17 +282,20 @@ def _mount(argv: Sequence[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    handlers: dict[signal.Signals, Any] = {}
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
             stream.reconfigure(errors="replace")
     try:
+        if threading.current_thread() is threading.main_thread():
+            handlers = {each: signal.signal(each, _stop) for each in (signal.SIGINT, signal.SIGTERM)}
         _mount(arguments)
         app(args=arguments, prog_name="safeshard")
     except SafeshardError as error:
         print(f"safeshard: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("safeshard: interrupted; the same command goes on from here", file=sys.stderr)
+    except (_Stopped, KeyboardInterrupt) as stopped:
+        print(f"safeshard: interrupted by {stopped or 'SIGINT'}; {_how_to_resume(arguments)}", file=sys.stderr)
         sys.exit(1)
     except OSError as error:
         print(f"safeshard: {printable(error)}", file=sys.stderr)
@@ -262,6 +307,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"safeshard: out of memory; use a smaller --memory or another --device: {printable(error)}", file=sys.stderr
         )
         sys.exit(1)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _how_to_resume(arguments: Sequence[str]) -> str:
+    if not arguments or arguments[0] not in {*METHODS, "batch"}:
+        return "nothing was kept"
+    return "run the same command again to go on from here"
 
 
 def entry() -> None:

@@ -175,7 +175,7 @@ def _decide(
         _refuse_not_finite(task, inputs)
         raise
     clock.add("write", start)
-    fields: dict[str, Any] = {"cosine": cosine, **edit.fields}
+    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields}
     if job_run.job.gated and cosine is None:
         fields["note"] = UNDEFINED
     entry = ModuleEntry(name=plan.name, decision=edit.decision, **fields)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -16,14 +15,15 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Hash, Input, InputFile
 from safeshard.streamer.checkpoint import Checkpoint, layer_of, read_file_header
 from safeshard.streamer.factors import Calibration, FactorSource, Group, Saved, forward_dtype
+from safeshard.streamer.hidden_states import HiddenStates
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import Finite, Options
-from safeshard.streamer.sources import open_source
+from safeshard.streamer.samples import hash_samples
+from safeshard.streamer.sources import MAX_JSON_BYTES, open_source
 from safeshard.streamer.stream import Read
 
 INDEX = "factors.json"
 SCHEMA: Literal["safeshard.factors/1"] = "safeshard.factors/1"
-SAMPLE_BYTES = 4096  # of one weight
 FILE = r"factors-\d{5}\.safetensors"
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -60,7 +60,7 @@ class FactorIndex(Options):
 class SavedFactors:
     """Factors that `calibrate` wrote, of the aligned model given."""
 
-    forward_bytes = hidden_bytes = bytes_read = 0
+    forward_bytes = batch_bytes = hidden_bytes = bytes_read = 0
 
     def __init__(self, place: str, aligned: Checkpoint) -> None:
         """Read the index and the headers.
@@ -81,7 +81,7 @@ class SavedFactors:
     def planned(self) -> list[list[Group]]:
         return self._layers
 
-    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
         yield from map(list, self._layers)
 
     def _read_index(self) -> tuple[FactorIndex, str]:
@@ -90,6 +90,8 @@ class SavedFactors:
             raise RequestError(
                 Offence(self.source.spec, "", INDEX, "no such file", "name a folder that calibrate wrote")
             )
+        if sizes[INDEX] > MAX_JSON_BYTES:
+            raise RequestError(self._offence(INDEX, "", f"at most {MAX_JSON_BYTES} bytes", f"{sizes[INDEX]} bytes"))
         data = self.source.read(INDEX, 0, sizes[INDEX])
         try:
             return FactorIndex.model_validate_json(data), hash_bytes(data)
@@ -144,16 +146,14 @@ class SavedFactors:
 
 
 def sample_weights(aligned: Checkpoint) -> str:
-    """BLAKE3 of a few KiB of every linear of the first layer, and of one linear of each further layer, in turn."""
+    """BLAKE3 of samples of every linear of the first layer, and of one linear of each further layer, in turn."""
     layers: dict[int | None, list[TensorRef]] = {}
     for name, ref in aligned.linears.items():
         layers.setdefault(layer_of(name), []).append(ref)
-    data = bytearray()
-    for number, refs in enumerate(layers.values()):
-        for ref in [refs[number % len(refs)]] if number else refs:
-            start = ref.offset + max(ref.nbytes - SAMPLE_BYTES, 0) // 2
-            data += aligned.source.read(ref.file, start, min(start + SAMPLE_BYTES, ref.offset + ref.nbytes))
-    return hash_bytes(bytes(data))
+    chosen = [
+        ref for number, refs in enumerate(layers.values()) for ref in ([refs[number % len(refs)]] if number else refs)
+    ]
+    return hash_samples(aligned.source, chosen)
 
 
 def _width(group: SavedGroup, aligned: Checkpoint) -> int:

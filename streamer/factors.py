@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import tempfile
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +22,7 @@ from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
 from safeshard.streamer.calibration import calibrate, check_lengths
 from safeshard.streamer.checkpoint import Checkpoint
+from safeshard.streamer.hidden_states import HiddenStates
 from safeshard.streamer.methods.safedelta import Calibrated
 from safeshard.streamer.prompts import BUILT_IN, Prompts, load_prompts
 from safeshard.streamer.skeleton import Skeleton, read_config
@@ -82,6 +85,8 @@ class Group:
     def _make(self, gram: Tensor, percdamp: float) -> None:
         try:
             self._made = safety_factor(gram, percdamp)
+            if gram.is_cuda:
+                torch.cuda.current_stream(gram.device).synchronize()  # other workers have streams of their own
         except NotPositiveDefiniteError as error:
             self.reason = f"its Gram matrix has no factor: {error}"
         except NonFiniteGramError as error:
@@ -106,7 +111,8 @@ class FactorSource(Protocol):
 
     Attributes:
         modules: the linears it answers for.
-        forward_bytes: what running a layer of the aligned model holds, besides the Grams; 0 if nothing runs.
+        forward_bytes: what running a layer of the aligned model on one batch holds, besides its Grams; 0 if none runs.
+        batch_bytes: what each further batch adds that runs at the same time; 0 if nothing runs.
         hidden_bytes: host bytes of the hidden states at most; 0 if nothing runs.
         bytes_read: of the aligned model so far, to run it.
     """
@@ -114,6 +120,7 @@ class FactorSource(Protocol):
     bytes_read: int
     modules: frozenset[str]
     forward_bytes: int
+    batch_bytes: int
     hidden_bytes: int
 
     def inputs(self) -> dict[str, Input]:
@@ -122,11 +129,15 @@ class FactorSource(Protocol):
     def planned(self) -> Sequence[Sequence[Group]]:
         """The groups of each decoder layer as far as headers tell, without Grams: none of them shared, if one runs."""
 
-    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
-        """The groups of each decoder layer, in order. Clear one before asking for the next.
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
+        """The groups of each decoder layer, in order, at least from `saved.first` on.
+
+        Clear one, and be through with its modules, before asking for the next.
 
         Args:
-            budget: host bytes for hidden states; beyond them they lie in a file in `spill`.
+            budget: host bytes for hidden states; beyond them they lie in a file in the first of `saved.folders`.
+            saved: where hidden states are saved, and found.
+            workers: batches that run at once.
         """
 
 
@@ -166,7 +177,10 @@ class Calibration:
         longest = max(map(len, self.prompts.tokens))
         width = int(read_config(self.folder).get_text_config().hidden_size)
         self.hidden_bytes = len(self.prompts.tokens) * longest * width * dtype.itemsize
-        self.forward_bytes = self._forward_bytes(skeleton.shapes(), max(BATCH_TOKENS, longest))
+        tokens = max(BATCH_TOKENS, longest)
+        self.forward_bytes = self._forward_bytes(skeleton.shapes(), tokens)
+        features = max(sum(sum(self._shape(name)) for name in names) for names in self._layers.values())
+        self.batch_bytes = tokens * features * dtype.itemsize
 
     def inputs(self) -> dict[str, Input]:
         path = Path(self.options.calibration) if self.options.calibration else BUILT_IN
@@ -176,11 +190,12 @@ class Calibration:
     def planned(self) -> list[list[Group]]:
         return [[Group((name,), self._shape(name)[1]) for name in names] for names in self._layers.values()]
 
-    def layers(self, device: torch.device, budget: int, spill: Path) -> Iterator[list[Group]]:
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
         with _named(self.folder, self.aligned.source):
             for layer in calibrate(
                 self.folder, self._load, self.aligned.tensors.keys(), self.prompts.tokens, device=device,
-                dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, spill_folder=spill,
+                dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, key=self.states_key(device),
+                saved=saved, workers=workers,
             ):  # fmt: skip
                 shared: dict[int, list[str]] = {}
                 for name, gram in layer.grams.items():
@@ -190,6 +205,16 @@ class Calibration:
                 ]
                 layer.grams.clear()
                 yield groups
+
+    def states_key(self, device: torch.device) -> str:
+        """Hash of all that the hidden states depend on, as far as headers tell."""
+        decisive = (
+            {package: version(package) for package in ("safeshard", "torch", "transformers")},
+            self.aligned.source.identity, [(file.name, file.size, file.sha256) for file in self.aligned.files],
+            hash_bytes((self.folder / "config.json").read_bytes()), self.prompts.tokens,
+            str(self.dtype), device.type, BATCH_TOKENS,
+        )  # fmt: skip
+        return hash_bytes(json.dumps(decisive).encode())
 
     def _load(self, name: str) -> Tensor:
         ref = self.aligned.tensors[name]

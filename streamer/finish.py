@@ -34,6 +34,7 @@ from safeshard.streamer.checkpoint import INDEX, Checkpoint, natural
 from safeshard.streamer.plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.sources import LocalSource, Source
 from safeshard.streamer.steps import JobRun
+from safeshard.streamer.stream import Clock
 
 # What else a folder of weights needs to be loaded and prompted; never code.
 SIDE_FILES = (
@@ -41,7 +42,13 @@ SIDE_FILES = (
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja",
     "chat_template.json", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+MAX_SIDE_BYTES = 256 << 20  # the largest in use are tokenizers of some 30 MB
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def rounded(clock: Clock) -> dict[str, float]:
+    """Seconds by stage, as the manifest has them."""
+    return {stage: round(seconds, 3) for stage, seconds in sorted(clock.seconds.items())}
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def tool_versions(device: str) -> Tool:
     return Tool(safeshard=version("safeshard"), torch=version("torch"), triton=_version("triton"), device=device)
 
 
-def fingerprint(plan: JobPlan) -> dict[str, Any]:
+def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
     """All that the output's bytes depend on, to notice on resume that something changed."""
     inputs = {role: given.model_dump(mode="json") for role, given in _inputs(plan).items()}
     for role, opened in plan.inputs.items():
@@ -76,6 +83,8 @@ def fingerprint(plan: JobPlan) -> dict[str, Any]:
             inputs[role]["modified"] = times
     return {
         "safeshard": version("safeshard"),
+        "torch": version("torch"),
+        "device": device,  # devices round differently in the last bits
         "method": plan.job.method,
         "options": plan.job.settings(),
         "inputs": inputs,
@@ -83,11 +92,14 @@ def fingerprint(plan: JobPlan) -> dict[str, Any]:
 
 
 def finished(plan: JobPlan) -> Manifest | None:
-    """The manifest of an output that this very plan wrote before; None where there is none, or another's."""
+    """The manifest of an output that this very plan wrote before; None where it is not there whole, or another's."""
     job = plan.job
     try:
         manifest = load(job.output / MANIFEST_NAME)
-    except RequestError:
+        whole = all((job.output / file.name).stat().st_size == file.size for file in manifest.files)
+    except (RequestError, OSError):
+        return None
+    if not whole:
         return None
     local = [(opened.source, opened.files) for opened in plan.inputs.values() if isinstance(opened.source, LocalSource)]
     modified = [source.local_path(f.name).stat().st_mtime for source, files in local for f in files]
@@ -139,7 +151,7 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
         start=measured.start, wall_s=measured.wall_s, bytes_read=measured.bytes_read,
         bytes_written=writer.bytes_written,
         peak_host_bytes=peak_host_bytes(), peak_device_bytes=measured.peak_device_bytes,
-        peak_buffer_bytes=measured.peak_buffer_bytes, seconds=measured.seconds,
+        peak_buffer_bytes=measured.peak_buffer_bytes, seconds=measured.seconds | rounded(writer.clock),
     )  # fmt: skip
     return Manifest(
         tool=tool_versions(measured.device),
@@ -175,7 +187,7 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
 def _inputs(plan: JobPlan) -> dict[str, Input]:
     inputs = {}
     for role, opened in plan.inputs.items():
-        files = [InputFile(name=f.name, size=f.size, header_sha256=f.sha256) for f in opened.files]
+        files = [file.entry for file in opened.files]
         config = lora.CONFIG if isinstance(opened, Adapter) else "config.json"
         sizes = opened.source.sizes()
         if config in sizes:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.patterns import Pattern, Patterns
 
 # Keys that this module reads.
 _READ = {
@@ -38,9 +39,13 @@ Names = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """adapter_config.json, checked. Modules are named as PEFT does: relative to the model that it wrapped."""
+    """adapter_config.json, checked. Modules are named as PEFT does: relative to the model that it wrapped.
+
+    Whatever matches a module raises RequestError where a pattern takes too long.
+    """
 
     raw: dict[str, Any]
+    where: str = ""
 
     @property
     def modules_to_save(self) -> tuple[str, ...]:
@@ -73,39 +78,48 @@ class LoraConfig:
 
         Raises:
             re.error, OverflowError, RecursionError: a pattern is malformed.
+            RequestError: a pattern is too long, or compiling them takes too long.
         """
         _ = self._ranks, self._alphas, self._excluded, self._targeted, self._saved, self._layer_patterns
 
     @cached_property
-    def _ranks(self) -> list[tuple[re.Pattern[str], int]]:
-        return _compiled(self.raw.get("rank_pattern"))
+    def _patterns(self) -> Patterns:
+        return Patterns(self.where)
 
     @cached_property
-    def _alphas(self) -> list[tuple[re.Pattern[str], float]]:
-        return _compiled(self.raw.get("alpha_pattern"))
+    def _ranks(self) -> list[tuple[Pattern, int]]:
+        return self._table("rank_pattern")
+
+    @cached_property
+    def _alphas(self) -> list[tuple[Pattern, float]]:
+        return self._table("alpha_pattern")
+
+    def _table(self, key: str) -> list[tuple[Pattern, Any]]:
+        table = self.raw.get(key) or {}
+        return [(self._patterns.compile(rf"(.*\.)?({name})$"), value) for name, value in table.items()]
 
     @cached_property
     def _excluded(self) -> Callable[[str], bool]:
-        return _matcher(self.raw.get("exclude_modules"))
+        return _matcher(self.raw.get("exclude_modules"), self._patterns)
 
     @cached_property
     def _targeted(self) -> Callable[[str], bool]:
         target = self.raw["target_modules"]
-        return _matcher(None if _is_all_linear(target) else target)
+        return _matcher(None if _is_all_linear(target) else target, self._patterns)
 
     @cached_property
     def _named(self) -> frozenset[str]:
         return frozenset(self.raw["target_modules"])
 
     @cached_property
-    def _saved(self) -> list[re.Pattern[str]]:
-        return [re.compile(rf"(^|.*\.){name}($|\..*)") for name in self.modules_to_save]
+    def _saved(self) -> list[Pattern]:
+        return [self._patterns.compile(rf"(^|.*\.){name}($|\..*)") for name in self.modules_to_save]
 
     @cached_property
-    def _layer_patterns(self) -> list[re.Pattern[str]]:
+    def _layer_patterns(self) -> list[Pattern]:
         given = self.raw.get("layers_pattern") or []
         names = [rf"(?:^|.*?\.){name}" for name in ([given] if isinstance(given, str) else given)]
-        return [re.compile(rf"{name}\.(?P<layer>\d{{1,9}})\.") for name in names or [r".*?\.[^.]*"]]
+        return [self._patterns.compile(rf"{name}\.(?P<layer>\d{{1,9}})\.") for name in names or [r".*?\.[^.]*"]]
 
     def _layer(self, module: str) -> int | None:
         match = next((match for pattern in self._layer_patterns if (match := pattern.match(module))), None)
@@ -126,10 +140,12 @@ def read_config(where: str, raw: Any) -> LoraConfig:
     malformed = list(_malformed(raw))
     for key in malformed:
         offences.append(Offence(where, key, "what PEFT writes there", repr(raw.get(key)), "correct the file"))
-    config = LoraConfig(raw)
+    config = LoraConfig(raw, where)
     if not malformed:
         try:
             config.compile()
+        except RequestError as error:
+            offences += error.offences
         except (re.error, OverflowError, RecursionError) as error:
             offences.append(Offence(where, "", "valid regular expressions", str(error), "correct the file"))
     if offences:
@@ -185,17 +201,13 @@ def _is_all_linear(target: Names) -> bool:
     return isinstance(target, str) and target.lower() == "all-linear"
 
 
-def _compiled(patterns: Mapping[str, Any] | None) -> list[tuple[re.Pattern[str], Any]]:
-    return [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in (patterns or {}).items()]
-
-
-def _first(patterns: Iterable[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
+def _first(patterns: Iterable[tuple[Pattern, Any]], module: str, default: Any) -> Any:
     return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
-def _matcher(names: Names) -> Callable[[str], bool]:
+def _matcher(names: Names, patterns: Patterns) -> Callable[[str], bool]:
     if isinstance(names, str) and names:
-        full = re.compile(names).fullmatch
+        full = patterns.compile(names).fullmatch
         return lambda module: full(module) is not None
     whole = frozenset(names or ())
     return lambda module: any(tail in whole for tail in _tails(module))

@@ -45,7 +45,9 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
 
     runs = [JobRun(p) for p in plans]
     steps = [*module_steps(runs), *planned_steps(runs)]
-    read = sum(step.nbytes for step in steps) + sum(copy.ref.nbytes for p in plans for copy in p.copies)
+    read = sum(step.nbytes + step.copied * step.strips for step in steps) + sum(
+        copy.ref.nbytes for p in plans for copy in p.copies
+    )
     lines = []
     for each in plans:
         lines.append(f"{each.job.title}: {printable(each.job.output) if each.job.writes_model else 'no output'}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -48,6 +49,15 @@ class Options(BaseModel):
         values = value if isinstance(value, list | tuple) else [value]
         if cls.model_fields[info.field_name or ""].annotation is not bool and any(isinstance(v, bool) for v in values):
             raise PydanticCustomError("truth_value", "a value other than true and false")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _path_text(cls, value: Any) -> Any:
+        """Refuse NUL and lone surrogates, which no path can hold; YAML's escapes can write them."""
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str | Path) and ("\0" in str(text) or not _encodable(str(text))):
+                raise PydanticCustomError("path_text", "text without NUL and lone surrogates")
         return value
 
 
@@ -94,6 +104,13 @@ def fields_of(*models: type[Options]) -> dict[str, FieldInfo]:
     """The fields of models by name, required ones first."""
     fields = [item for model in models for item in model.model_fields.items()]
     return dict(sorted(fields, key=lambda item: not item[1].is_required()))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return bool(os.fsencode(text)) or not text
+    except UnicodeEncodeError:
+        return False
 
 
 def _offence(where: str, details: Any) -> Offence:

@@ -95,7 +95,7 @@ def _adapter_file(plan: JobPlan, adapter: Adapter) -> None:
                 plan.fallbacks.append(Fallback(asked=job.title, done="carried over", why=why, subject=ref.name))
         else:
             plan.fallbacks.append(_left_out(ref.name, "--rest aligned"))
-    plan.files = [_output_file(WEIGHTS, tensors)]
+    plan.files = [output_file(WEIGHTS, tensors)]
     plan.adapter_config = job.adapter_config(adapter, ranks)
 
 
@@ -123,7 +123,7 @@ def _checkpoint_files(plan: JobPlan) -> None:
         extra = sorted(tuned.tensors.keys() - aligned.tensors.keys())
         why = "the aligned checkpoint lacks it; it is a buffer or a tied weight"
         plan.fallbacks += [_left_out(name, why) for name in extra]
-    plan.files = [_output_file(file, tensors) for file, tensors in sorted(shards.items())]
+    plan.files = [output_file(file, tensors) for file, tensors in sorted(shards.items())]
 
 
 def _left_out(name: str, why: str) -> Fallback:
@@ -170,6 +170,7 @@ def _dtype(job: Job, dtype: str) -> str:
     return DTYPES[job.dtype] if job.dtype and dtype in FLOATS else dtype
 
 
-def _output_file(name: str, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> OutputFile:
+def output_file(name: str, tensors: Iterable[Named]) -> OutputFile:
+    """A safetensors file laid out for tensors of the given names, dtypes and shapes."""
     header, refs = layout(name, list(tensors), {"format": "pt"})
     return OutputFile(name, header, refs)

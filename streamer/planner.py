@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.journal import JOURNAL_NAME
 from safeshard.streamer.adapter import Adapter, open_adapter
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.checks import input_offences, output_offences
@@ -34,20 +35,32 @@ class Planner:
         self.offences: list[Offence] = []
         self._opened: dict[tuple[str, ...], Any] = {}
 
-    def plan(self, jobs: Sequence[Job], overwrite: bool) -> list[JobPlan]:
-        """Plan all jobs.
+    def plan(self, jobs: Sequence[Job], overwrite: bool, skip_finished: bool = False) -> list[JobPlan]:
+        """Plan all jobs; with `skip_finished` those that this very request has finished before are passed by.
 
         Raises:
             RequestError: some job cannot run; every offence of every job.
         """
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
-        if len(jobs) > 1 and not overwrite:  # an interrupted batch goes on with the jobs that are not done
-            for plan in plans:
-                plan.finished = finished(plan) if plan.job.writes_model else None
+        for plan in (p for p in plans if p.job.writes_model):
+            # Its journal is there where a run was interrupted right after the output had got its name.
+            if (skip_finished and not overwrite) or (plan.job.output / JOURNAL_NAME).is_file():
+                plan.finished = finished(plan)
         self.offences += output_offences(jobs, plans, overwrite)
         if self.offences:
             raise RequestError(list(dict.fromkeys(self.offences)))
         return plans
+
+    def plan_inputs(self, job: Job) -> JobPlan:
+        """Plan one job whose output is not to be published: where it would go is not looked at.
+
+        Raises:
+            RequestError: every offence of its inputs.
+        """
+        plan = self._plan(job)
+        if plan is None:
+            raise RequestError(list(dict.fromkeys(self.offences)))
+        return plan
 
     def _plan(self, job: Job) -> JobPlan | None:
         inputs: dict[str, Checkpoint | Adapter] = {}

@@ -27,6 +27,8 @@ from safeshard.streamer.extras import require_transformers
 from safeshard.streamer.skeleton import read_config
 
 BUILT_IN = Path(__file__).with_name("data") / "refusals.jsonl"
+BUILT_IN_NAME = "built-in refusals"  # in manifests
+MAX_DATA_BYTES = 256 << 20  # parsed, it takes several times that of memory
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -44,7 +46,7 @@ class Prompts:
     """Calibration samples as token ids, and where they come from."""
 
     tokens: list[list[int]]  # the selected samples, in the order of the file
-    source: str  # the file's path, or "built-in refusals"
+    source: str  # the file's path, or BUILT_IN_NAME
     blake3: str  # of the file's bytes
     count: int  # records in the file
 
@@ -82,7 +84,7 @@ def load_prompts(
     for option, value in (("--samples", samples), ("--max-tokens", max_tokens)):
         if value < 1:
             raise RequestError(Offence(option, expected="at least 1", got=str(value)))
-    source = str(Path(path)) if path is not None else "built-in refusals"
+    source = str(Path(path)) if path is not None else BUILT_IN_NAME
     data = _read(Path(path) if path is not None else BUILT_IN)
     records = _records(source, data)
     if len(records) < samples:
@@ -98,6 +100,9 @@ def load_prompts(
 
 def _read(path: Path) -> bytes:
     try:
+        if (size := path.stat().st_size) > MAX_DATA_BYTES:
+            remedy = "take a part of it: --samples are drawn at random"
+            raise RequestError(Offence(str(path), "", f"at most {MAX_DATA_BYTES} bytes", f"{size} bytes", remedy))
         return path.read_bytes()
     except OSError as error:
         raise RequestError(Offence(str(path), expected="a readable file", got=error.strerror or str(error))) from error

@@ -16,15 +16,16 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import Fallback, Manifest
 from safeshard.streamer.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.compute import compute_step
-from safeshard.streamer.finish import Measured, fingerprint, publish
+from safeshard.streamer.finish import Measured, fingerprint, publish, rounded
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan import JobPlan
 from safeshard.streamer.planner import Planner
 from safeshard.streamer.progress import Progress, human
+from safeshard.streamer.staging import settle
 from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
-from safeshard.streamer.writer import Writer
+from safeshard.streamer.writer import Writer, clear_errors
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,14 @@ class Result:
         return self.job.output
 
 
-def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
+def plan_jobs(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[JobPlan]:
     """Check all jobs by their inputs' headers, against each other and against the memory budget.
 
     Raises:
         RequestError: some job cannot run; every offence of every job.
     """
-    plans = Planner().plan(jobs, options.overwrite)
-    runs = [JobRun(plan) for plan in plans]
-    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
-    costs.append((host_bytes(runs, torch.device(options.resolved_device())), "a layer of the calibrated pass"))
-    need, name = max(costs)
+    plans = Planner().plan(jobs, options.overwrite, skip_finished)
+    need, name = largest_step([JobRun(plan) for plan in plans], torch.device(options.resolved_device()))
     if need > options.memory:
         remedy = "raise --memory, or split the batch"
         expected = f"at least {need} bytes ({human(need)})"
@@ -64,22 +62,35 @@ def plan_jobs(jobs: Sequence[Job], options: RunOptions) -> list[JobPlan]:
     return plans
 
 
-def run(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
+def largest_step(runs: Sequence[JobRun], device: torch.device) -> tuple[int, str]:
+    """The host bytes that the largest step of a pass takes, and the step's name."""
+    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
+    return max([*costs, (host_bytes(runs, device), "a layer of the calibrated pass")])
+
+
+def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[Result]:
     """Plan and run jobs in one pass; an interrupted run resumes where its journal ends.
+
+    With `skip_finished`, jobs whose outputs are there already, from this very request, are passed by.
 
     Raises:
         RequestError: some job cannot run; nothing was written.
         RunError: it failed underway; the same call resumes.
     """
     device = torch.device(options.resolved_device())
-    plans = plan_jobs(jobs, options)
+    plans = plan_jobs(jobs, options, skip_finished)
     if options.dry_run:
         return [Result(plan.job, plan, None, {}) for plan in plans]
+    for plan in plans:
+        if plan.finished:
+            with clear_errors(plan.job.output):
+                settle(plan.job.output)
     runs: list[JobRun] = []
     try:
         _start([plan for plan in plans if not plan.finished], options, runs)
-        pass_ = _Pass(options, device)
+        pass_ = Pass(options, device)
         pass_.execute(runs)
+        _refuse_changed(runs)
         results = {id(r.plan): _finish(r, pass_.measured(), options) for r in runs}
         return [results.get(id(plan)) or _earlier(plan) for plan in plans]
     finally:
@@ -106,12 +117,33 @@ def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) ->
 def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     if not plan.job.writes_model:
         return JobRun(plan)
-    writer = Writer(plan.job.output, plan.files, fingerprint(plan), options.overwrite)
+    device = device_name(torch.device(options.resolved_device()))
+    writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite)
     entries = {record["entry"]["name"]: record["entry"] for record in writer.journal.entries("module")}
+    for name, module in plan.modules.items():
+        if not writer.hashes.keys() >= set(module.writes.values()):
+            entries.pop(name, None)  # what it wrote is damaged
     cosines = {name: entry.get("cosine") for name, entry in entries.items()}
     cosines |= {record["name"]: record["cosine"] for record in writer.journal.entries("cosine")}
     fallbacks = [Fallback(**record["entry"]) for record in writer.journal.entries("fallback")]
     return JobRun(plan, writer, entries, cosines, fallbacks=fallbacks)
+
+
+def _refuse_changed(runs: Sequence[JobRun]) -> None:
+    """Publish nothing that was made of files that changed meanwhile, nor go on from it later."""
+    for job_run in runs:
+        for opened in job_run.plan.inputs.values():
+            for name in opened.source.changed() & {file.name for file in opened.files}:
+                for other in runs:
+                    if other.writer:
+                        other.writer.discard()
+                message = f"{opened.source.spec}/{name} changed while it was read: what came of it is discarded"
+                raise RunError(message, "run the same command again once the file is at rest")
+
+
+def device_name(device: torch.device) -> str:
+    """The device as the manifest names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _earlier(plan: JobPlan) -> Result:
@@ -128,7 +160,7 @@ def _finish(job_run: JobRun, measured: Measured, options: RunOptions) -> Result:
     return Result(job_run.job, job_run.plan, manifest, cosines, job_run.untreated())
 
 
-class _Pass:
+class Pass:
     """Executes the steps of a set of jobs and measures them."""
 
     def __init__(self, options: RunOptions, device: torch.device) -> None:
@@ -144,7 +176,7 @@ class _Pass:
             self._run(steps, progress)
             ranked = [r for r in runs if r.job.ranks_first]
             for job_run in ranked:
-                job_run.chosen = job_run.job.choose(job_run.cosines)
+                job_run.choose()
             steps = module_steps(ranked)
             progress.extend(_bytes(steps))
             self._run(steps, progress)
@@ -159,13 +191,13 @@ class _Pass:
         """The run so far, for the manifest."""
         cuda = self.device.type == "cuda"
         return Measured(
-            device=torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            device=device_name(self.device),
             start=self.started,
             wall_s=time.perf_counter() - self._start,
             bytes_read=sum(self.clock.bytes.values()),
             peak_buffer_bytes=self.buffers.peak,
             peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
-            seconds={stage: round(seconds, 3) for stage, seconds in sorted(self.clock.seconds.items())},
+            seconds=rounded(self.clock),
         )
 
     def _run(self, steps: Sequence[Step], progress: Progress, compute: Compute | None = None) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -16,15 +17,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.journal import sync_path
-from safeshard.manifests.schema import Input, InputFile
+from safeshard.manifests.journal import JOURNAL_NAME, Journal, sync_path
+from safeshard.manifests.schema import Input
+from safeshard.streamer.calibrated import batches_at_once
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
+from safeshard.streamer.checks import taken_bytes
 from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedGroup, sample_weights
 from safeshard.streamer.factors import Calibration, Group, device_bytes, forward_dtype, hash_factor, resident_bytes
+from safeshard.streamer.hidden_states import COPIES, HiddenStates, clear_states, is_state
 from safeshard.streamer.methods.safedelta import Calibrated
 from safeshard.streamer.options import Dtype, Place, RunOptions
+from safeshard.streamer.plan import staging_of
 from safeshard.streamer.progress import Progress
-from safeshard.streamer.sources import open_source
+from safeshard.streamer.sources import LocalSource, open_source
+from safeshard.streamer.staging import open_journal
 from safeshard.streamer.steps import workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
 from safeshard.streamer.writer import clear_errors
@@ -47,34 +53,59 @@ class Factors:
 
 
 def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
-    """Write factors.
+    """Write factors; an interrupted run resumes after the last layer whose factors its journal holds.
 
     Raises:
-        RequestError: the model or the data is refused, the output exists, or there is too little room; nothing was
-            written.
-        RunError: it failed underway.
+        RequestError: the model or the data is refused, the output exists, another run is at work on it, or there is too
+            little room; nothing was written.
+        RunError: it failed underway; the same call resumes.
     """
     device = torch.device(run.resolved_device())
     output = options.output.absolute()
-    staging = output.with_name(output.name + ".partial")
+    staging = staging_of(output)
     _check_places(output, staging, run.overwrite)
     aligned = open_checkpoint(open_source(options.aligned))
     calibration = Calibration(aligned, options, forward_dtype(aligned, options.dtype))
     _check_room(calibration, output, int(run.memory), _host_bytes(calibration, device))
     if run.dry_run:
         return Factors(output, {})
-    try:
-        with clear_errors(staging):
-            shutil.rmtree(staging, ignore_errors=True)  # what an earlier call left unfinished
-            staging.mkdir(parents=True)
-        index = _write_layers(calibration, options, run, device, staging)
-        with clear_errors(output):
-            (staging / INDEX).write_text(index.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
-            sync_path(staging / INDEX)
-            _publish(staging, output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with clear_errors(staging):
+        journal = open_journal(staging, output, _fingerprint(calibration, options, device), run.overwrite)
+    with journal:
+        try:
+            _write_layers(calibration, options, run, device, journal)
+            index = _index(calibration, options, journal)
+            with clear_errors(output):
+                (staging / INDEX).write_text(index.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+                sync_path(staging / INDEX)
+                clear_states([staging])
+                (staging / JOURNAL_NAME).unlink()
+                sync_path(staging)
+                _publish(staging, output)
+        except BaseException:
+            if not journal.entries("layer"):
+                shutil.rmtree(staging, ignore_errors=True)  # nothing to resume
+            raise
     return Factors(output, index.reverted)
+
+
+def _fingerprint(calibration: Calibration, options: Calibrate, device: torch.device) -> dict[str, Any]:
+    """All that the factors depend on, to notice on resume that something changed."""
+    aligned = calibration.aligned
+    inputs = {"aligned": _model_input(aligned), **calibration.inputs()}
+    times = {}
+    if isinstance(aligned.source, LocalSource):  # other weights may have the same header
+        times = {file.name: aligned.source.local_path(file.name).stat().st_mtime_ns for file in aligned.files}
+    return {
+        "safeshard": version("safeshard"), "torch": torch.__version__, "device": device.type,
+        "options": _decisive(options),
+        "inputs": {role: given.model_dump(mode="json") for role, given in inputs.items()},
+        "modified": times, "hidden_states": calibration.states_key(device),
+    }  # fmt: skip
+
+
+def _decisive(options: Calibrate) -> dict[str, Any]:
+    return options.model_dump(mode="json", exclude={"aligned", "calibration", "output"})
 
 
 def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
@@ -86,7 +117,10 @@ def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and all(p.name == INDEX or re.fullmatch(FILE, p.name) for p in folder.iterdir())
+    return folder.is_dir() and all(
+        path.name in (INDEX, JOURNAL_NAME) or re.fullmatch(FILE, path.name) or is_state(path.name)
+        for path in folder.iterdir()
+    )
 
 
 def _check_room(calibration: Calibration, output: Path, memory: int, need: int) -> None:
@@ -95,6 +129,7 @@ def _check_room(calibration: Calibration, output: Path, memory: int, need: int) 
         raise RequestError(Offence("--memory", "", expected, str(memory), remedy))
     parent = next(folder for folder in output.parents if folder.exists())
     size = sum(group.resident for layer in calibration.planned() for group in layer)
+    size += COPIES * calibration.hidden_bytes - taken_bytes(staging_of(output))
     if size > (free := shutil.disk_usage(parent).free):
         remedy = "free some, or choose another disk"
         raise RequestError(Offence("--output", str(parent), f"up to {size} bytes of free space", str(free), remedy))
@@ -112,27 +147,38 @@ def _step(group: Group) -> Step:
 
 
 def _write_layers(
-    calibration: Calibration, options: Calibrate, run: RunOptions, device: torch.device, staging: Path
-) -> FactorIndex:
+    calibration: Calibration, options: Calibrate, run: RunOptions, device: torch.device, journal: Journal
+) -> None:
+    """Write the factors of all layers that the journal does not hold."""
+    staging, first = journal.path.parent, len(journal.entries("layer"))
+    left = calibration.planned()[first:]
+    if not left:
+        return
     memory = int(run.memory)
     hidden = min(memory // 2, memory - _host_bytes(calibration, device))
     buffers = Buffers(memory - hidden - resident_bytes(calibration))
-    layers: list[tuple[SavedGroup, ...]] = []
-    reverted: dict[str, str] = {}
-    with Progress(len(calibration.modules), run.quiet, unit="module") as progress:
-        for number, groups in enumerate(calibration.layers(device, hidden, staging)):
+    workers = batches_at_once(calibration, device, memory - hidden)
+    layers = calibration.layers(device, hidden, HiddenStates([staging], first), workers)
+    with Progress(sum(map(len, left)), run.quiet, unit="module") as progress:
+        for number, groups in enumerate(layers, first):
             _factor(groups, options.percdamp, device, buffers)
             saved, failed = _save(groups, staging / f"factors-{number:05d}.safetensors", options.percdamp, device)
-            layers.append(saved)
-            reverted |= failed
+            journal.record("layer", groups=[group.model_dump(mode="json") for group in saved], reverted=failed)
+            with clear_errors(staging):
+                journal.commit()
             progress.done(str(number), sum(len(group.modules) for group in groups))
             groups.clear()
+
+
+def _index(calibration: Calibration, options: Calibrate, journal: Journal) -> FactorIndex:
+    layers = journal.entries("layer")
     return FactorIndex(
         safeshard=version("safeshard"), torch=torch.__version__, aligned=_model_input(calibration.aligned),
         sample=sample_weights(calibration.aligned),
         calibration=calibration.inputs()["calibration"],
-        options=options.model_dump(mode="json", exclude={"aligned", "calibration", "output"}),
-        layers=tuple(layers), reverted=reverted,
+        options=_decisive(options),
+        layers=tuple(tuple(SavedGroup(**group) for group in layer["groups"]) for layer in layers),
+        reverted={name: why for layer in layers for name, why in layer["reverted"].items()},
     )  # fmt: skip
 
 
@@ -168,6 +214,7 @@ def _save(
     with clear_errors(file.parent):
         save_file(tensors, file, {"format": "pt"})
         sync_path(file)
+        sync_path(file.parent)
     return tuple(saved), failed
 
 
@@ -183,5 +230,5 @@ def _publish(staging: Path, output: Path) -> None:
 
 
 def _model_input(aligned: Checkpoint) -> Input:
-    files = tuple(InputFile(name=f.name, size=f.size, header_sha256=f.sha256) for f in aligned.files)
+    files = tuple(file.entry for file in aligned.files)
     return Input(source=aligned.source.spec, revision=aligned.source.revision, files=files)

@@ -8,6 +8,7 @@ its own, and a model whose forward does anything else between its layers is noti
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,14 @@ import torch
 from torch import nn
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.checkpoint import layer_of
 from safeshard.streamer.extras import require_transformers
 
 Load = Callable[[str], torch.Tensor]
 
-# The names under which configurations count their experts.
+MAX_LAYERS = 10_000
+# The names under which configurations count their layers, and their experts.
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 
 
@@ -63,14 +67,15 @@ class Skeleton:
             RequestError: transformers is missing or does not know the model; it is not a plain stack of dense decoder
                 layers; the checkpoint lacks tensors, each of them listed, or has biases the configuration switches off.
         """
-        config = read_config(folder)
+        config = read_config(folder, len({layer_of(name) for name in names} - {None}))
+        _refuse_counted_experts(folder, config)
         model = _build(folder, config, dtype)
         self._folder = folder
         self._body: nn.Module = model.base_model
         self._body_path = next(path for path, module in model.named_modules() if module is self._body)
         self.max_positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
         layers = _find_layers(folder, self._body, config)
-        _refuse_experts(folder, config, layers)
+        _refuse_built_experts(folder, config, layers)
 
         present, base = set(names), _join(self._body_path, "")
         self._needed = {name for name in model.state_dict() if name.startswith(base)}
@@ -186,11 +191,20 @@ class Skeleton:
             raise RequestError(unused)
 
 
-def read_config(folder: Path) -> Any:
-    """The configuration of the decoder-only model in `folder`; RequestError where transformers cannot read one."""
+def read_config(folder: Path, most_layers: int = MAX_LAYERS) -> Any:
+    """The configuration of the decoder-only model in `folder`; RequestError where transformers cannot read one.
+
+    A configuration with more than `most_layers` is refused before transformers makes a list of them.
+    """
     transformers = require_transformers()
     try:
+        for key, count in _layer_counts(json.loads((folder / "config.json").read_bytes())):
+            if count > most_layers:
+                expected = f"{key} of at most {most_layers}, the layers of the checkpoint"
+                raise _refuse(folder, expected, str(count), "use the checkpoint that belongs to this config.json")
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except RequestError:
+        raise
     except Exception as error:  # a config.json from elsewhere fails in many ways, all of them the file's fault
         raise _refuse(folder, "a configuration that transformers reads without remote code", str(error)) from error
     if config.is_encoder_decoder:
@@ -198,6 +212,14 @@ def read_config(folder: Path) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise _refuse(folder, "weights in floating point", "a quantization_config", "use the unquantized checkpoint")
     return config
+
+
+def _layer_counts(config: Any) -> Iterator[tuple[str, int]]:
+    """What a configuration, or one inside of it, says of its number of layers."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key in _LAYER_COUNTS and isinstance(value, int):
+            yield key, value
+        yield from _layer_counts(value)
 
 
 def _build(folder: Path, config: Any, dtype: torch.dtype) -> Any:
@@ -245,18 +267,25 @@ def _find_layers(folder: Path, body: nn.Module, config: Any) -> dict[str, nn.Mod
     return {f"{prefix}{index}": layer for index, layer in enumerate(layers)}
 
 
-def _refuse_experts(folder: Path, config: Any, layers: dict[str, nn.Module]) -> None:
+def _refuse_counted_experts(folder: Path, config: Any) -> None:
     text = config.get_text_config()
-    signs = [f"{key} = {count}" for key in _EXPERT_COUNTS if (count := getattr(text, key, None) or 0) > 1]
+    for key in _EXPERT_COUNTS:
+        if (count := getattr(text, key, None) or 0) > 1:
+            raise _experts(folder, config, f"{key} = {count}")
+
+
+def _refuse_built_experts(folder: Path, config: Any, layers: dict[str, nn.Module]) -> None:
     for path, layer in layers.items():
         for name, module in layer.named_modules():
             stacked = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
             if name.split(".")[-1] == "experts" or stacked:
-                signs.append(_join(path, name))
-    if signs:
-        reason = "dense decoder layers (an expert sees too few tokens for a Gram matrix of its own)"
-        remedy = "SafeMERGE and SafeLoRA take mixture-of-experts models"
-        raise _refuse(folder, reason, f"{config.model_type}, a mixture of experts ({signs[0]})", remedy)
+                raise _experts(folder, config, _join(path, name))
+
+
+def _experts(folder: Path, config: Any, sign: str) -> RequestError:
+    reason = "dense decoder layers (an expert sees too few tokens for a Gram matrix of its own)"
+    remedy = "SafeMERGE and SafeLoRA take mixture-of-experts models"
+    return _refuse(folder, reason, f"{config.model_type}, a mixture of experts ({sign})", remedy)
 
 
 def _spelling(folder: Path, needed: set[str], present: set[str], prefix: str) -> tuple[str, str]:

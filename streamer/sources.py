@@ -47,6 +47,9 @@ class Source(Protocol):
     def local_path(self, name: str) -> Path | None:
         """A local path that holds the whole file, fetched first if need be; None where only ranges can be read."""
 
+    def changed(self) -> set[str]:
+        """The files that are no longer what they were when the source was opened, as far as can be told."""
+
 
 def open_source(spec: str | os.PathLike[str]) -> Source:
     """Resolve a folder, `hf://org/name@revision` (or `org/name`), or an fsspec URL.
@@ -64,10 +67,21 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
         return LocalSource(path, text)
     if text.startswith("hf://") or (not exists and _HUB_NAME.fullmatch(text)):
         return _open_hub(text)
-    if "://" in text and not text.startswith("file://"):
+    if is_url(text):
         return UrlSource(text)
     got = "a file" if exists and text else "no such folder"
     raise _refuse(text, "a folder, hf://org/name or a URL", got, "name the folder that holds the safetensors files")
+
+
+def is_url(spec: str) -> bool:
+    """Whether a place that is no local folder is opened by fsspec."""
+    return "://" in spec and not spec.startswith(("file://", "hf://"))
+
+
+def pinned(spec: str, revision: str | None) -> str:
+    """What to write for a Hub repository at a commit; other places stay as they are."""
+    match = _HUB_NAME.fullmatch(spec) if revision is not None else None
+    return f"hf://{match['repo']}@{revision}" if match else spec
 
 
 def read_json(source: Source, name: str) -> Any:
@@ -115,9 +129,13 @@ class LocalSource:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
         try:
-            self._sizes = {p.name: p.stat().st_size for p in sorted(self.folder.iterdir()) if p.is_file()}
+            self._stamps = {p.name: _stamp(p) for p in sorted(self.folder.iterdir()) if p.is_file()}
         except OSError as error:
             raise _refuse(spec, "a folder that can be listed", _reason(error), "check its permissions") from error
+        self._sizes = {name: stamp[0] for name, stamp in self._stamps.items()}
+
+    def changed(self) -> set[str]:
+        return {name for name, stamp in self._stamps.items() if _stamp(self.folder / name) != stamp}
 
     def sizes(self) -> dict[str, int]:
         return dict(self._sizes)
@@ -222,6 +240,9 @@ class HubSource:
     def local_path(self, name: str) -> Path:
         return self._fetch(name).local_path(name)
 
+    def changed(self) -> set[str]:
+        return set()  # a commit's files do not change
+
     def _fetch(self, name: str) -> LocalSource:
         from huggingface_hub import hf_hub_download
 
@@ -298,6 +319,18 @@ class UrlSource:
 
     def local_path(self, name: str) -> None:
         return None
+
+    def changed(self) -> set[str]:
+        return set()  # each range is a request of its own; only sizes were listed
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Size, time of change and inode; (-1, -1, -1) where the file is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return (-1, -1, -1)
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 def _refuse(where: str, expected: str, got: str, remedy: str) -> RequestError:

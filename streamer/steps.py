@@ -32,6 +32,7 @@ class JobRun:
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     cosines: dict[str, float | None] = field(default_factory=dict)
     chosen: set[str] | None = None
+    limit: float | None = None  # the highest cosine among the chosen
     fallbacks: list[Fallback] = field(default_factory=list)
 
     @property
@@ -43,6 +44,11 @@ class JobRun:
         if self.writer is None or (self.job.ranks_first and self.chosen is None):
             return module in self.cosines
         return module in self.entries
+
+    def choose(self) -> None:
+        """Let the job choose among its modules, once all cosines are known."""
+        self.chosen = self.job.choose(self.cosines)
+        self.limit = max((c for name in self.chosen if (c := self.cosines[name]) is not None), default=None)
 
     def score(self, module: str, cosine: float | None) -> None:
         """Keep a module's cosine (None: undefined), also in the journal where a later pass needs it."""

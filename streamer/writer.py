@@ -1,19 +1,22 @@
 """Writing an output so that it is there whole or not at all.
 
 Everything is written in `OUT.partial`, beside OUT: safetensors files under a `.part` name, header first, each tensor
-at its own offset in any order. When all are complete they are synced and renamed, the small files and the manifest
-follow, and one rename of the folder publishes the output.
+at its own offset in any order. When all are complete they are synced; the small files and the manifest follow; then
+do the safetensors files get their names, and one rename of the folder publishes the output. What a journal calls
+finished is hashed again before an interrupted run goes on from it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
-import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,14 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.journal import Journal, sync_path
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.manifests.schema import MANIFEST_NAME
+from safeshard.streamer import staging
 from safeshard.streamer.plan import Copy, OutputFile, staging_of
-from safeshard.streamer.stream import TORCH_DTYPES, Read
+from safeshard.streamer.stream import TORCH_DTYPES, Clock, Read
 
-JOURNAL = "journal.jsonl"
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
 PIECE = 1 << 18  # elements written at a time: they pass the check, the hash and the disk in a core's cache
+log = logging.getLogger(__name__)
 _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all set in NaN and infinity alone
     torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00),
     torch.float32: (torch.int32, 0x7F800000),
@@ -40,7 +43,7 @@ _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all 
 
 
 class NotFiniteError(RunError):
-    """A new tensor holds NaN, infinity, or a value too large for its dtype."""
+    """A tensor holds NaN, infinity, or a value too large for its dtype."""
 
 
 class Writer:
@@ -49,45 +52,65 @@ class Writer:
     Attributes:
         hashes: output tensor -> BLAKE3 of its bytes, for all tensors written so far.
         bytes_written: by this process.
+        clock: the seconds of hashing and of syncing.
     """
 
     def __init__(self, output: Path, files: list[OutputFile], fingerprint: dict[str, Any], overwrite: bool) -> None:
         self.output = output.absolute()
         self.staging = staging_of(self.output)
         self.files, self.bytes_written = files, 0
+        self.clock = Clock()
+        self._ended = False
         self.hashes: dict[str, str] = {}
         self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
         self._committed = time.monotonic()
         with clear_errors(self.staging):
-            _check_ours(self.staging)
-            if overwrite and self.staging.exists():
-                _discard(self.staging)
-            self.staging.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal.open(self.staging / JOURNAL, fingerprint)
+            self.journal = staging.open_journal(self.staging, self.output, fingerprint, overwrite)
         try:
-            self.hashes = {record["name"]: record["blake3"] for record in self.journal.entries("tensor")}
+            recorded = _finished_tensors(self.journal)
             with clear_errors(self.staging):
+                self.journal.sign()
+                for spill in self.staging.glob("hidden-states-*"):  # of a run killed before it could unname it
+                    spill.unlink()
+                staging.unname(self.staging, self._names)
                 for file in files:
                     self._open(file)
+                sync_path(self.staging)
+                self.hashes = self._intact(recorded)
         except BaseException:
             self.close_files()
             self.journal.close()
             raise
 
+    @property
+    def _names(self) -> list[str]:
+        return [file.name for file in self.files]
+
     def _open(self, file: OutputFile) -> None:
-        part = self.staging / (file.name + ".part")
-        if (self.staging / file.name).exists():  # completed before an interruption
-            part = self.staging / file.name
+        part = staging.part_of(self.staging, file.name)
         fd = self._fds[file.name] = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if (size := os.fstat(fd).st_size) != file.nbytes:
-            if not self.hashes.keys().isdisjoint(file.tensors):
-                expected = f"{file.nbytes} bytes, some of them finished"
-                raise RequestError(Offence(str(part), "", expected, f"{size} bytes", "--overwrite starts anew"))
+        if os.fstat(fd).st_size != file.nbytes:
             _allocate(fd, file.nbytes)
         _write_all(fd, memoryview(file.header), 0)
         self.bytes_written += len(file.header)
+
+    def _intact(self, recorded: dict[str, str]) -> dict[str, str]:
+        """Of the tensors that the journal calls finished, those whose bytes are there; the others are done again."""
+
+        def is_there(name: str) -> bool:
+            file, ref = self._places[name]
+            return self._hash_region(self._fds[file], ref) == recorded[name]
+
+        names = [name for name in recorded if name in self._places]
+        with ThreadPoolExecutor(2) as pool:
+            intact = {
+                name: recorded[name] for name, there in zip(names, pool.map(is_there, names), strict=True) if there
+            }
+        if lost := recorded.keys() - intact.keys():
+            log.warning("%s: %d finished tensors are damaged and are written again", self.staging, len(lost))
+        return intact
 
     def place(self, name: str) -> TensorRef:
         """Where an output tensor goes: its dtype, shape, offset."""
@@ -115,7 +138,12 @@ class Writer:
         return TensorWrite(self, name)
 
     def copy(self, copy: Copy) -> None:
-        """Take over a tensor's bytes, through the kernel where the input is a local file."""
+        """Take over a tensor's bytes, through the kernel where the input is a local file.
+
+        Raises:
+            NotFiniteError: it holds NaN or infinity.
+            RunError: reading or writing failed.
+        """
         file, ref = self._places[copy.name]
         fd = self._fds[file]
         path = copy.source.local_path(copy.ref.file)
@@ -126,7 +154,7 @@ class Writer:
                     view = memoryview(buffer)[: min(CHUNK_BYTES, ref.nbytes - begin)]
                     copy.source.readinto(copy.ref.file, copy.ref.offset + begin, view)
                     _write_all(fd, view, ref.offset + begin)
-            digest = hash_tensor_region(fd, ref.offset, ref.nbytes)
+            digest = self._hash_region(fd, ref, partial(_check_copy, copy))
         self._finished(copy.name, digest, ref.nbytes)
 
     def record(self, kind: str, **payload: Any) -> None:
@@ -142,53 +170,53 @@ class Writer:
             self.journal.commit(sync=self._sync)
 
     def complete(self) -> None:
-        """Sync the safetensors files and give them their names. All tensors must be written."""
+        """Sync the safetensors files. All tensors must be written."""
         missing = self._places.keys() - self.hashes.keys()
         assert not missing, f"tensors not written: {sorted(missing)[:3]}"
         self.commit()
         with clear_errors(self.output):
             self._sync()
-            for file in self.files:
-                part = self.staging / (file.name + ".part")
-                if part.exists():
-                    part.rename(self.staging / file.name)
-        self.close_files()
+            self.close_files()
+            staging.clear(self.staging, self._names)
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write one small file, synced."""
-        with clear_errors(self.output), (self.staging / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        with clear_errors(self.output):
+            write_file(self.staging / name, data)
         self.bytes_written += len(data)
 
     def publish(self, overwrite: bool) -> None:
         """Give the finished folder its name. The manifest must be in place."""
-        known = {file.name for file in self.files}
         with clear_errors(self.output):
-            (self.staging / JOURNAL).unlink()
-            sync_path(self.staging)
-            old = None
-            if overwrite and self.output.exists():
-                old = self.output.with_name(f"{self.output.name}.replaced-{os.getpid()}")
-                self.output.rename(old)
-            self.staging.rename(self.output)
-            sync_path(self.output.parent)
-            if old is not None:
-                shutil.rmtree(old)
+            staging.publish(self.staging, self.output, self._names, overwrite)
         self.journal.close()
-        assert known <= {p.name for p in self.output.iterdir()}
+        self._ended = True
 
     def abandon(self) -> None:
         """Release everything; what was finished stays for a resume, and where nothing was, no trace is left."""
+        if self._ended:
+            return
+        self._ended = True
         try:
-            if self.hashes and self.staging.exists():
+            if self.staging.exists():
                 self.commit()
         finally:
             self.close_files()
-            if not self.hashes and self.staging.exists():
-                shutil.rmtree(self.staging)
+            begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine"))
+            if not begun and self.staging.exists():
+                self._remove()
             self.journal.close()
+
+    def discard(self) -> None:
+        """Remove what was written, finished or not."""
+        self._ended = True
+        self.close_files()
+        self._remove()
+        self.journal.close()
+
+    def _remove(self) -> None:
+        with clear_errors(self.staging):
+            staging.remove(self.staging, self.output)
 
     def close_files(self) -> None:
         """Release the safetensors files."""
@@ -197,8 +225,16 @@ class Writer:
         self._fds.clear()
 
     def _sync(self) -> None:
+        start = time.perf_counter()
         for fd in self._fds.values():
             os.fsync(fd)
+        self.clock.add("sync", start)
+
+    def _hash_region(self, fd: int, ref: TensorRef, check: Callable[[memoryview], None] | None = None) -> str:
+        start = time.perf_counter()
+        digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
+        self.clock.add("hash", start)
+        return digest
 
     def _finished(self, name: str, digest: str, nbytes: int) -> None:
         with self._lock:
@@ -226,7 +262,9 @@ class TensorWrite:
         data = host.reshape(-1).view(torch.uint8).numpy().data
         with clear_errors(output):
             _write_all(self._fd, data, self._offset)
+        start = time.perf_counter()
         self._hash.update(data)
+        self._writer.clock.add("hash", start)
         self._offset += len(data)
 
     def finish(self) -> None:
@@ -247,6 +285,13 @@ def all_finite(tensor: Tensor) -> bool:
     return all(int(part.bitwise_and(mask).max()) != mask for part in parts if part.numel())
 
 
+def _check_copy(copy: Copy, data: memoryview) -> None:
+    dtype = TORCH_DTYPES.get(copy.ref.dtype)
+    if dtype in _EXPONENTS and not all_finite(torch.frombuffer(data, dtype=dtype)):
+        where = f"{copy.source.spec}/{copy.ref.file}: {copy.ref.name}"
+        raise NotFiniteError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")
+
+
 def refuse_not_finite(tensors: Iterable[tuple[Read, Tensor]]) -> None:
     """Name the input tensor that holds NaN or infinity, if one does.
 
@@ -265,14 +310,52 @@ def clear_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = f"{place}: {error.filename}" if error.filename and str(error.filename) != str(place) else str(place)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"{place}: the disk is full", "free some space and run the same command again") from error
-        raise RunError(f"{place}: {error.strerror or error}", "mend it and run the same command again") from error
+            raise RunError(f"{where}: the disk is full", "free some space and run the same command again") from error
+        if error.errno == errno.EFBIG:
+            problem = f"{where}: the file grows too large for the file system or `ulimit -f`"
+            raise RunError(problem, "raise the limit, or write elsewhere") from error
+        raise RunError(f"{where}: {error.strerror or error}", "mend it and run the same command again") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file, synced. Its name lasts once its folder is synced."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        _write_all(fd, memoryview(data), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or as it was before."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(draft, data)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        sync_path(path.parent)
+
+
+def _finished_tensors(journal: Journal) -> dict[str, str]:
+    records: list[tuple[Any, Any]] = [(r.get("name"), r.get("blake3")) for r in journal.entries("tensor")]
+    if not all(isinstance(text, str) for record in records for text in record):
+        offence = Offence(str(journal.path), "tensor", "names and hashes", "something else", "--overwrite starts anew")
+        raise RequestError(offence)
+    return dict(records)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         count = os.pwrite(fd, data, offset)
+        if not count:
+            raise OSError(errno.EIO, "nothing could be written")
         data, offset = data[count:], offset + count
 
 
@@ -300,22 +383,7 @@ def _copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
     except OSError as error:
         if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
             return False
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(source)
     return True
-
-
-def _check_ours(staging: Path) -> None:
-    """Refuse a folder that somebody else filled: it would be published, or removed."""
-    ours = {JOURNAL, MANIFEST_NAME}  # the journal goes last, when the manifest is there
-    if staging.exists() and any(staging.iterdir()) and not any((staging / name).is_file() for name in ours):
-        expected = "an unfinished output of safeshard"
-        raise RequestError(Offence(str(staging), "", expected, "another folder", "remove it yourself"))
-
-
-def _discard(staging: Path) -> None:
-    journal = staging / JOURNAL
-    if journal.is_file():
-        Journal.claim(journal).close()
-    shutil.rmtree(staging)

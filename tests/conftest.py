@@ -131,6 +131,11 @@ def tensors_of(folder: Path) -> Tensors:
     return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
 
 
+@pytest.fixture(scope="session")
+def make_world() -> type[World]:
+    return World
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)

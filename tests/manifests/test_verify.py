@@ -173,3 +173,30 @@ def test_a_folder_without_manifest_is_a_wrong_request(tmp_path: Path) -> None:
 
 def test_findings_are_safe_to_print() -> None:
     assert str(Finding("a\x1b", "b\n", "c\x07", "d\r", "e")) == r"a\x1b: b\n: c\x07: expected d\r, got e"
+
+
+def test_folders_that_cannot_be_looked_into_are_findings(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (output / "sub" / "closed").mkdir(parents=True)
+    real = os.scandir
+
+    def scandir(path: str) -> object:  # root may look into every folder
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert verify(output) == [Finding("sub/closed", "", "cannot be listed: Permission denied")]
+
+
+@pytest.mark.parametrize("target", ["config.json", "nowhere", "/etc/hostname"])
+def test_links_that_the_manifest_does_not_name_are_findings(output: Path, target: str) -> None:
+    (output / "more" / "deep").mkdir()
+    (output / "more" / "deep" / "model.safetensors").symlink_to(target)
+    assert verify(output) == [Finding("more/deep/model.safetensors", "", "a file that the manifest does not name")]
+
+
+def test_a_pipe_in_place_of_the_manifest_is_not_waited_for(output: Path) -> None:
+    (output / "manifest.json").unlink()
+    os.mkfifo(output / "manifest.json")
+    with pytest.raises(RequestError, match="no regular file"):
+        verify(output)

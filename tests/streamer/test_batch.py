@@ -244,7 +244,7 @@ def test_each_tensor_of_the_big_checkpoints_is_read_once(bench: Bench, monkeypat
     names = [n for n in bench.jobs() if not n.startswith("number")]
     monkeypatch.setattr(LocalSource, "readinto", counted)
     plans: list[Any] = []
-    monkeypatch.setattr(run._Pass, "execute", _after(reads.clear, run._Pass.execute, plans))
+    monkeypatch.setattr(run.Pass, "execute", _after(reads.clear, run.Pass.execute, plans))
     bench.run_batch("out", names)
     assert plans
     big = {key: n for key, n in reads.items() if n and key[0] in ("aligned", "unaligned", "finetuned")}

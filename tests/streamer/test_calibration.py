@@ -2,6 +2,8 @@
 
 import gc
 import json
+import threading
+import time
 import weakref
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer.calibration import calibrate
-from safeshard.streamer.skeleton import Skeleton
+from safeshard.streamer.hidden_states import HiddenStates
+from safeshard.streamer.skeleton import LayerCall, Skeleton
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CPU = torch.device("cpu")
@@ -75,7 +78,7 @@ def random_tokens(lengths, seed=1):
 
 def run(folder, tokens, *, weights=None, dtype=torch.float32, **options):
     weights = load_file(folder / "model.safetensors") if weights is None else weights
-    options = {"budget_bytes": 1 << 30, "spill_folder": folder} | options
+    options = {"budget_bytes": 1 << 30, "key": "a", "saved": HiddenStates([folder])} | options
     return calibrate(folder, weights.__getitem__, weights.keys(), tokens, device=CPU, dtype=dtype, **options)
 
 
@@ -184,7 +187,9 @@ def test_hidden_states_on_disk_give_the_same_bytes(models, tmp_path):
     tokens = random_tokens(ODD_LENGTHS)
     for dtype in (torch.float32, torch.bfloat16):
         kept = all_grams(models("llama")[1], tokens, batch_tokens=20, dtype=dtype)
-        layers = run(models("llama")[1], tokens, batch_tokens=20, dtype=dtype, budget_bytes=0, spill_folder=tmp_path)
+        layers = run(
+            models("llama")[1], tokens, batch_tokens=20, dtype=dtype, budget_bytes=0, saved=HiddenStates([tmp_path])
+        )
         spilled = {name: gram for layer in layers for name, gram in layer.grams.items()}
         assert all(torch.equal(kept[name], spilled[name]) for name in kept)
         assert not list(tmp_path.iterdir())
@@ -192,7 +197,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(models, tmp_path):
 
 def test_a_spill_that_cannot_be_written_is_an_error(models, tmp_path):
     with pytest.raises(RunError, match="no room"):
-        next(run(models("llama")[1], random_tokens([4]), budget_bytes=0, spill_folder=tmp_path / "missing"))
+        next(run(models("llama")[1], random_tokens([4]), budget_bytes=0, saved=HiddenStates([tmp_path / "missing"])))
 
 
 def test_one_layer_at_a_time(models):
@@ -215,7 +220,7 @@ def test_one_layer_at_a_time(models):
     grams = []
     for layer in calibrate(
         folder, load, weights.keys(), random_tokens([5, 6]),
-        device=CPU, dtype=torch.float32, budget_bytes=1 << 20, spill_folder=folder,
+        device=CPU, dtype=torch.float32, budget_bytes=1 << 20, key="a", saved=HiddenStates([folder]),
     ):  # fmt: skip
         grams += [weakref.ref(gram) for gram in layer.grams.values()]
         assert all(ref() is not None for ref in grams[-7:])
@@ -297,6 +302,54 @@ def test_groups_that_change_between_batches_are_an_error(models, monkeypatch):
     monkeypatch.setattr(mlp, "forward", changing)
     with pytest.raises(RunError, match=r"up_proj: .*changes from batch to batch"):
         next(run(models("llama")[1], random_tokens([4, 5]), batch_tokens=1))
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_batches_at_once_give_the_same_bytes(models, kind, workers, monkeypatch):
+    """However they overtake each other, and never more of them than asked for."""
+    folder, tokens = models(kind)[1], random_tokens(ODD_LENGTHS * 2)
+    expected = all_grams(folder, tokens, batch_tokens=12)
+    running, most, changed, original = 0, 0, threading.Condition(), LayerCall.run
+
+    def late(self, layer, hidden):
+        nonlocal running, most
+        with changed:
+            running += 1
+            most = max(most, running)
+            changed.notify_all()
+            changed.wait_for(lambda: most >= workers, timeout=60)
+        time.sleep(0.01 / hidden.shape[1])  # the first batches, of the shortest samples, come last
+        try:
+            return original(self, layer, hidden)
+        finally:
+            with changed:
+                running -= 1
+
+    monkeypatch.setattr(LayerCall, "run", late)
+    got = all_grams(folder, tokens, batch_tokens=12, workers=workers)
+    assert most == workers
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(gram, expected[name]) for name, gram in got.items())
+
+
+@pytest.mark.parametrize("slow", [2, 5])
+def test_of_batches_that_fail_the_first_is_named(models, monkeypatch, slow):
+    """Whichever fails first, and whatever the others wait for."""
+    folder = models("gpt2")[1]
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"][96] = torch.nan
+    tokens = [[min(token, 95) for token in sample] for sample in random_tokens([3, 4, 5, 6, 7, 8])]
+    tokens[2][1] = tokens[5][1] = 96
+    original = LayerCall.run
+
+    def late(self, layer, hidden):
+        time.sleep(0.2 * (hidden.shape[1] == slow + 3))
+        return original(self, layer, hidden)
+
+    monkeypatch.setattr(LayerCall, "run", late)
+    with pytest.raises(RunError, match=r"calibration sample 2 "):
+        list(run(folder, tokens, weights=weights, batch_tokens=1, workers=4))
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from safeshard.manifests.errors import RequestError
+from safeshard.streamer import prompts
 from safeshard.streamer.prompts import BUILT_IN, load_prompts
 
 CONFIG = Path(__file__).parents[1] / "goldens/llama/aligned/config.json"  # a vocabulary of 256
@@ -252,3 +253,41 @@ def test_text_that_renders_to_no_token_is_refused(tmp_path):
     path = write(tmp_path, lines(PAIR))
     with pytest.raises(RequestError, match="got no token"):
         load_prompts(path, make_tokenizer(tmp_path, "{{ '' }}"), samples=1)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__ }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch escaped') }}",
+        "{{ namespace.__init__.__globals__['__builtins__'].open('escaped', 'w') }}",
+        "{{ self._TemplateReference__context.environment }}",
+        "{{ '{0.__class__}'.format(messages) }}",
+        "{{ messages.append(1) }}",
+        "{{ messages|attr('__class__') }}",
+        "{{ raise_exception.__globals__ }}",
+        "{% include '/etc/passwd' %}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+        "{{ strftime_now.__globals__ }}",
+        "{{ undefined.x }}",
+        "{% for",
+    ],
+)
+def test_a_chat_template_stays_in_its_sandbox(tmp_path, monkeypatch, template):
+    folder = make_tokenizer(tmp_path / "model", template)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"instruction": "hi", "output": "there"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=r"messages that the chat template takes|got no token"):
+        load_prompts(data, folder, samples=1)  # what is out of reach is an error, or reads as nothing
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_data_beyond_the_limit(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_DATA_BYTES", 20)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [1, 2]}')
+    with pytest.raises(RequestError, match="at most 20 bytes, got 21 bytes"):
+        load_prompts(data, plain, samples=1)

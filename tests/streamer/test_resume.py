@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from safeshard.manifests.errors import RequestError, RunError
+from safeshard.manifests.journal import Journal
 from safeshard.streamer import api, safelora, safemerge
 from safeshard.streamer.stream import Clock
 from safeshard.streamer.writer import Writer
@@ -229,12 +230,27 @@ def test_changed_weights_under_the_same_header_are_noticed(
         safemerge(**options)
 
 
-def test_a_lost_part_is_noticed(interrupted: dict[str, Any], world: Any) -> None:
-    options = interrupted
-    (world.root / "out.partial/adapter_model.safetensors.part").unlink()
-    with pytest.raises(RequestError, match="--overwrite starts anew"):
-        safemerge(**options)
-    safemerge(**options, overwrite=True)
+@pytest.mark.parametrize("loss", ["the file", "a byte", "the end"])
+def test_what_is_lost_is_done_again(
+    interrupted: dict[str, Any], world: Any, journaled: Any, caplog: pytest.LogCaptureFixture, loss: str
+) -> None:
+    options, part = interrupted, world.root / "out.partial/adapter_model.safetensors.part"
+    content = bytearray(part.read_bytes())
+    if loss == "the file":
+        part.unlink()
+    elif loss == "a byte":
+        first = json.loads((part.parent / "journal.jsonl").read_text().splitlines()[2])["name"]
+        offset = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])[first]["data_offsets"][0]
+        content[8 + int.from_bytes(content[:8], "little") + offset] ^= 1
+        part.write_bytes(content)
+    else:
+        os.truncate(part, 8)
+    journaled().clear()
+    safemerge(**options)
+    assert "damaged" in caplog.text
+    assert len(journaled()) < 28 or loss != "a byte"
+    fresh = safemerge(**options | {"output": world.root / "fresh"})
+    assert contents(options["output"]) == contents(fresh.output)
 
 
 def test_a_second_run_at_once_is_refused(interrupted: dict[str, Any], world: Any) -> None:
@@ -245,6 +261,96 @@ def test_a_second_run_at_once_is_refused(interrupted: dict[str, Any], world: Any
             with pytest.raises(RequestError, match="no other run"):
                 safemerge(**options, overwrite=overwrite)
     safemerge(**options)
+
+
+def test_a_second_run_is_told_which_process_is_first(interrupted: dict[str, Any], world: Any) -> None:
+    with Journal.claim(world.root / "out.partial/journal.jsonl"), pytest.raises(RequestError, match=str(os.getpid())):
+        safemerge(**interrupted)
+
+
+@pytest.fixture
+def ending(world: Any) -> dict[str, Any]:
+    """The options of a run that was killed in its last step: the output has its name, and a journal still."""
+    options = merge_options(world) | {"output": world.root / "out"}
+    killed_after("add_file", 0, "safemerge", options)
+    journal = (world.root / "out.partial/journal.jsonl").read_bytes()
+    safemerge(**options)
+    (world.root / "out/journal.jsonl").write_bytes(journal)
+    return options
+
+
+def test_a_run_killed_in_its_last_step_is_ended_by_the_next(ending: dict[str, Any], world: Any, journaled: Any) -> None:
+    out: Path = world.root / "out"
+    journaled().clear()
+    assert api.verify(out) == []
+    (out / ".replaced").mkdir()
+    (out / ".replaced/manifest.json").touch()
+    for overwrite in (True, False):
+        with (out / "journal.jsonl").open("rb") as journal:
+            fcntl.flock(journal, fcntl.LOCK_EX)
+            with pytest.raises(RequestError, match="no other run"):
+                safemerge(**ending, overwrite=overwrite)
+    result = safemerge(**ending)
+    assert result.manifest is not None
+    assert journaled() == []
+    assert not list(out.glob(".replaced")) + list(out.glob("journal*"))
+    assert api.verify(out) == []
+    with pytest.raises(RequestError, match="it exists"):
+        safemerge(**ending)
+
+
+def test_an_output_that_lacks_bytes_is_not_taken_for_finished(ending: dict[str, Any], world: Any) -> None:
+    os.truncate(world.root / "out/adapter_model.safetensors", 100)
+    with pytest.raises(RequestError, match="it exists"):
+        safemerge(**ending)
+    safemerge(**ending, overwrite=True)
+    assert api.verify(world.root / "out") == []
+
+
+def test_overwrite_goes_on_with_the_same_request(interrupted: dict[str, Any], world: Any, journaled: Any) -> None:
+    journaled().clear()
+    safemerge(**interrupted, overwrite=True)
+    assert 0 < len(journaled()) < 28
+
+
+def test_an_input_that_changes_underway_is_noticed(
+    interrupted: dict[str, Any], world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changing(self: Writer, name: str, tensor: torch.Tensor) -> None:
+        os.utime(interrupted["adapter"] / "adapter_model.safetensors", (1, 1))
+        original(self, name, tensor)
+
+    original = Writer.write
+    monkeypatch.setattr(Writer, "write", changing)
+    with pytest.raises(RunError, match="changed while it was read"):
+        safemerge(**interrupted)
+    assert list(world.root.glob("out*")) == []
+
+
+def test_small_files_of_an_earlier_attempt_are_not_published(world: Any) -> None:
+    options = merge_options(world) | {"output": world.root / "out"}
+    killed_after("add_file", 0, "safemerge", options)
+    (world.root / "out.partial/tokenizer.json").write_text("stale")
+    safemerge(**options)
+    assert not (world.root / "out/tokenizer.json").exists()
+    assert api.verify(world.root / "out") == []
+
+
+def test_a_table_of_scores_is_there_whole_or_not_at_all(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, table = world.trio(), world.root / "scores.csv"
+    options = {role: paths[role] for role in ("aligned", "unaligned", "adapter")} | {"output": table, "quiet": True}
+    api.score(**options)
+    before = table.read_bytes()
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RunError, match="the disk is full"):
+            api.score(**options, overwrite=True)
+    assert table.read_bytes() == before
+    assert [p.name for p in world.root.iterdir() if "scores" in p.name] == ["scores.csv"]
 
 
 def test_a_folder_that_somebody_filled_is_left_alone(world: Any) -> None:
@@ -271,7 +377,7 @@ def test_data_reaches_the_disk_before_the_journal_says_so(world: Any, monkeypatc
             raise RunError("no")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr("safeshard.manifests.journal._datasync", fsync)
+    monkeypatch.setattr(os, "fdatasync", fsync)
     monkeypatch.setattr(Clock, "add", failing)
     with pytest.raises(RunError, match="no"):
         safemerge(**merge_options(world), output=world.root / "out")

@@ -1,5 +1,6 @@
 """What a model must be to run layer by layer, and what is refused, by name."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safeshard.manifests.errors import RequestError
-from safeshard.streamer.skeleton import Skeleton, _refuse_experts
+from safeshard.streamer.skeleton import Skeleton, _refuse_built_experts
 
 LLAMA = Path(__file__).parents[1] / "goldens/llama/aligned"
 CPU = torch.device("cpu")
@@ -124,7 +125,7 @@ def test_mixtures_of_experts_are_refused_by_name(tmp_path, kind):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 97}
     AutoConfig.for_model(kind, **sizes, **MIXTURES[kind]).save_pretrained(tmp_path)
     with pytest.raises(RequestError, match=rf"{kind}, a mixture of experts \(num_.*experts = 4\)"):
-        build(tmp_path, [])
+        build(tmp_path, [f"model.layers.{layer}.x.weight" for layer in range(2)])
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -135,7 +136,7 @@ def test_experts_that_the_configuration_does_not_count_are_seen(old_model, stack
     else:
         model.blocks[1].experts = nn.ModuleList([nn.Linear(8, 8)])
     with pytest.raises(RequestError, match=r"mixture of experts \(blocks\.1"):
-        _refuse_experts(LLAMA, model.config, {f"blocks.{i}": layer for i, layer in enumerate(model.blocks)})
+        _refuse_built_experts(LLAMA, model.config, {f"blocks.{i}": layer for i, layer in enumerate(model.blocks)})
 
 
 @pytest.mark.parametrize(
@@ -183,3 +184,19 @@ def test_without_transformers_the_extra_is_named(monkeypatch, weights):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RequestError, match=r"safeshard\[calibration\]"):
         build(LLAMA, weights)
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"model_type": "qwen2", "num_hidden_layers": 10**12}, "num_hidden_layers"),  # it would list each layer's kind
+        ({"model_type": "gpt2", "n_layer": 3}, "n_layer"),
+        ({"model_type": "gemma3", "text_config": {"num_hidden_layers": 10**12}}, "num_hidden_layers"),
+        ({"model_type": "qwen3_moe", "num_hidden_layers": 2, "num_experts": 10**12}, "num_experts"),
+    ],
+)
+def test_counts_that_the_checkpoint_does_not_bear_out_are_refused_unbuilt(tmp_path, config, key):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)]
+    with pytest.raises(RequestError, match=key):
+        Skeleton(tmp_path, names, torch.float32)

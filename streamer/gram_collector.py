@@ -1,0 +1,136 @@
+"""Adding up the Grams of a decoder layer's linears while batches run through it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from safeshard.kernels import gram as gram_kernel
+from safeshard.manifests.errors import RunError
+
+_REMEDY = "Safe Delta does not take this model"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples run together, padded on the right to the longest.
+
+    `samples` are their places in the calibration data; `tokens` and `mask` are len(samples) x length, `rows` are the
+    places of the tokens that are not padding once both are flattened; all int64.
+    """
+
+    samples: list[int]
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
+
+
+class GramCollector:
+    """Adds up the Grams of one layer's linears while it runs, one for each distinct input; a context manager.
+
+    Batches may run at once, each in a thread of its own; they are added in order, so that the sums do not depend on it.
+
+    Linears share an input where they are given the same memory at the same version; the first of them to run leads the
+    group, whose members must not change from batch to batch.
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], batches: list[Batch]) -> None:
+        self._linears = linears
+        self._scale = 2 / sum(len(batch.samples) for batch in batches)
+        self._leader: dict[str, str] = {}  # module path -> that of its group's leader
+        self._grams: dict[str, torch.Tensor] = {}  # by leader
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._batches = batches
+        self._turns: dict[str, int] = {}  # by leader: the batch that is added next
+        self._failed = len(batches)  # the first batch that failed
+        self._changed = threading.Condition()
+        self._running = threading.local()  # the batch that a thread runs, and what it has seen
+
+    def __enter__(self) -> GramCollector:
+        self._handles = [
+            module.register_forward_pre_hook(lambda _, args, name=name: self._add(name, args[0]))
+            for name, module in self._linears.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def batch(self, number: int) -> Iterator[None]:
+        """Inside, this thread runs a batch, once those before it have begun."""
+        self._running.number = number
+        # Input -> (leader, input). The inputs are kept, so that no other of the same run can come to lie where they do.
+        self._running.seen = {}
+        try:
+            yield
+        except BaseException:
+            with self._changed:
+                self._failed = min(self._failed, number)
+                self._changed.notify_all()
+            raise
+        finally:
+            self._running.seen = {}
+
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        """Inside, the Gram of `name` holds exactly the batches before this thread's."""
+        number = self._running.number
+        with self._changed:
+            self._changed.wait_for(lambda: self._failed < number or self._turns.get(name, 0) == number)
+            if self._failed < number:
+                raise RunError("an earlier batch failed")  # whose error is the one that is raised
+        yield
+        with self._changed:
+            self._turns[name] = number + 1
+            self._changed.notify_all()
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Module path -> its Gram, (2 / N) X^T X, symmetric. The collector forgets them.
+
+        Raises:
+            RunError: a linear did not run.
+        """
+        idle = [name for name in self._linears if name not in self._leader]
+        if idle:
+            raise RunError(f"{', '.join(idle)} took no part in the forward pass", _REMEDY)
+        for gram in self._grams.values():
+            gram_kernel.symmetrize(gram.mul_(self._scale))
+        grams, self._grams = self._grams, {}
+        return {name: grams[self._leader[name]] for name in self._linears}
+
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
+        leader, _ = self._running.seen.setdefault(key, (name, x))
+        if self._leader.setdefault(name, leader) != leader:
+            raise RunError(f"{name}: which linears share its input changes from batch to batch")
+        if leader != name:
+            return
+        x, batch = x.reshape(-1, x.shape[-1]), self._batches[self._running.number]
+        positions = batch.tokens.numel()
+        if len(x) != positions:
+            raise RunError(f"{name}: {len(x)} rows of input for {positions} tokens", _REMEDY)
+        rows = x if len(batch.rows) == positions else x[batch.rows.to(x.device)]
+        with self._turn(name):
+            if name not in self._grams:
+                self._grams[name] = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            gram_kernel.accumulate(self._grams[name], rows)
+            self._check_finite(name, rows, batch)
+
+    def _check_finite(self, name: str, rows: torch.Tensor, batch: Batch) -> None:
+        # By Cauchy-Schwarz no entry is larger than the largest of the diagonal, and a NaN input reaches the diagonal.
+        if self._grams[name].diagonal().isfinite().all():
+            return
+        norms = rows.float().square().sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        place = int(batch.rows[int(norms.argmax())])
+        sample = batch.samples[place // batch.tokens.shape[1]]
+        raise RunError(
+            f"{name}: the Gram matrix is not finite from calibration sample {sample} (counted from 0) on",
+            "look at that sample and at the aligned checkpoint; float16 overflows where bfloat16 and float32 do not",
+        )
