@@ -21,7 +21,7 @@ def test_a_constant_guess_scores_one_sixth(split: Split) -> None:
     assert max(counts.values()) * 6 == counts.total()
 
 
-@pytest.mark.parametrize(("one", "other"), combinations([TRAIN, VALIDATION, TEST], 2))
+@pytest.mark.parametrize(("one", "other"), list(combinations([TRAIN, VALIDATION, TEST], 2)))
 def test_splits_share_neither_objects_nor_phrasings_of_requests(one: Split, other: Split) -> None:
     assert set(one.harmless).isdisjoint(other.harmless)
     assert set(one.forbidden).isdisjoint(other.forbidden)
