@@ -17,6 +17,7 @@ from safeshard.manifests.report import page
 from safeshard.manifests.schema import Manifest, load
 from safeshard.manifests.verify import Finding
 from safeshard.manifests.verify import verify as verify_output
+from safeshard.streamer.disk import replace_file
 from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
@@ -25,7 +26,6 @@ from safeshard.streamer.recheck import check_inputs, input_places
 from safeshard.streamer.recompute import recompute as recompute_modules
 from safeshard.streamer.run import Result, run
 from safeshard.streamer.save_factors import Calibrate, Factors, run_calibrate
-from safeshard.streamer.writer import replace_file
 
 F = TypeVar("F", bound=Callable[..., Any])
 

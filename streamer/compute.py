@@ -14,12 +14,12 @@ from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.schema import Fallback, ModuleEntry
+from safeshard.streamer.finite import NotFiniteError, refuse_not_finite
 from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan import Pair, Weight
 from safeshard.streamer.steps import CopyTask, ModuleTask
 from safeshard.streamer.stream import Clock, Read, Step
 from safeshard.streamer.strips import compute_strips
-from safeshard.streamer.writer import NotFiniteError, refuse_not_finite
 
 UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
 

@@ -16,6 +16,7 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import Fallback, Manifest
 from safeshard.streamer.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.compute import compute_step
+from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.finish import Measured, fingerprint, publish, rounded
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
@@ -25,7 +26,7 @@ from safeshard.streamer.progress import Progress, human
 from safeshard.streamer.staging import settle
 from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
-from safeshard.streamer.writer import Writer, clear_errors
+from safeshard.streamer.writer import Writer
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from safeshard.manifests.schema import Input
 from safeshard.streamer.calibrated import batches_at_once
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.checks import taken_bytes
+from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedGroup, sample_weights
 from safeshard.streamer.factors import Calibration, Group, device_bytes, forward_dtype, hash_factor, resident_bytes
 from safeshard.streamer.hidden_states import COPIES, HiddenStates, clear_states, is_state
@@ -33,7 +34,6 @@ from safeshard.streamer.sources import LocalSource, open_source
 from safeshard.streamer.staging import open_journal
 from safeshard.streamer.steps import workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
-from safeshard.streamer.writer import clear_errors
 
 
 class Calibrate(Calibrated):

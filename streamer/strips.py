@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from safeshard.manifests.schema import ModuleEntry
+from safeshard.streamer.finite import NotFiniteError, refuse_not_finite
 from safeshard.streamer.methods.base import Module
 from safeshard.streamer.plan import Weight
 from safeshard.streamer.steps import STRIP_BYTES, CopyTask, ModuleTask
 from safeshard.streamer.stream import TORCH_DTYPES, Clock, Read, Step
-from safeshard.streamer.writer import NotFiniteError, TensorWrite, refuse_not_finite
+from safeshard.streamer.writer import TensorWrite
 
 
 def compute_strips(step: Step, device: torch.device, clock: Clock) -> None:

@@ -8,13 +8,11 @@ finished is hashed again before an interrupted run goes on from it.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,26 +22,20 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.journal import Journal, sync_path
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer import staging
+from safeshard.streamer.disk import allocate, clear_errors, copy_range, write_all, write_file
+from safeshard.streamer.finite import NotFiniteError, all_finite, check_copy
 from safeshard.streamer.plan import Copy, OutputFile, staging_of
-from safeshard.streamer.stream import TORCH_DTYPES, Clock, Read
+from safeshard.streamer.stream import TORCH_DTYPES, Clock
 
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
 PIECE = 1 << 18  # elements written at a time: they pass the check, the hash and the disk in a core's cache
 log = logging.getLogger(__name__)
-_EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all set in NaN and infinity alone
-    torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
-}  # fmt: skip
-
-
-class NotFiniteError(RunError):
-    """A tensor holds NaN, infinity, or a value too large for its dtype."""
 
 
 class Writer:
@@ -92,8 +84,8 @@ class Writer:
         part = staging.part_of(self.staging, file.name)
         fd = self._fds[file.name] = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if os.fstat(fd).st_size != file.nbytes:
-            _allocate(fd, file.nbytes)
-        _write_all(fd, memoryview(file.header), 0)
+            allocate(fd, file.nbytes)
+        write_all(fd, memoryview(file.header), 0)
         self.bytes_written += len(file.header)
 
     def _intact(self, recorded: dict[str, str]) -> dict[str, str]:
@@ -148,13 +140,13 @@ class Writer:
         fd = self._fds[file]
         path = copy.source.local_path(copy.ref.file)
         with clear_errors(self.output):
-            if path is None or not _copy_range(path, fd, copy.ref.offset, ref):
+            if path is None or not copy_range(path, fd, copy.ref.offset, ref):
                 buffer = bytearray(min(CHUNK_BYTES, ref.nbytes))
                 for begin in range(0, ref.nbytes, CHUNK_BYTES):
                     view = memoryview(buffer)[: min(CHUNK_BYTES, ref.nbytes - begin)]
                     copy.source.readinto(copy.ref.file, copy.ref.offset + begin, view)
-                    _write_all(fd, view, ref.offset + begin)
-            digest = self._hash_region(fd, ref, partial(_check_copy, copy))
+                    write_all(fd, view, ref.offset + begin)
+            digest = self._hash_region(fd, ref, partial(check_copy, copy))
         self._finished(copy.name, digest, ref.nbytes)
 
     def record(self, kind: str, **payload: Any) -> None:
@@ -261,7 +253,7 @@ class TensorWrite:
             raise NotFiniteError(f"{output}: the new {self._name} {problem}", remedy)
         data = host.reshape(-1).view(torch.uint8).numpy().data
         with clear_errors(output):
-            _write_all(self._fd, data, self._offset)
+            write_all(self._fd, data, self._offset)
         start = time.perf_counter()
         self._hash.update(data)
         self._writer.clock.add("hash", start)
@@ -273,117 +265,9 @@ class TensorWrite:
         self._writer._finished(self._name, self._hash.hexdigest(), self._ref.nbytes)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a contiguous host tensor holds neither NaN nor infinity, by its exponent bits.
-
-    In bounded memory; torch.isfinite makes a mask of the whole tensor, and is slow on half precision.
-    """
-    if tensor.dtype not in _EXPONENTS:
-        return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-    integer, mask = _EXPONENTS[tensor.dtype]
-    parts = torch.split(tensor.reshape(-1).view(integer), 1 << 20)
-    return all(int(part.bitwise_and(mask).max()) != mask for part in parts if part.numel())
-
-
-def _check_copy(copy: Copy, data: memoryview) -> None:
-    dtype = TORCH_DTYPES.get(copy.ref.dtype)
-    if dtype in _EXPONENTS and not all_finite(torch.frombuffer(data, dtype=dtype)):
-        where = f"{copy.source.spec}/{copy.ref.file}: {copy.ref.name}"
-        raise NotFiniteError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")
-
-
-def refuse_not_finite(tensors: Iterable[tuple[Read, Tensor]]) -> None:
-    """Name the input tensor that holds NaN or infinity, if one does.
-
-    Raises:
-        RunError: one does.
-    """
-    for read, tensor in tensors:
-        if not all_finite(tensor):
-            where = f"{read.source.spec}/{read.ref.file}: {read.ref.name}"
-            raise RunError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")
-
-
-@contextlib.contextmanager
-def clear_errors(place: Path) -> Iterator[None]:
-    """Turn an OSError about `place` into a RunError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        where = f"{place}: {error.filename}" if error.filename and str(error.filename) != str(place) else str(place)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"{where}: the disk is full", "free some space and run the same command again") from error
-        if error.errno == errno.EFBIG:
-            problem = f"{where}: the file grows too large for the file system or `ulimit -f`"
-            raise RunError(problem, "raise the limit, or write elsewhere") from error
-        raise RunError(f"{where}: {error.strerror or error}", "mend it and run the same command again") from error
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file, synced. Its name lasts once its folder is synced."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-    try:
-        _write_all(fd, memoryview(data), 0)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or as it was before."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with clear_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_file(draft, data)
-            draft.replace(path)
-        except BaseException:
-            draft.unlink(missing_ok=True)
-            raise
-        sync_path(path.parent)
-
-
 def _finished_tensors(journal: Journal) -> dict[str, str]:
     records: list[tuple[Any, Any]] = [(r.get("name"), r.get("blake3")) for r in journal.entries("tensor")]
     if not all(isinstance(text, str) for record in records for text in record):
         offence = Offence(str(journal.path), "tensor", "names and hashes", "something else", "--overwrite starts anew")
         raise RequestError(offence)
     return dict(records)
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        if not count:
-            raise OSError(errno.EIO, "nothing could be written")
-        data, offset = data[count:], offset + count
-
-
-def _allocate(fd: int, size: int) -> None:
-    try:
-        os.posix_fallocate(fd, 0, size)  # a disk too small shows now, not hours later
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-            raise
-    os.ftruncate(fd, size)
-
-
-def _copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
-    """Copy inside the kernel; False where the file system cannot."""
-    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        done = 0
-        while done < ref.nbytes:
-            count = os.copy_file_range(source, target, ref.nbytes - done, offset + done, ref.offset + done)
-            if count == 0:
-                raise RunError(
-                    f"{path} ends early: it changed while it was read", "restore it and run the same command again"
-                )
-            done += count
-    except OSError as error:
-        if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
-            return False
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        os.close(source)
-    return True

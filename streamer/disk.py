@@ -1,0 +1,92 @@
+"""Writing to a disk that may be full, slow to tell, or unable: what the operating system says, in a user's words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from safeshard.manifests.errors import RunError
+from safeshard.manifests.journal import sync_path
+from safeshard.manifests.safetensors_header import TensorRef
+
+
+@contextlib.contextmanager
+def clear_errors(place: Path) -> Iterator[None]:
+    """Turn an OSError about `place` into a RunError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = f"{place}: {error.filename}" if error.filename and str(error.filename) != str(place) else str(place)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"{where}: the disk is full", "free some space and run the same command again") from error
+        if error.errno == errno.EFBIG:
+            problem = f"{where}: the file grows too large for the file system or `ulimit -f`"
+            raise RunError(problem, "raise the limit, or write elsewhere") from error
+        raise RunError(f"{where}: {error.strerror or error}", "mend it and run the same command again") from error
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file, synced. Its name lasts once its folder is synced."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        write_all(fd, memoryview(data), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or as it was before."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with clear_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_file(draft, data)
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        sync_path(path.parent)
+
+
+def write_all(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        if not count:
+            raise OSError(errno.EIO, "nothing could be written")
+        data, offset = data[count:], offset + count
+
+
+def allocate(fd: int, size: int) -> None:
+    """Give a file its size, and its room on the disk where the file system can."""
+    try:
+        os.posix_fallocate(fd, 0, size)  # a disk too small shows now, not hours later
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+    os.ftruncate(fd, size)
+
+
+def copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
+    """Copy inside the kernel; False where the file system cannot."""
+    source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < ref.nbytes:
+            count = os.copy_file_range(source, target, ref.nbytes - done, offset + done, ref.offset + done)
+            if count == 0:
+                raise RunError(
+                    f"{path} ends early: it changed while it was read", "restore it and run the same command again"
+                )
+            done += count
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+            return False
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(source)
+    return True
