@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
@@ -43,8 +44,7 @@ class Planner:
         """
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
         for plan in (p for p in plans if p.job.writes_model):
-            # Its journal is there where a run was interrupted right after the output had got its name.
-            if (skip_finished and not overwrite) or (plan.job.output / JOURNAL_NAME).is_file():
+            if (skip_finished and not overwrite) or _has_journal(plan.job.output):
                 plan.finished = finished(plan)
         self.offences += output_offences(jobs, plans, overwrite)
         if self.offences:
@@ -117,6 +117,14 @@ class Planner:
                 yield Offence(
                     other.source.spec, "", "weights that differ from --aligned", "the same weights", f"check --{role}"
                 )
+
+
+def _has_journal(output: Path) -> bool:
+    """Whether a run was interrupted right after the output had got its name."""
+    try:
+        return (output / JOURNAL_NAME).is_file()
+    except OSError:  # the name is too long, which is refused below
+        return False
 
 
 def _open_checkpoint(spec: str) -> Checkpoint:

@@ -255,7 +255,7 @@ def test_calibration_runs_to_the_deepest_layer_that_is_chosen(llama: Any, monkey
         notes: list[str] = []
         assert api.verify(llama.root / "out", recompute=1, seed=seed, note=notes.append) == []
         deepest = int(notes[0].partition("layers.")[2][0])
-        assert layers == list(range(deepest + 1))
+        assert layers == [deepest]  # those before it have nothing to give
         depths.add(deepest)
     assert depths == {0, 1}
 
