@@ -15,7 +15,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli import main
 
 MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence fill
-app = typer.Typer(invoke_without_command=True, help="Train toy models, defend them with the real commands, judge them.")
+app = typer.Typer(invoke_without_command=True, help="Train toy models, defend them, judge them.")
 NEXT = """\
 Next, on your own models:
 

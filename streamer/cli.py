@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -39,6 +40,7 @@ app = typer.Typer(
 OUT_OF_MEMORY = re.compile(  # torch has no one type for it
     r"out of memory|not enough memory|(can't|cannot|could not|unable to|failed to) allocate|alloc_failed", re.IGNORECASE
 )
+_FINALIZE = weakref.finalize.__call__.__code__
 Json = Annotated[
     bool, typer.Option("--json", help="print the outcome as one line of JSON at the end", show_default=False)
 ]
@@ -59,7 +61,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_name != "__del__":
+    while frame is not None and frame.f_code.co_name != "__del__" and frame.f_code is not _FINALIZE:
         frame = frame.f_back
     return frame is not None
 

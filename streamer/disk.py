@@ -61,6 +61,12 @@ def write_all(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[count:], offset + count
 
 
+def start_writeback(fd: int, offset: int, nbytes: int) -> None:
+    """Let the kernel begin to write a range to the disk, so that the sync at the end finds little left to do."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)  # which keeps what is not written yet
+
+
 def allocate(fd: int, size: int) -> None:
     """Give a file its size, and its room on the disk where the file system can."""
     try:

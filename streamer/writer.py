@@ -27,7 +27,7 @@ from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.journal import Journal, sync_path
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer import staging
-from safeshard.streamer.disk import allocate, clear_errors, copy_range, write_all, write_file
+from safeshard.streamer.disk import allocate, clear_errors, copy_range, start_writeback, write_all, write_file
 from safeshard.streamer.finite import NotFiniteError, all_finite, check_copy
 from safeshard.streamer.plan import Copy, OutputFile, staging_of
 from safeshard.streamer.stream import TORCH_DTYPES, Clock
@@ -224,7 +224,8 @@ class Writer:
 
     def _hash_region(self, fd: int, ref: TensorRef, check: Callable[[memoryview], None] | None = None) -> str:
         start = time.perf_counter()
-        digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
+        with clear_errors(self.output / ref.file):
+            digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
         self.clock.add("hash", start)
         return digest
 
@@ -262,6 +263,7 @@ class TensorWrite:
     def finish(self) -> None:
         """Note the tensor as written. All its pieces must be."""
         assert self._offset == self._ref.offset + self._ref.nbytes, f"{self._name}: pieces of another size"
+        start_writeback(self._fd, self._ref.offset, self._ref.nbytes)
         self._writer._finished(self._name, self._hash.hexdigest(), self._ref.nbytes)
 
 
