@@ -36,6 +36,8 @@ def test_any_call_that_fails(scenario: Any, name: str) -> None:
         case.reset()
         fault = {"kind": "errno", "at": at, "errno": number}
         failed = case.run(fault)
+        if not failed["status"] and failed.get("calls", at) <= at:  # how many there are depends on the threads
+            continue
         assert failed["status"] == 1, (fault, failed["messages"])
         assert "again" in failed["messages"] or "elsewhere" in failed["messages"], (fault, failed["messages"])
         assert "Traceback" not in failed["messages"], failed["messages"]
@@ -55,7 +57,8 @@ def test_reads_that_come_short_or_fail(scenario: Any, name: str) -> None:
             continue
         assert failed["status"] in (1, 2), failed["messages"]  # 2: it was a header, before anything was written
         assert os.strerror(errno.EIO) in failed["messages"], failed["messages"]
-        assert "/in/" in failed["messages"], failed["messages"]  # the file is named
+        named = ("/in/", f"/{case.root.name}/")  # a file of the inputs, or of the output, read again to be hashed
+        assert any(name in failed["messages"] for name in named), failed["messages"]
         assert "Traceback" not in failed["messages"], failed["messages"]
         case.check_nothing_half_done(fault)
         case.finish(fault)
