@@ -66,10 +66,13 @@ def compute_step(
     if step.strips:
         compute_strips(step, device, clock)
         return
+    why = None
     try:
         _compute(step.tasks, loaded, device, clock, factor)
     except torch.cuda.OutOfMemoryError as error:
-        _compute_halves(step, loaded, device, clock, factor, str(error))
+        why = _first_line(error)
+    if why is not None:  # not while the error is handled: it would keep the memory of what failed
+        _compute_halves(step, loaded, device, clock, factor, why)
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()  # the buffer that was copied from goes back to the readers
 
@@ -85,8 +88,7 @@ def _compute_halves(
     middle = len(step.tasks) // 2
     for job_run in {id(task.run): task.run for task in step.tasks}.values():
         done = "the jobs in two halves" if middle else "another try"
-        why_short = why.splitlines()[0] if why else "out of device memory"
-        job_run.fall_back(Fallback(asked="all jobs of a module at once", done=done, why=why_short, subject=step.name))
+        job_run.fall_back(Fallback(asked="all jobs of a module at once", done=done, why=why, subject=step.name))
     try:
         for half in filter(None, (step.tasks[:middle], step.tasks[middle:])):
             if device.type == "cuda":
@@ -94,7 +96,11 @@ def _compute_halves(
             _compute(half, loaded, device, clock, factor)
     except torch.cuda.OutOfMemoryError as error:
         remedy = "use a device with more memory, fewer jobs a batch, or --device cpu; the same command resumes"
-        raise RunError(f"{step.name}: the device is out of memory: {str(error).splitlines()[0]}", remedy) from error
+        raise RunError(f"{step.name}: the device is out of memory: {_first_line(error)}", remedy) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _compute(
