@@ -2,8 +2,8 @@
 
 H = R R^T with R upper triangular is a Cholesky factorisation from the last row up, and U = R^-1 a triangular inverse:
 2/3 I^3 operations. The published way, Cholesky, inverse, Cholesky again, costs twice as much and is worse conditioned.
-Both work by halves, on blocks, because LAPACK's own on one thread run at half the rate of a product. Shapes: H, R, U are
-I x I, fp32.
+Both work by halves, on blocks, because LAPACK's own on one thread run at half the rate of a product.
+Shapes: H, R, U are I x I, fp32.
 
 Why fp32: damping keeps the condition number of H below I / percdamp, and on every published case the factor in fp32
 gives the same selections as one in fp64, and values well inside the tolerance (5e-6 of the change's norm).
