@@ -38,7 +38,8 @@ def jobs(found: Sequence[Row]) -> Any | None:
     left.barh(names, times, color=WALL)
     left.axvline(1, color=FLOOR, label="a process that reads the same bytes")
     for name, ratio, row in zip(names, times, measured, strict=True):
-        left.annotate(f" {ratio:.1f} times, {float(row['median_s']):.3g} s", (ratio, name), va="center", fontsize=8)
+        text = f" {ratio:.1f} times, {float(row['median_s']):.3g} s"
+        left.annotate(text, (max(ratio, 1), name), va="center", fontsize=8)
     left.set(xlabel="wall time, in times of plain reading", title="Whole jobs beside plain reading",
              xlim=(0, 1.45 * max(times)))  # fmt: skip
     stages = [dict(_stage(pair) for pair in row["stages"].split()) for row in measured]
@@ -73,10 +74,13 @@ def memory(found: Sequence[Row]) -> Any | None:
             own = [highest[place] for place in places]
             panel.plot(places, _giga(own, "peak_rss_bytes"), "o-", color=colour, label=f"{model}: peak memory")
             panel.plot(places, _giga(own, "bytes"), "s--", color=colour, alpha=0.6, label=f"{model}: read and written")
-        panel.set(xlabel=label, ylabel="GB", yscale="log", title=f"SafeMERGE: peak memory against {column}")
-        panel.set_xticks(sorted({int(row[column]) for row in chosen}))
+        panel.set(xlabel=label, ylabel="GB", xscale="log", yscale="log", title=f"SafeMERGE: memory against {column}")
+        ticks = sorted({int(row[column]) for row in chosen})
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return figure
 
 
