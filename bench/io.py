@@ -87,8 +87,7 @@ def _reused() -> Callable[[int], memoryview]:
 
 
 def _fresh(size: int) -> memoryview:
-    array: Any = torch.empty(size, dtype=torch.uint8).numpy()
-    return memoryview(array)
+    return memoryview(mmap.mmap(-1, size))  # an allocator would give memory back that it has used before
 
 
 def _safetensors(files: Sequence[Path], **options: Any) -> None:

@@ -8,7 +8,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -99,7 +99,12 @@ def whole_jobs(found: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     for row in jobs:
         key = model(row), row["what"]
         most[key] = max(most.get(key, 0), int(row["layers"]))
-    return [row for row in jobs if int(row["layers"]) == most[model(row), row["what"]]]
+    return by_size(row for row in jobs if int(row["layers"]) == most[model(row), row["what"]])
+
+
+def by_size(found: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows by the numbers in their shape, warm before cold."""
+    return sorted(found, key=lambda row: ([int(n) for n in re.findall(r"\d+", row["shape"])], row["cache"] == "cold"))
 
 
 def model(row: Mapping[str, str]) -> str:
@@ -163,13 +168,12 @@ CELLS: dict[str, Callable[[dict[str, str]], str]] = {
 
 
 def markdown(found: Sequence[dict[str, str]], left_out: Sequence[str] = ()) -> str:
-    """Rows as a Markdown table, by the numbers in their shape, warm before cold.
+    """Rows as a Markdown table.
 
     Columns that say nothing are left out: empty ones, and dtype, rank and hardware where they are the same in all rows.
     """
     if not found:
         return "No rows yet.\n"
-    found = sorted(found, key=lambda row: ([int(n) for n in re.findall(r"\d+", row["shape"])], row["cache"] == "cold"))
     columns = {head: [cell(row) for row in found] for head, cell in CELLS.items() if head not in left_out}
     columns = {
         head: cells for head, cells in columns.items()
@@ -209,7 +213,7 @@ def _shown(name: str) -> str:
     if name == "jobs":
         return markdown(whole_jobs(read("pipeline")), left_out=("rank", "adapters", "spread"))
     if name not in ("toy", "toy_findings"):
-        return markdown(read(name))
+        return markdown(by_size(read(name)))
     if not (file := RESULTS / "toy.csv").exists():
         return ""
     rows = table.read(file)
