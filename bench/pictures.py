@@ -61,21 +61,26 @@ def memory(found: Sequence[Row]) -> Any | None:
     """Peak host memory of SafeMERGE jobs against the number of layers and of adapters, and the bytes they move."""
     merges = [row for row in found if row["what"].startswith("safemerge, ") and row["layers"] and row["adapters"]]
     single = [row for row in merges if row["adapters"] == "1"]
-    panels = {"layers": ("decoder layers", single), "adapters": ("adapters in one batch", rows.whole_jobs(merges))}
+    panels = {"layers": ("decoder layers", single), "adapters": ("adapters in one batch", _most_batches(merges))}
     panels = {column: panel for column, panel in panels.items() if len(panel[1]) > 1}
     if not panels:
         return None
+    colours = dict(zip(dict.fromkeys(map(rows.model, rows.by_size(merges))), COLOURS, strict=False))
     figure = _figure(5.5 * len(panels), 4)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (column, (label, chosen)) in zip(axes, panels.items(), strict=True):
-        for model, colour in zip(dict.fromkeys(map(rows.model, chosen)), COLOURS, strict=False):
+        for model in dict.fromkeys(map(rows.model, rows.by_size(chosen))):
+            colour = colours[model]
             highest = {int(row[column]): row for row in sorted(chosen, key=_peak) if rows.model(row) == model}
             places = sorted(highest)
             own = [highest[place] for place in places]
             panel.plot(places, _giga(own, "peak_rss_bytes"), "o-", color=colour, label=f"{model}: peak memory")
             panel.plot(places, _giga(own, "bytes"), "s--", color=colour, alpha=0.6, label=f"{model}: read and written")
         panel.set(xlabel=label, ylabel="GB", xscale="log", yscale="log", title=f"SafeMERGE: memory against {column}")
-        ticks = sorted({int(row[column]) for row in chosen})
+        ticks = [0]
+        for place in sorted({int(row[column]) for row in chosen}):
+            ticks += [place] * (place > 1.2 * ticks[-1])  # closer ones would run together
+        ticks = ticks[1:]
         panel.set_xticks(ticks, map(str, ticks))
         panel.set_xticks([], minor=True)
         panel.yaxis.set_major_formatter("{x:g}")
@@ -118,6 +123,15 @@ def _roofs(panel: Any, own: Sequence[Row], intensities: Sequence[float]) -> None
         places = sorted({low, high, *(place for place in edge if low < place < high)})
         heights = [min([rate, *(place * copy / 1e3 for copy in copies)]) for place in places]
         panel.plot(places, heights, style, color="black", label=f"copy and {dtype} product")
+
+
+def _most_batches(found: Sequence[Row]) -> list[Row]:
+    """The rows of each model at the one number of layers, the deepest, that has most sizes of batches."""
+    sizes: dict[str, dict[int, set[str]]] = {}
+    for row in found:
+        sizes.setdefault(rows.model(row), {}).setdefault(int(row["layers"]), set()).add(row["adapters"])
+    best = {model: max(own, key=lambda layers: (len(own[layers]), layers)) for model, own in sizes.items()}
+    return [row for row in found if int(row["layers"]) == best[rows.model(row)]]
 
 
 def _peak(row: Row) -> float:

@@ -66,10 +66,16 @@ def test_memory_is_drawn_against_layers_and_adapters() -> None:
 def test_repeated_layers_are_a_model_of_their_own() -> None:
     for shape in ("llama-70b x80 layers, 2 real", "llama-70b x2 layers"):
         job(80 if "real" in shape else 2, shape=shape)
-    layers, _ = pictures.memory(rows.read("pipeline")).axes
+    job(2, 8, shape="llama-70b x2 layers, 2 real")
+    layers, adapters = pictures.memory(rows.read("pipeline")).axes
     assert [line.get_label() for line in layers.lines[::2]] == [
-        "llama-70b, 2 real: peak memory", "llama-70b: peak memory",
+        "llama-70b: peak memory", "llama-70b, 2 real: peak memory",
     ]  # fmt: skip
+    assert [[*line.get_xdata()] for line in adapters.lines[::2]] == [[1], [1]]
+    job(2, shape="llama-70b x2 layers, 2 real")
+    _, adapters = pictures.memory(rows.read("pipeline")).axes
+    own = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in adapters.lines}
+    assert own["llama-70b, 2 real: read and written"] == [(1, 0.2), (8, 0.2)]  # not 80 layers beside 2
 
 
 def test_kernels_lie_under_the_roof_of_their_machine(results: Path) -> None:
