@@ -122,7 +122,7 @@ def _fastsafetensors(files: Sequence[Path]) -> None:
 
 METHODS: dict[str, Callable[[Sequence[Path]], None]] = {
     "preadv into a reused buffer": lambda files: _preadv(files, _reused()),
-    "preadv into fresh memory": lambda files: _preadv(files, _fresh),
+    "preadv into new pages": lambda files: _preadv(files, _fresh),
     "preadv with O_DIRECT": lambda files: _preadv(files, _reused(), os.O_DIRECT),
     "safetensors, mmap": _safetensors,
     "safetensors, pread": partial(_safetensors, backend="pread"),

@@ -24,7 +24,8 @@ COLUMNS = (
     "peak_rss_bytes", "peak_device_bytes", "cache", "stages", "versions", "hardware", "commit", "date",
 )  # fmt: skip
 
-RETIRED = {"plain read of the decoder linears"}  # no longer measured, superseded by "plain read: ..."
+# No longer measured: superseded by "plain read: ...", and by "preadv into new pages" (an allocator gave used ones back).
+RETIRED = {"plain read of the decoder linears", "preadv into fresh memory"}
 
 
 def append(file: str, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:

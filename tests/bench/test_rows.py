@@ -48,7 +48,7 @@ def test_tables_go_by_size_and_show_what_is_still_measured(tmp_path: Path, monke
     for layers, model, cache in ((80, "70b", "cold"), (22, "1b", "cold"), (22, "1b", "warm"), (2, "1b", "warm")):
         rows.append("pipeline", {**job, "shape": f"llama-{model} x{layers} layers", "layers": layers, "cache": cache})
     rows.append("pipeline", {**plain, "what": "plain read: merge", "shape": "llama-1b x22 layers", "layers": 22})
-    rows.append("pipeline", {**plain, "what": next(iter(rows.RETIRED)), "shape": "llama-1b x22 layers"})
+    rows.append("pipeline", {**plain, "what": min(rows.RETIRED), "shape": "llama-1b x22 layers"})
 
     def shown(name: str) -> list[list[str]]:
         return [line.strip("| ").split(" | ")[:3] for line in rows._shown(name).splitlines()[2:]]
