@@ -24,7 +24,7 @@ COLUMNS = (
     "peak_rss_bytes", "peak_device_bytes", "cache", "stages", "versions", "hardware", "commit", "date",
 )  # fmt: skip
 
-# No longer measured: superseded by "plain read: ...", and by "preadv into new pages", which an allocator had not been.
+# No longer measured: "plain read: ..." and "preadv into new pages" took their place.
 RETIRED = {"plain read of the decoder linears", "preadv into fresh memory"}
 
 
