@@ -42,11 +42,11 @@ def test_jobs_stand_beside_their_floor_and_their_stages() -> None:
     job(2, "", seconds=16.0, stages={"read": 1.0, "write": 4.0})
     left, right = pictures.jobs(rows.read("pipeline")).axes
     [times] = left.containers
-    assert [bar.get_width() for bar in times] == [4.0, 8.0]  # of each job's deepest model alone
-    assert [text.get_text() for text in left.texts] == [" 4.0 times, 8 s", " 8.0 times, 16 s"]
+    assert [bar.get_width() for bar in times] == [8.0, 4.0]  # of each job's deepest model alone, by size
+    assert [text.get_text() for text in left.texts] == [" 8.0 times, 16 s", " 4.0 times, 8 s"]
     stages = {bars.get_label(): [bar.get_width() for bar in bars] for bars in right.containers}
-    assert stages == {"read": [25.0, 20.0], "compute": [75.0, 0.0], "write": [0.0, 80.0]}
-    assert [bar.get_x() for bar in right.containers[2]] == [100.0, 20.0]
+    assert stages == {"read": [20.0, 25.0], "compute": [0.0, 75.0], "write": [80.0, 0.0]}
+    assert [bar.get_x() for bar in right.containers[2]] == [100.0, 25.0]
 
 
 def test_memory_is_drawn_against_layers_and_adapters() -> None:
