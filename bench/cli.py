@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -15,13 +15,27 @@ from safeshard.bench.toy import pictures as toy_pictures
 from safeshard.bench.toy.defences import WHOLE
 from safeshard.manifests.errors import Offence, RequestError
 
+
+def _known_shape(name: str) -> str:
+    if name not in models.SHAPES:
+        raise RequestError(Offence("--shape", "", " or ".join(models.SHAPES), name))
+    return name
+
+
 app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure.\n\nRows go to bench/results.")
 Folder = Annotated[Path, typer.Option("--folder", help="where the models lie; they are made once and kept")]
-Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES))]
+Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES), callback=_known_shape)]
 Layers = Annotated[
     int | None, typer.Option("--layers", help="decoder layers, fewer than the shape's own to save time", min=1)
 ]
-
+Repeat = Annotated[
+    int | None,
+    typer.Option(
+        "--repeat",
+        help="make this many layers and repeat them: the others share their data on the disk, if it can (XFS, btrfs)",
+        min=1,
+    ),
+]
 Runs = Annotated[int, typer.Option("--runs", help="repetitions; the median counts", min=1)]
 Cold = Annotated[bool, typer.Option("--cold", help="drop the files from the page cache first")]
 
@@ -31,16 +45,17 @@ def make_models(
     folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
     layers: Layers = None,
+    repeat: Repeat = None,
     adapters: Annotated[int, typer.Option(help="fine-tuned adapters", min=1)] = 1,
     rank: Annotated[int, typer.Option(help="of the adapters", min=1)] = 16,
     full: Annotated[bool, typer.Option("--full", help="also full fine-tuned and safe checkpoints")] = False,
 ) -> None:
     """Write aligned, unaligned, safe and adapter-N folders: random weights of a real shape.
 
-    They lie in a folder of their own, named by shape and layers. The other commands make what they need.
+    They lie in a folder of their own, named by shape and layers. Other commands make what they need.
     """
-    _shape(shape)
-    _, paths = models.prepare(folder, shape, layers, adapters=adapters, rank=rank, finetuned=full)
+    sizes = {"adapters": adapters, "rank": rank}
+    _, paths = models.prepare(folder, shape, layers, repeat=repeat, finetuned=full, **sizes)
     print("\n".join(map(str, paths.values())))
 
 
@@ -63,23 +78,8 @@ def measure_kernels(
     limit: Annotated[float, typer.Option(help="seconds a run may be expected to take", min=0)] = 10,
 ) -> None:
     """Time kernels on torch and Triton against the published formulation and the machine's ceilings."""
-    _shape(shape)
     names = _names("--operations", operations, kernels.OPERATIONS)
     kernels.run(names, shape, _numbers("--ranks", ranks), _numbers("--adapters", adapters), device, limit)
-
-
-@app.command("io")
-def measure_io(
-    folder: Folder = Path("bench-models"),
-    shape: Shape = "llama-1b",
-    layers: Layers = None,
-    runs: Runs = 3,
-    cold: Cold = False,
-) -> None:
-    """Time plain reading, by each method, and writing."""
-    _shape(shape)
-    folder.mkdir(parents=True, exist_ok=True)
-    io.run(folder, shape, layers, runs, cold)
 
 
 @app.command("pipeline")
@@ -87,6 +87,7 @@ def measure_pipeline(
     folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
     layers: Annotated[str, typer.Option(help="numbers of decoder layers, a model each; default: the shape's own")] = "",
+    repeat: Repeat = None,
     adapters: Annotated[str, typer.Option(help="numbers of adapters in a batch")] = "1,8,64",
     jobs: Annotated[str, typer.Option(help="some of " + ", ".join(pipeline.JOBS))] = "safemerge",
     runs: Runs = 3,
@@ -94,11 +95,9 @@ def measure_pipeline(
     memory: Annotated[str, typer.Option(help="the jobs' --memory")] = "2GiB",
 ) -> None:
     """Time whole jobs from outside, with stages and peak memory, against a process that reads the same bytes."""
-    _shape(shape)
     depths = _numbers("--layers", layers) if layers else [None]
     counts, names = _numbers("--adapters", adapters), _names("--jobs", jobs, pipeline.JOBS)
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline.run(folder, shape, depths, counts, names, runs, cold, memory)
+    pipeline.run(folder, shape, depths, repeat, counts, names, runs, cold, memory)
 
 
 @app.command("peers")
@@ -112,23 +111,25 @@ def measure_peers(
     mergekit: Annotated[str | None, typer.Option(help="the executable mergekit-yaml, if not on the PATH")] = None,
 ) -> None:
     """Time mergekit and PEFT on the same job, and compare the outputs."""
-    _shape(shape)
-    folder.mkdir(parents=True, exist_ok=True)
     peers.run(folder, shape, layers, runs, cold, _names("--peers", only, peers.PEERS), mergekit)
 
 
-@app.command("safety")
-def measure_safety(
-    folder: Folder = Path("bench-models"),
-    shape: Shape = "llama-1b",
-    layers: Layers = None,
-    runs: Runs = 3,
-    cold: Cold = False,
-) -> None:
-    """Time hashing and syncing as a share of a job that writes a checkpoint."""
-    _shape(shape)
-    folder.mkdir(parents=True, exist_ok=True)
-    safety.run(folder, shape, layers, runs, cold)
+def _measured(name: str, what: str, run: Callable[[Path, str, int | None, int, bool], None]) -> None:
+    """Add a command that measures something of one model."""
+
+    @app.command(name, help=what)
+    def command(
+        folder: Folder = Path("bench-models"),
+        shape: Shape = "llama-1b",
+        layers: Layers = None,
+        runs: Runs = 3,
+        cold: Cold = False,
+    ) -> None:
+        run(folder, shape, layers, runs, cold)
+
+
+_measured("io", "Time plain reading, by each method, and writing.", io.run)
+_measured("safety", "Time hashing and syncing as a share of a job that writes a checkpoint.", safety.run)
 
 
 @app.command("report")
@@ -152,11 +153,6 @@ def measure_toy(
     found = experiment.run(folder, range(seeds), WHOLE, lambda text: print(text, flush=True))
     for row in found:
         rows.append("toy", row, table.COLUMNS)
-
-
-def _shape(name: str) -> None:
-    if name not in models.SHAPES:
-        raise RequestError(Offence("--shape", "", " or ".join(models.SHAPES), name))
 
 
 def _names(option: str, text: str, known: Iterable[str]) -> list[str]:

@@ -22,6 +22,7 @@ from safeshard.kernels.merge import linear
 from safeshard.kernels.projection import project
 
 TOKENS = 2048
+STRENGTH, KEPT = 1e12, 0.85  # of Safe Delta: as much is kept, and compensated, as its selection ever keeps
 OPERATIONS = ("projection", "gate", "gram", "factor", "compensation", "row", "merge")
 Run = Callable[[], Any]
 
@@ -59,8 +60,8 @@ def cases(names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequ
                 nbytes, operations, dense = {
                     "gram": (2 * TOKENS * columns + 8 * square, TOKENS * square, 2 * TOKENS * square),
                     "factor": (8 * square, 2 * columns**3 // 3, 4 * columns**3 // 3),
-                    "compensation": (9 * size + 2 * square, size * columns, 2 * size * columns),
-                    "row": (9 * size + 2 * square, size * columns, 0),
+                    "compensation": (9 * size + 2 * square, int(KEPT * size * columns), 2 * size * columns),
+                    "row": (9 * size + 2 * square, int(KEPT * size * columns), 0),
                     "merge": (8 * size, 3 * size, 3 * size),
                 }[name]
                 yield Case(name, rows, columns, 0, 0, nbytes, operations, dense, 4 * (4 * square + 6 * size))
@@ -159,5 +160,7 @@ def backends(case: Case, device: str) -> dict[str, Run]:
     factor: Factor = safety_factor(h)
     delta = random(rows, columns)
     selection: Any = "row" if operation == "row" else "block"
-    runs = {n: partial(safe_delta_dense, delta, factor, 1.0, selection=selection, backend=n) for n in names}
-    return runs if operation == "row" else runs | {"published": partial(published.safe_delta, delta, factor.u, 1.0)}
+    runs = {n: partial(safe_delta_dense, delta, factor, STRENGTH, selection=selection, backend=n) for n in names}
+    return (
+        runs if operation == "row" else runs | {"published": partial(published.safe_delta, delta, factor.u, STRENGTH)}
+    )

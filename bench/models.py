@@ -1,28 +1,26 @@
-"""Synthetic models of real shapes, written straight into safetensors at disk speed.
+"""Synthetic models of real shapes: the unaligned and fine-tuned versions differ from the aligned one as real ones do,
+by a fraction of a weight.
 
-The values are random and never zero, and the unaligned and fine-tuned versions differ from the aligned one as real ones
-do, by a fraction of a weight. They repeat after a few million elements, which no measurement here can notice.
+A checkpoint larger than the disk is made by repeating its first layers: each layer has a file of its own, whose header
+is its own and whose data is that of another layer. What reads the model reads all of it.
 """
 
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from safeshard.bench.synthetic import BLOCK, File, Folder, Values, check, make
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.safetensors_header import TensorRef, layout
 from safeshard.streamer.adapter import CONFIG, WEIGHTS
 from safeshard.streamer.checkpoint import INDEX
 
 SHARD_BYTES = 5 << 30
-Sizes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype and shape
-POOL = (1 << 22) + 1  # odd, so that tensors start at ever new places of the pool
 
 
 @dataclass(frozen=True)
@@ -57,74 +55,70 @@ SHAPES = {
 }
 
 
-class _Values:
-    """An endless stream of values around zero: aligned weights, or those plus a delta."""
-
-    def __init__(self, seed: int, delta_seed: int | None, scale: float, dtype: torch.dtype) -> None:
-        pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)) * scale
-        if delta_seed is not None:
-            pool += torch.randn(POOL, generator=torch.Generator().manual_seed(delta_seed)) * scale / 10
-        self._pool, self._at = pool.to(dtype), 0
-
-    def take(self, count: int) -> Iterator[Tensor]:
-        """The next `count` values, in pieces."""
-        while count:
-            piece = self._pool[self._at : self._at + count]
-            yield piece
-            count -= len(piece)
-            self._at = (self._at + len(piece)) % POOL
-
-
 def prepare(
-    folder: Path, name: str, layers: int | None = None, *, adapters: int = 1, rank: int = 16, finetuned: bool = False
-) -> tuple[str, dict[str, Path]]:
-    """Make a model of a named shape in a folder of its own below `folder`; return a label and the paths by name."""
+    folder: Path, name: str, layers: int | None = None, *, repeat: int | None = None, adapters: int = 1,
+    rank: int = 16, finetuned: bool = False,
+) -> tuple[str, dict[str, Path]]:  # fmt: skip
+    """Make a model of a named shape in a folder of its own below `folder`; return a label and the paths by name.
+
+    Raises:
+        RequestError: as `make_models`, or `repeat` is not below the number of layers.
+    """
     shape = SHAPES[name]
     layers = layers or shape.layers
-    below = folder / f"{name}-x{layers}"
-    paths = make_models(below, shape, layers=layers, adapters=adapters, rank=rank, finetuned=finetuned)
-    return f"{name} x{layers} layers", paths
+    if repeat and repeat >= layers:
+        raise RequestError(Offence("--repeat", "", f"fewer than the {layers} layers of {name}", str(repeat)))
+    below = folder / (f"{name}-x{layers}" + f"-{repeat}-real" * bool(repeat))
+    paths = make_models(below, shape, layers=layers, repeat=repeat, adapters=adapters, rank=rank, finetuned=finetuned)
+    return f"{name} x{layers} layers" + f", {repeat} real" * bool(repeat), paths
 
 
 def make_models(
-    folder: Path, shape: Shape, *, layers: int, adapters: int, rank: int, finetuned: bool
+    folder: Path, shape: Shape, *, layers: int, repeat: int | None = None, adapters: int, rank: int, finetuned: bool
 ) -> dict[str, Path]:
     """Write `aligned`, `unaligned`, `safe` and `adapter-0`, ... below `folder`; full `finetuned` ones on request.
 
-    Existing folders are kept. Weights are bf16, adapters fp32, as PEFT saves them.
+    Existing folders are kept. Weights are bf16, adapters fp32, as PEFT saves them. With `repeat`, layer i of a
+    checkpoint, but not of an adapter, holds the values of layer i mod `repeat`.
 
     Raises:
-        RequestError: an existing folder holds another model, or an unfinished one.
+        RequestError: an existing folder holds another model, or an unfinished one; the disk has too little room.
     """
-    paths = {name: folder / name for name in ("aligned", "unaligned", *(("finetuned", "finetuned-safe") * finetuned))}
-    for seed, path in enumerate(paths.values()):
-        _make_checkpoint(path, shape, layers, _Values(0, seed or None, 0.02, torch.bfloat16))
-    for seed, name in enumerate(["safe", *(f"adapter-{i}" for i in range(adapters))]):
-        paths[name] = folder / name
-        _make_adapter(paths[name], shape, layers, rank, _Values(100 + seed, None, 0.01, torch.float32))
-    return paths
-
-
-def _make_checkpoint(path: Path, shape: Shape, layers: int, values: _Values) -> None:
-    tensors = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)} | {
-        f"model.layers.{layer}.{name}.weight": size
-        for layer in range(layers)
-        for name, size in shape.projections.items()
+    checkpoints = ("aligned", "unaligned", *(("finetuned", "finetuned-safe") * finetuned))
+    folders = {
+        folder / name: _checkpoint(shape, layers, repeat, Values(0, seed or None, 0.02, torch.bfloat16))
+        for seed, name in enumerate(checkpoints)
     }
-    norms = [f"model.layers.{n}.{kind}_layernorm.weight" for n in range(layers) for kind in ("input", "post_attention")]
-    sizes: dict[str, tuple[int, ...]] = {**tensors, **dict.fromkeys([*norms, "model.norm.weight"], (shape.hidden,))}
-    sizes["lm_head.weight"] = (shape.vocab, shape.hidden)
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, size in sizes.items():
-        if sum(2 * torch.Size(s).numel() for s in shards[-1].values()) + 2 * torch.Size(size).numel() > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = size
-    weight_map: dict[str, str] = {}
-    files: dict[str, Sizes] = {}
-    for number, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        files[file] = {name: ("BF16", size) for name, size in shard.items()}
-        weight_map |= dict.fromkeys(shard, file)
+    folders |= {
+        folder / name: _adapter(shape, layers, rank, Values(100 + seed, None, 0.01, torch.float32))
+        for seed, name in enumerate(["safe", *(f"adapter-{i}" for i in range(adapters))])
+    }
+    check(folder, folders)
+    for path, content in folders.items():
+        if not path.exists():
+            make(path, content)
+    return {path.name: path for path in folders}
+
+
+def _checkpoint(shape: Shape, layers: int, repeat: int | None, values: Values) -> Folder:
+    hidden, matrix = (shape.hidden,), (shape.vocab, shape.hidden)
+    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), hidden)
+    parts = [
+        {f"model.layers.{n}.{name}.weight": size for name, size in {**shape.projections, **norms}.items()}
+        for n in range(layers)
+    ]
+    outer = {"model.embed_tokens.weight": matrix, "model.norm.weight": hidden, "lm_head.weight": matrix}
+    shards = [outer, *parts] if repeat else _filled([outer, *parts])
+    names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    files = {
+        name: File(
+            {tensor: ("BF16", size) for tensor, size in shard.items()}, BLOCK if repeat else 8,
+            names[1 + (number - 1) % repeat] if repeat and number > repeat else None,
+        )
+        for number, (name, shard) in enumerate(zip(names, shards, strict=True))
+    }  # fmt: skip
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
         "intermediate_size": shape.inner, "num_hidden_layers": layers, "num_attention_heads": shape.heads,
@@ -133,11 +127,26 @@ def _make_checkpoint(path: Path, shape: Shape, layers: int, values: _Values) -> 
     }  # fmt: skip
     texts = {"config.json": json.dumps(config, indent=2)}
     if len(shards) > 1:
+        weight_map = {tensor: name for name, file in files.items() for tensor in file.sizes}
         texts[INDEX] = json.dumps({"metadata": {}, "weight_map": weight_map})
-    _make(path, files, texts, values)
+    return Folder(files, texts, values)
 
 
-def _make_adapter(path: Path, shape: Shape, layers: int, rank: int, values: _Values) -> None:
+def _filled(parts: Sequence[dict[str, tuple[int, ...]]]) -> list[dict[str, tuple[int, ...]]]:
+    """The bf16 tensors of all parts in as few shards as their order allows."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    room = SHARD_BYTES
+    for name, size in (pair for part in parts for pair in part.items()):
+        nbytes = 2 * math.prod(size)
+        if nbytes > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = size
+        room -= nbytes
+    return shards
+
+
+def _adapter(shape: Shape, layers: int, rank: int, values: Values) -> Folder:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for layer in range(layers):
         for name, (rows, columns) in shape.projections.items():
@@ -146,50 +155,4 @@ def _make_adapter(path: Path, shape: Shape, layers: int, rank: int, values: _Val
             tensors[f"{key}.lora_B.weight"] = ("F32", (rows, rank))
     targets = [name.rpartition(".")[2] for name in shape.projections]
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none"}
-    _make(path, {WEIGHTS: tensors}, {CONFIG: json.dumps(config, indent=2)}, values)
-
-
-def _make(path: Path, files: Mapping[str, Sizes], texts: Mapping[str, str], values: _Values) -> None:
-    """Write a folder whole or not at all; one that is there must hold the same."""
-    if path.exists():
-        if not _is_made(path, files, texts):
-            got = "another one, or an unfinished one"
-            raise RequestError(Offence("--folder", str(path), "the model asked for", got, "remove it"))
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="unfinished-") as scratch:
-        folder = Path(scratch, path.name)
-        folder.mkdir()
-        for name, sizes in files.items():
-            _write(folder / name, sizes, values)
-        for name, text in texts.items():
-            (folder / name).write_text(text)
-        folder.rename(path)
-
-
-def _is_made(path: Path, files: Mapping[str, Sizes], texts: Mapping[str, str]) -> bool:
-    return (
-        all((path / name).is_file() for name in (*files, *texts))
-        and all((path / name).read_text() == text for name, text in texts.items())
-        and all(_has_layout(path / name, sizes) for name, sizes in files.items())
-    )
-
-
-def _layout(file: str, sizes: Sizes) -> tuple[bytes, dict[str, TensorRef]]:
-    return layout(file, [(name, dtype, size) for name, (dtype, size) in sizes.items()], {"format": "pt"})
-
-
-def _has_layout(path: Path, sizes: Sizes) -> bool:
-    header, refs = _layout(path.name, sizes)
-    with path.open("rb") as file:
-        same_header = file.read(len(header)) == header
-    return same_header and path.stat().st_size == len(header) + sum(ref.nbytes for ref in refs.values())
-
-
-def _write(path: Path, sizes: Sizes, values: _Values) -> None:
-    header, refs = _layout(path.name, sizes)
-    with path.open("wb") as file:
-        file.write(header)
-        for ref in sorted(refs.values(), key=lambda ref: ref.offset):
-            for piece in values.take(torch.Size(ref.shape).numel()):
-                file.write(piece.view(torch.uint8).numpy().data)
+    return Folder({WEIGHTS: File(tensors)}, {CONFIG: json.dumps(config, indent=2)}, values)

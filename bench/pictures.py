@@ -1,4 +1,4 @@
-"""Pictures of the rows: time against the floor and by stage, peak memory, and the roofline of the kernels."""
+"""Pictures of the rows: time in times of the floor and by stage, peak memory, and the roofline of the kernels."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def draw(results: Path) -> list[Path]:
 
 
 def jobs(found: Sequence[Row]) -> Any | None:
-    """Wall seconds of each whole job, of its deepest models, beside the floor, and thread-seconds by stage."""
-    measured = _deepest([row for row in found if row["stages"] and row["layers"] and row["share_of_ceiling"]], "what")
+    """How many times plain reading each whole job takes, of each model's deepest, and what its threads do meanwhile."""
+    measured = rows.whole_jobs(found)
     if not measured:
         return None
-    figure = _figure(11, 2.4 + 0.42 * len(measured))
+    figure = _figure(11, 2.4 + 0.36 * len(measured))
     left, right = figure.subplots(1, 2, sharey=True)
     names = [f"{row['what']}\n{row['shape']}, {row['cache']}" for row in measured]
-    walls = [float(row["median_s"]) for row in measured]
-    floors = [wall * float(row["share_of_ceiling"]) for wall, row in zip(walls, measured, strict=True)]
-    left.barh(names, walls, color=WALL, label="whole job")
-    left.barh(names, floors, color=FLOOR, height=0.3, label="a process that reads the same bytes")
-    for name, wall, floor in zip(names, walls, floors, strict=True):
-        text = f" {wall:.1f} s, {wall / floor:.1f} times"
-        left.annotate(text, (max(wall, floor), name), va="center", fontsize=8)
-    left.set(xlabel="wall time (s)", title="Whole jobs, and how many times plain reading they take",
-             xlim=(0, 1.4 * max(walls)))  # fmt: skip
+    times = [1 / float(row["share_of_ceiling"]) for row in measured]
+    left.barh(names, times, color=WALL)
+    left.axvline(1, color=FLOOR, label="a process that reads the same bytes")
+    for name, ratio, row in zip(names, times, measured, strict=True):
+        text = f" {ratio:.1f} times, {float(row['median_s']):.3g} s"
+        left.annotate(text, (max(ratio, 1), name), va="center", fontsize=8)
+    left.set(xlabel="wall time, in times of plain reading", title="Whole jobs beside plain reading",
+             xlim=(0, 1.45 * max(times)))  # fmt: skip
     stages = [dict(_stage(pair) for pair in row["stages"].split()) for row in measured]
+    totals = [sum(each.values()) or 1.0 for each in stages]
     starts = [0.0] * len(measured)
     for stage, colour in zip(dict.fromkeys(s for each in stages for s in each), COLOURS, strict=False):
-        widths = [each.get(stage, 0.0) for each in stages]
+        widths = [100 * each.get(stage, 0.0) / total for each, total in zip(stages, totals, strict=True)]
         right.barh(names, widths, left=starts, color=colour, label=stage)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    right.set(xlabel="thread-seconds, which overlap (s)", title="What the threads of each job do")
+    right.set(xlabel="share of thread-seconds (%)", title="What the threads of each job do", xlim=(0, 100))
     left.invert_yaxis()
     for panel in (left, right):
         panel.tick_params(axis="y", labelsize=8)
@@ -60,24 +60,32 @@ def jobs(found: Sequence[Row]) -> Any | None:
 def memory(found: Sequence[Row]) -> Any | None:
     """Peak host memory of SafeMERGE jobs against the number of layers and of adapters, and the bytes they move."""
     merges = [row for row in found if row["what"].startswith("safemerge, ") and row["layers"] and row["adapters"]]
-    single = [row for row in merges if row["adapters"] == "1" and row["cache"] == "warm"]
-    deepest = [row for row in _deepest(merges) if row["cache"] == "warm"]
-    panels = {"layers": ("decoder layers", single), "adapters": ("adapters in one batch", deepest)}
+    single = [row for row in merges if row["adapters"] == "1"]
+    panels = {"layers": ("decoder layers", single), "adapters": ("adapters in one batch", _most_batches(merges))}
     panels = {column: panel for column, panel in panels.items() if len(panel[1]) > 1}
     if not panels:
         return None
+    colours = dict(zip(dict.fromkeys(map(rows.model, rows.by_size(merges))), COLOURS, strict=False))
     figure = _figure(5.5 * len(panels), 4)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for panel, (column, (label, chosen)) in zip(axes, panels.items(), strict=True):
-        for shape, colour in zip(dict.fromkeys(row["shape"].split()[0] for row in chosen), COLOURS, strict=False):
-            own = sorted((r for r in chosen if r["shape"].split()[0] == shape), key=lambda row: int(row[column]))
-            places = [int(row[column]) for row in own]
-            panel.plot(places, _giga(own, "peak_rss_bytes"), "o-", color=colour, label=f"{shape}: peak memory")
-            panel.plot(places, _giga(own, "bytes"), "s--", color=colour, alpha=0.6, label=f"{shape}: read and written")
-        panel.set(xlabel=label, ylabel="GB", title=f"SafeMERGE: peak memory against {column}", ylim=(0, None))
-        panel.set_xticks(sorted({int(row[column]) for row in chosen}))
+        for model in dict.fromkeys(map(rows.model, rows.by_size(chosen))):
+            colour = colours[model]
+            highest = {int(row[column]): row for row in sorted(chosen, key=_peak) if rows.model(row) == model}
+            places = sorted(highest)
+            own = [highest[place] for place in places]
+            panel.plot(places, _giga(own, "peak_rss_bytes"), "o-", color=colour, label=f"{model}: peak memory")
+            panel.plot(places, _giga(own, "bytes"), "s--", color=colour, alpha=0.6, label=f"{model}: read and written")
+        panel.set(xlabel=label, ylabel="GB", xscale="log", yscale="log", title=f"SafeMERGE: memory against {column}")
+        ticks = [0]
+        for place in sorted({int(row[column]) for row in chosen}):
+            ticks += [place] * (place > 1.2 * ticks[-1])  # closer ones would run together
+        ticks = ticks[1:]
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.set_xticks([], minor=True)
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return figure
 
 
@@ -117,13 +125,17 @@ def _roofs(panel: Any, own: Sequence[Row], intensities: Sequence[float]) -> None
         panel.plot(places, heights, style, color="black", label=f"copy and {dtype} product")
 
 
-def _deepest(found: Sequence[Row], *columns: str) -> list[Row]:
-    """The rows of each shape, and of each value of `columns`, with the most layers."""
-    keys = [(row["shape"].split()[0], *(row[column] for column in columns)) for row in found]
-    most: dict[tuple[str, ...], int] = {}
-    for key, row in zip(keys, found, strict=True):
-        most[key] = max(most.get(key, 0), int(row["layers"]))
-    return [row for key, row in zip(keys, found, strict=True) if int(row["layers"]) == most[key]]
+def _most_batches(found: Sequence[Row]) -> list[Row]:
+    """The rows of each model at the one number of layers, the deepest, that has most sizes of batches."""
+    sizes: dict[str, dict[int, set[str]]] = {}
+    for row in found:
+        sizes.setdefault(rows.model(row), {}).setdefault(int(row["layers"]), set()).add(row["adapters"])
+    best = {model: max(own, key=lambda layers: (len(own[layers]), layers)) for model, own in sizes.items()}
+    return [row for row in found if int(row["layers"]) == best[rows.model(row)]]
+
+
+def _peak(row: Row) -> float:
+    return float(row["peak_rss_bytes"] or 0)
 
 
 def _stage(pair: str) -> tuple[str, float]:

@@ -54,6 +54,7 @@ def run(
     folder: Path,
     shape: str,
     layers: Sequence[int | None],
+    repeat: int | None,
     adapters: Sequence[int],
     jobs: Sequence[str],
     runs: int,
@@ -66,6 +67,7 @@ def run(
         folder: where the models are made (kept) and the outputs written (removed, in a folder of their own).
         shape: a name of `models.SHAPES`.
         layers: numbers of decoder layers, None for the shape's own; a model each.
+        repeat: how many of them hold data of their own, which the others repeat; None for all.
         adapters: numbers of fine-tuned adapters in one batch.
         jobs: names of `JOBS`.
         runs: repetitions; the median is reported.
@@ -75,7 +77,8 @@ def run(
     size = SHAPES[shape]
     for number in layers:
         full = any(job.endswith("-full") for job in jobs)
-        label, paths = prepare(folder, shape, number, adapters=max(adapters), rank=RANK, finetuned=full)
+        sizes = {"adapters": max(adapters), "rank": RANK}
+        label, paths = prepare(folder, shape, number, repeat=repeat, finetuned=full, **sizes)
         bench = Bench(label, tensor_files(paths.values()), runs, cold)
         bench.measure("start Python and import torch", partial(process, [sys.executable, "-c", "import torch"]))
         with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:

@@ -8,7 +8,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -23,6 +23,9 @@ COLUMNS = (
     "GB_per_s", "operations", "TFLOP_per_s", "ceiling", "share_of_ceiling", "against", "time_ratio", "memory_ratio",
     "peak_rss_bytes", "peak_device_bytes", "cache", "stages", "versions", "hardware", "commit", "date",
 )  # fmt: skip
+
+# No longer measured: "plain read: ..." and "preadv into new pages" took their place.
+RETIRED = {"plain read of the decoder linears", "preadv into fresh memory"}
 
 
 def append(file: str, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
@@ -80,13 +83,34 @@ def record(
 
 
 def read(file: str) -> list[dict[str, str]]:
-    """The newest row of each measurement in bench/results/<file>.csv, in the order in which they were first made."""
+    """The newest row of each measurement in bench/results/<file>.csv that is not retired, the first made first."""
     path = RESULTS / f"{file}.csv"
     if not path.exists():
         return []
     keys = ("what", "shape", "dtype", "backend", "adapters", "rank", "cache", "hardware")
     with path.open(newline="") as lines:
-        return list({tuple(row[key] for key in keys): row for row in csv.DictReader(lines)}.values())
+        newest = {tuple(row[key] for key in keys): row for row in csv.DictReader(lines)}
+    return [row for row in newest.values() if row["what"] not in RETIRED]
+
+
+def whole_jobs(found: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of jobs that were set against their floor, each of a model's greatest number of layers."""
+    jobs = [row for row in found if row["stages"] and row["layers"] and row["share_of_ceiling"]]
+    most: dict[tuple[str, str], int] = {}
+    for row in jobs:
+        key = model(row), row["what"]
+        most[key] = max(most.get(key, 0), int(row["layers"]))
+    return by_size(row for row in jobs if int(row["layers"]) == most[model(row), row["what"]])
+
+
+def by_size(found: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows by the numbers in their shape, warm before cold."""
+    return sorted(found, key=lambda row: ([int(n) for n in re.findall(r"\d+", row["shape"])], row["cache"] == "cold"))
+
+
+def model(row: Mapping[str, str]) -> str:
+    """The shape of a row without its number of layers: "llama-70b, 2 real"."""
+    return re.sub(r" x\d+ layers", "", row["shape"])
 
 
 def environment() -> dict[str, str]:
@@ -144,15 +168,14 @@ CELLS: dict[str, Callable[[dict[str, str]], str]] = {
 }
 
 
-def markdown(file: str) -> str:
-    """The newest row of each measurement in bench/results/<file>.csv, as a Markdown table.
+def markdown(found: Sequence[dict[str, str]], left_out: Sequence[str] = ()) -> str:
+    """Rows as a Markdown table.
 
     Columns that say nothing are left out: empty ones, and dtype, rank and hardware where they are the same in all rows.
     """
-    found = read(file)
     if not found:
         return "No rows yet.\n"
-    columns = {head: [cell(row) for row in found] for head, cell in CELLS.items()}
+    columns = {head: [cell(row) for row in found] for head, cell in CELLS.items() if head not in left_out}
     columns = {
         head: cells for head, cells in columns.items()
         if any(cells) and (head not in ("dtype", "rank", "hardware") or len(set(cells)) > 1)
@@ -187,9 +210,11 @@ def _picture(document: Path, name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """The text between two markers: a table of measurements, or what the toy experiment's rows show."""
+    """The text between two markers: a table of a file's rows, or of whole jobs in short, or of the toy experiment."""
+    if name == "jobs":
+        return markdown(whole_jobs(read("pipeline")), left_out=("rank", "adapters", "spread"))
     if name not in ("toy", "toy_findings"):
-        return markdown(name)
+        return markdown(by_size(read(name)))
     if not (file := RESULTS / "toy.csv").exists():
         return ""
     rows = table.read(file)

@@ -33,12 +33,13 @@ def test_measuring_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.
     folder = tmp_path / "models"
     (folder / "outputs").mkdir(parents=True)
     (folder / "outputs" / "thesis.txt").write_text("precious")
-    pipeline.run(folder, "llama-tiny", [1], [1, 2], ["safemerge", "scale-full"], runs=1, cold=True, memory="1GiB")
+    pipeline.run(folder, "llama-tiny", [2], 1, [1, 2], ["safemerge", "scale-full"], runs=1, cold=True, memory="1GiB")
     made = [row for row in rows.read("pipeline") if row["stages"]]
     assert [(row["what"], row["layers"], row["adapters"]) for row in made] == [
-        ("safemerge, 1 adapter", "1", "1"), ("safemerge, 2 adapters", "1", "2"), ("scale, full checkpoint", "1", ""),
+        ("safemerge, 1 adapter", "2", "1"), ("safemerge, 2 adapters", "2", "2"), ("scale, full checkpoint", "2", ""),
     ]  # fmt: skip
     assert all(row["share_of_ceiling"] and row["bytes"] and row["peak_rss_bytes"] for row in made)
+    assert {row["shape"] for row in made} == {"llama-tiny x2 layers, 1 real"}
     assert (folder / "outputs" / "thesis.txt").read_text() == "precious"
     assert not list(folder.glob("bench-*"))
 

@@ -39,21 +39,21 @@ def test_without_rows_there_is_no_picture(results: Path) -> None:
 def test_jobs_stand_beside_their_floor_and_their_stages() -> None:
     job(2)
     job(22, seconds=8.0)
-    job(2, "", seconds=16.0, stages={"read": 2.0, "write": 5.0})
+    job(2, "", seconds=16.0, stages={"read": 1.0, "write": 4.0})
     left, right = pictures.jobs(rows.read("pipeline")).axes
-    walls, floors = left.containers
-    assert [bar.get_width() for bar in walls] == [8.0, 16.0]  # of each job's deepest model alone
-    assert [bar.get_width() for bar in floors] == [2.0, 2.0]
+    [times] = left.containers
+    assert [bar.get_width() for bar in times] == [8.0, 4.0]  # of each job's deepest model alone, by size
+    assert [text.get_text() for text in left.texts] == [" 8.0 times, 16 s", " 4.0 times, 8 s"]
     stages = {bars.get_label(): [bar.get_width() for bar in bars] for bars in right.containers}
-    assert stages == {"read": [1.0, 2.0], "compute": [3.0, 0.0], "write": [0.0, 5.0]}
-    assert [bar.get_x() for bar in right.containers[2]] == [4.0, 2.0]
+    assert stages == {"read": [20.0, 25.0], "compute": [0.0, 75.0], "write": [80.0, 0.0]}
+    assert [bar.get_x() for bar in right.containers[2]] == [100.0, 25.0]
 
 
 def test_memory_is_drawn_against_layers_and_adapters() -> None:
     for layers in (11, 2, 22):
         job(layers)
     job(22, 8, peak_rss_bytes=7 * 10**8)
-    job(22, 64, cache="cold")
+    job(22, 8, cache="cold")  # the higher peak is shown
     layers, adapters = pictures.memory(rows.read("pipeline")).axes
     peak, moved = layers.lines
     assert [*peak.get_xdata()] == [*moved.get_xdata()] == [2, 11, 22]
@@ -61,7 +61,21 @@ def test_memory_is_drawn_against_layers_and_adapters() -> None:
     assert [*moved.get_ydata()] == pytest.approx([0.2, 1.1, 2.2])
     assert [*adapters.lines[0].get_xdata()] == [1, 8]
     assert [*adapters.lines[0].get_ydata()] == [0.5, 0.7]
-    assert layers.get_ylim()[0] == 0
+
+
+def test_repeated_layers_are_a_model_of_their_own() -> None:
+    for shape in ("llama-70b x80 layers, 2 real", "llama-70b x2 layers"):
+        job(80 if "real" in shape else 2, shape=shape)
+    job(2, 8, shape="llama-70b x2 layers, 2 real")
+    layers, adapters = pictures.memory(rows.read("pipeline")).axes
+    assert [line.get_label() for line in layers.lines[::2]] == [
+        "llama-70b: peak memory", "llama-70b, 2 real: peak memory",
+    ]  # fmt: skip
+    assert [[*line.get_xdata()] for line in adapters.lines[::2]] == [[1], [1]]
+    job(2, shape="llama-70b x2 layers, 2 real")
+    _, adapters = pictures.memory(rows.read("pipeline")).axes
+    own = {line.get_label(): [*zip(*line.get_data(), strict=True)] for line in adapters.lines}
+    assert own["llama-70b, 2 real: read and written"] == [(1, 0.2), (8, 0.2)]  # not 80 layers beside 2
 
 
 def test_kernels_lie_under_the_roof_of_their_machine(results: Path) -> None:

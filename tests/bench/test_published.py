@@ -41,3 +41,12 @@ def test_every_operation_makes_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert {row["what"] for row in made} == set(kernels.OPERATIONS)
     assert {row["backend"] for row in made} == {"torch", "published"}
     assert all(row["share_of_ceiling"] and row["GB_per_s"] and row["TFLOP_per_s"] for row in made)
+
+
+@pytest.mark.parametrize("operation", ["compensation", "row"])
+def test_compensation_is_timed_where_it_does_all_its_work(operation: str) -> None:
+    [case] = [c for c in kernels.cases([operation], "llama-tiny", [], []) if (c.rows, c.columns) == (64, 176)]
+    runs = kernels.backends(case, "cpu")
+    masks = [result.mask if backend == "torch" else result[1] for backend in runs for result in [runs[backend]()]]
+    for mask in masks:
+        assert mask.float().mean() == pytest.approx(kernels.KEPT, abs=0.01)

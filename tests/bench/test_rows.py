@@ -26,16 +26,43 @@ def test_append_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(lines) == 3
     assert lines[0].split(",") == list(rows.COLUMNS)
     assert (
-        rows.markdown("t").splitlines()[-1].startswith("| x | s | warm | 2.00 s | 1.00 s to 2.00 s | 3.00 | 0.00 GB |")
+        rows.markdown(rows.read("t"))
+        .splitlines()[-1]
+        .startswith("| x | s | warm | 2.00 s | 1.00 s to 2.00 s | 3.00 | 0.00 GB |")
     )
-    assert "dtype" not in rows.markdown("t")
-    assert rows.markdown("none") == "No rows yet.\n"
+    assert "dtype" not in rows.markdown(rows.read("t"))
+    assert rows.markdown(rows.read("none")) == "No rows yet.\n"
     with pytest.raises(ValueError, match="unknown columns"):
         rows.append("t", {"colour": "red"})
     (tmp_path / "old.csv").write_text("what,median_s\nx,1\n")
     with pytest.raises(ValueError, match="other columns"):
         rows.append("old", row)
     assert (tmp_path / "old.csv").read_text() == "what,median_s\nx,1\n"
+
+
+def test_tables_go_by_size_and_show_what_is_still_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(rows, "environment", dict)
+    plain = {"median_s": "1", "min_s": "1", "max_s": "1", "cache": "warm"}
+    job = {**plain, "what": "merge", "stages": "read=1.0", "share_of_ceiling": "0.5"}
+    for layers, model, cache in ((80, "70b", "cold"), (22, "1b", "cold"), (22, "1b", "warm"), (2, "1b", "warm")):
+        rows.append("pipeline", {**job, "shape": f"llama-{model} x{layers} layers", "layers": layers, "cache": cache})
+    rows.append("pipeline", {**plain, "what": "plain read: merge", "shape": "llama-1b x22 layers", "layers": 22})
+    rows.append("pipeline", {**plain, "what": min(rows.RETIRED), "shape": "llama-1b x22 layers"})
+
+    def shown(name: str) -> list[list[str]]:
+        return [line.strip("| ").split(" | ")[:3] for line in rows._shown(name).splitlines()[2:]]
+
+    short = [
+        ["merge", "llama-1b x22 layers", "warm"], ["merge", "llama-1b x22 layers", "cold"],
+        ["merge", "llama-70b x80 layers", "cold"],
+    ]  # fmt: skip
+    assert shown("jobs") == short
+    assert shown("pipeline") == [
+        ["merge", "llama-1b x2 layers", "warm"], short[0], ["plain read: merge", *short[0][1:]], *short[1:],
+    ]  # fmt: skip
+    assert "spread" in rows._shown("pipeline")
+    assert "spread" not in rows._shown("jobs")
 
 
 def test_a_picture_is_shown_where_it_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
