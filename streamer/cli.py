@@ -285,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     handlers: dict[signal.Signals, Any] = {}
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
             stream.reconfigure(errors="replace")
@@ -312,6 +313,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _open_closed_streams() -> None:
+    """Let what the parent process closed lead nowhere: else the next file opened would take its descriptor."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # until the process ends
 
 
 def _how_to_resume(arguments: Sequence[str]) -> str:

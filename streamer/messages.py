@@ -22,13 +22,14 @@ def summary(results: Sequence[Result]) -> str:
             continue
         decisions = Counter(entry.decision for entry in manifest.modules)
         counts = ", ".join(f"{n} {decision}" for decision, n in decisions.most_common())
-        lines.append(f"{result.job.title}: {printable(result.output)}")
+        earlier = " (finished earlier)" if result.plan.finished else ""
+        lines.append(f"{result.job.title}: {printable(result.output)}{earlier}")
         lines.append(f"  {len(result.plan.modules)} of {result.plan.expected} modules: {counts}")
         lines += [f"  note: {f.asked} -> {f.done} ({f.why})" + (f": {printable(f.subject)}" if f.subject else "")
                   for f in manifest.fallbacks[:5]]  # fmt: skip
         if len(manifest.fallbacks) > 5:
             lines.append(f"  and {len(manifest.fallbacks) - 5} more notes in the manifest")
-    finished = [r.manifest.run for r in results if r.manifest]
+    finished = [r.manifest.run for r in results if r.manifest and not r.plan.finished]
     if finished:
         last, written = finished[-1], sum(run.bytes_written for run in finished)
         rate = human(last.bytes_read / last.wall_s) if last.wall_s else "-"
