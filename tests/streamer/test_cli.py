@@ -261,6 +261,29 @@ def test_a_plan_takes_no_more_than_the_memory_allowed(
     assert "in flight take at most 18.00 MB" in stdout
 
 
+def test_a_batch_says_what_was_finished_earlier(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+    """And gives figures of this run alone."""
+    paths = world.trio()
+    jobs = world.root / "jobs.yaml"
+    entry = {"method": "scale", "aligned": str(paths["aligned"]), "adapter": str(paths["adapter"])}
+    entries = [entry | {"factor": factor, "output": str(world.root / f"out-{factor}")} for factor in (0.25, 0.5)]
+    for known in (entries[:1], entries, entries):
+        jobs.write_text(json.dumps({"jobs": known}))
+        status, out, _ = run(capsys, "batch", jobs)
+        assert status == 0
+        done = [line for line in out.splitlines() if line.endswith("(finished earlier)")]
+        assert ("\nread " in out) == (len(done) < len(known))
+    assert [line.split()[-3].rpartition("/")[2] for line in done] == ["out-0.25", "out-0.5"]
+
+
+def test_an_offence_of_all_combinations_is_told_once(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+    jobs = world.root / "jobs.yaml"
+    jobs.write_text("jobs: [{method: scale, matrix: {factor: [0.1, 0.2]}, nonsense: 1, aligned: a, output: o}]")
+    status, _, err = run(capsys, "batch", jobs)
+    assert status == 2
+    assert err.count("nonsense") == 1
+
+
 def test_functions_show_their_keywords() -> None:
     parameters = signature(streamer.safemerge).parameters
     assert {*SafeMerge.model_fields, *RunOptions.model_fields} == set(parameters)
