@@ -110,10 +110,14 @@ def _score(*, json: Json = False, **options: Any) -> None:
 @takes(Calibrate, RunOptions)
 def _calibrate(*, json: Json = False, **options: Any) -> None:
     made = api.calibrate(**options)
-    if not options["quiet"]:
-        print(f"dry run: nothing was written to {made.output}" if options["dry_run"] else f"factors: {made.output}")
+    outcome: dict[str, Any] = {"output": str(made.output), "reverted": dict(made.reverted)}
+    if options["dry_run"]:
+        print(messages.factors_plan(made))
+        outcome["bytes_to_write"] = made.bytes_to_write
+    elif not options["quiet"]:
+        print(f"factors: {printable(made.output)}")
     if json:
-        _print_json({"output": str(made.output), "reverted": dict(made.reverted)})
+        _print_json(outcome)
     _exit_reverted(made.reverted, "no factor")
 
 

@@ -11,6 +11,7 @@ from safeshard.streamer.calibrated import arithmetic_bytes, planned_steps
 from safeshard.streamer.plan import JobPlan
 from safeshard.streamer.progress import human
 from safeshard.streamer.run import Result
+from safeshard.streamer.save_factors import Factors
 from safeshard.streamer.steps import JobRun, module_steps, workers_for
 
 
@@ -65,6 +66,15 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
         )
     lines.append("dry run: nothing was written")
     return "\n".join(lines)
+
+
+def factors_plan(made: Factors) -> str:
+    """What a dry run of `calibrate` says."""
+    return (
+        f"factors: {printable(made.output)}\n"
+        f"  to write at most {human(made.bytes_to_write)}; a layer takes {human(made.memory)} of memory\n"
+        "dry run: nothing was written"
+    )
 
 
 def scores(results: Sequence[Result]) -> str:

@@ -52,10 +52,16 @@ class Calibrate(Calibrated):
 
 @dataclass(frozen=True)
 class Factors:
-    """What came of a calibration: the folder, and the modules without a factor, with the reason."""
+    """What came of a calibration: the folder, and the modules without a factor, with the reason.
+
+    Of a dry run `bytes_to_write` is what the factors take on disk at most (linears with one input share one), and
+    `memory` what a layer takes at least besides the hidden states.
+    """
 
     output: Path
     reverted: Mapping[str, str]
+    bytes_to_write: int = 0
+    memory: int = 0
 
 
 class _Layer(Options):
@@ -97,9 +103,10 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
     _check_places(output, staging, run.overwrite)
     aligned = open_checkpoint(open_source(options.aligned))
     calibration = Calibration(aligned, options, forward_dtype(aligned, options.dtype))
-    _check_room(calibration, output, int(run.memory), _host_bytes(calibration, device))
+    need, size = _host_bytes(calibration, device), _disk_bytes(calibration)
+    _check_room(output, int(run.memory), need, size + COPIES * calibration.hidden_bytes)
     if run.dry_run:
-        return Factors(output, {})
+        return Factors(output, {}, size, need)
     fingerprint = _fingerprint(calibration, options, device)
     with clear_errors(staging):
         if not run.overwrite and (output / INDEX).is_file():  # killed in its last step
@@ -162,13 +169,12 @@ def _is_ours(folder: Path) -> bool:
     )
 
 
-def _check_room(calibration: Calibration, output: Path, memory: int, need: int) -> None:
+def _check_room(output: Path, memory: int, need: int, size: int) -> None:
     if need > memory:
         expected, remedy = f"at least {need} bytes for one layer", "raise --memory"
         raise RequestError(Offence("--memory", "", expected, str(memory), remedy))
     parent = next(folder for folder in output.parents if folder.exists())
-    size = sum(group.resident for layer in calibration.planned() for group in layer)
-    size += COPIES * calibration.hidden_bytes - taken_bytes(staging_of(output))
+    size -= taken_bytes(staging_of(output))
     if size > (free := shutil.disk_usage(parent).free):
         remedy = "free some, or choose another disk"
         raise RequestError(Offence("--output", str(parent), f"up to {size} bytes of free space", str(free), remedy))
@@ -179,6 +185,10 @@ def _host_bytes(calibration: Calibration, device: torch.device) -> int:
     if device.type != "cpu":
         return resident_bytes(calibration)
     return device_bytes(calibration, [_step(group) for layer in calibration.planned() for group in layer])
+
+
+def _disk_bytes(calibration: Calibration) -> int:
+    return sum(group.resident for layer in calibration.planned() for group in layer)
 
 
 def _step(group: Group) -> Step:
