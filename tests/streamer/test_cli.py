@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -282,6 +283,26 @@ def test_an_offence_of_all_combinations_is_told_once(capsys: pytest.CaptureFixtu
     status, _, err = run(capsys, "batch", jobs)
     assert status == 2
     assert err.count("nonsense") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [("safemerge", True), ("batch", True), ("calibrate", True), ("score", False), ("verify", False)],
+)
+def test_an_interruption_says_whether_to_run_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, kept: bool
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(api, command, interrupted)
+    places = ["out"] if command in ("batch", "verify") else ["--aligned", "a", "--unaligned", "u", "--output", "o"]
+    if command == "calibrate":
+        del places[2:4]
+    status, _, err = run(capsys, command, *places)
+    assert status == 1
+    assert ("run the same command again" in err) == kept
+    assert ("nothing was kept" in err) != kept
 
 
 def test_functions_show_their_keywords() -> None:
