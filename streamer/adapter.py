@@ -116,6 +116,9 @@ def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
     if "adapter_model.bin" in sizes and WEIGHTS not in sizes:
         remedy = "save the adapter again with a current PEFT; pickles are never opened"
         offences.append(Offence(source.spec, "", WEIGHTS, "adapter_model.bin, a pickle", remedy))
+    elif f"{WEIGHTS}.index.json" in sizes:
+        remedy = "save the adapter in one file, as PEFT does and reads it"
+        offences.append(Offence(source.spec, "", WEIGHTS, "a sharded adapter", remedy))
     elif WEIGHTS not in sizes:
         offences.append(Offence(source.spec, "", WEIGHTS, "no such file", "name the folder of a PEFT adapter"))
     if offences:

@@ -21,7 +21,7 @@ from safeshard.streamer.disk import replace_file
 from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
-from safeshard.streamer.options import Options, RunOptions, build, fields_of
+from safeshard.streamer.options import Options, RunOptions, build, expanded, fields_of
 from safeshard.streamer.recheck import check_inputs, input_places
 from safeshard.streamer.recompute import recompute as recompute_modules
 from safeshard.streamer.run import Result, run
@@ -125,7 +125,7 @@ def score(
         output: a .csv or .json file for the table.
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
-    table = Path(output) if output is not None else None
+    table = Path(expanded(output)) if output is not None else None
     if table is not None:
         _check_file(table, (".csv", ".json"), overwrite)
     job_options, run_options = _split(options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from safeshard.manifests.errors import Offence, RequestError
@@ -15,6 +16,7 @@ from safeshard.streamer.finish import MAX_SIDE_BYTES, SIDE_FILES
 from safeshard.streamer.hidden_states import COPIES
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import JobPlan, staging_of
+from safeshard.streamer.staging import is_half_copied
 
 
 def input_offences(plan: JobPlan) -> Iterator[Offence]:
@@ -97,35 +99,28 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
         assert plan.factors is not None
         sizes[id(plan.job)] += COPIES * plan.factors.hidden_bytes  # which lie beside the first of the jobs that share
     done = {id(plan.job) for plan in plans if plan.finished}
-    paths = [job.output.absolute() for job in jobs if job.writes_model]
-    taken = Counter(paths) + Counter(staging_of(path) for path in paths if path.name)
+    paths = {id(job): _place(job.output) for job in jobs if job.writes_model}
+    taken = Counter(paths.values()) + Counter(staging_of(path) for path in paths.values() if path.name)
     for job in (job for job in jobs if job.writes_model):
-        path, shown = job.output.absolute(), str(job.output)
+        path, shown = paths[id(job)], str(job.output)
         if taken[path] > 1 or any(parent in taken for parent in path.parents):
             yield Offence("--output", shown, "a folder of its own for each job", "another job's", "rename one")
-        if not path.name or _crosses_inputs(path, job):
-            yield Offence("--output", shown, "a folder apart from the inputs", "one in their way", "choose another")
+        if unusable := list(place_offences(job.output, job.inputs().values())):
+            yield from unusable
             continue
         if id(job) in done:
             continue
-        try:
-            staging_of(path).exists()
-        except OSError as error:  # too long, not permitted
-            yield Offence("--output", shown, "a folder to write", error.strerror or "none", "choose another")
-            continue
-        if path.exists() and not overwrite:
+        if is_half_copied(staging_of(path), path):
+            pass  # the run that goes on from the folder beside it puts it right
+        elif os.path.lexists(path) and not overwrite:
             remedy = "choose another, or --overwrite"
             yield Offence("--output", shown, "a folder that does not exist", "it exists", remedy)
-        elif path.exists() and not _replaceable(path):
+        elif os.path.lexists(path) and not _replaceable(path):
             got = "something that safeshard did not write"
             yield Offence("--output", shown, "an output of safeshard, to overwrite", got, "remove it yourself")
         parent = next(p for p in path.parents if p.exists())
-        if not parent.is_dir():
-            yield Offence("--output", shown, "a folder to write in", f"{parent} is a file", "choose another")
-        else:
-            disk = parent.stat().st_dev
-            first, before = need.get(disk, (parent, 0))
-            need[disk] = (first, before + sizes.get(id(job), 0) - taken_bytes(staging_of(path)))
+        first, before = need.get(parent.stat().st_dev, (parent, 0))
+        need[parent.stat().st_dev] = (first, before + sizes.get(id(job), 0) - taken_bytes(staging_of(path)))
     for parent, nbytes in need.values():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
@@ -148,8 +143,30 @@ def _replaceable(path: Path) -> bool:
         return False
 
 
-def _crosses_inputs(path: Path, job: Job) -> bool:
-    """Whether an output is, holds or lies in the folder of one of the job's inputs."""
-    inputs = [Path(place).resolve() for place in job.inputs().values() if Path(place).is_dir()]
-    target = path.resolve()
-    return any(target == other or target in other.parents or other in target.parents for other in inputs)
+def place_offences(output: Path, inputs: Iterable[str]) -> Iterator[Offence]:
+    """Offences of a place to write a folder, whatever is there: across an input, or where nothing can be written."""
+    path, shown = _place(output), str(output)
+    if path.name in ("", ".."):
+        yield Offence("--output", shown, "a folder with a name", "none", "choose another")
+        return
+    folders = [Path(os.path.realpath(place)) for place in inputs if Path(place).is_dir()]
+    target = Path(os.path.realpath(path))
+    if any(target == folder or target in folder.parents or folder in target.parents for folder in folders):
+        yield Offence("--output", shown, "a folder apart from the inputs", "one in their way", "choose another")
+        return
+    try:
+        staging_of(path).exists()
+        parent = next(p for p in path.parents if p.exists())
+        got = "" if os.access(parent, os.W_OK | os.X_OK) else f"no right to write to {parent}"
+        if not parent.is_dir():
+            got = f"{parent} is a file"
+    except OSError as error:  # too long, not permitted
+        got = error.strerror or "none"
+    if got:
+        yield Offence("--output", shown, "a folder to write", got, "choose another")
+
+
+def _place(output: Path) -> Path:
+    """Where an output goes, links and `..` on the way there followed. A link in its own place is not."""
+    path = output.absolute()
+    return Path(os.path.realpath(path.parent)) / path.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import inspect as introspection
 import io
 import json
 import os
@@ -17,17 +16,16 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
-from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
 
 from safeshard.manifests.errors import Offence, RequestError, SafeshardError, printable
 from safeshard.streamer import api, messages
+from safeshard.streamer.cli_options import Variadic, takes
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.score import Score
-from safeshard.streamer.options import Options, RunOptions, build, fields_of
+from safeshard.streamer.options import RunOptions, build
 from safeshard.streamer.save_factors import Calibrate
 
 app = typer.Typer(
@@ -81,78 +79,6 @@ def _root(
     pass
 
 
-class _Variadic(TyperCommand):
-    """Lets an option that may repeat take its values in one go: --adapter A B C."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
-        spread: list[str] = []
-        option, has_value = "", False
-        for arg in args:
-            if arg.startswith("-"):
-                name, equals, _ = arg.partition("=")
-                option, has_value = name if name in repeatable else "", bool(equals)
-            elif option:
-                spread += [option] * has_value
-                has_value = True
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
-def _parameter(name: str, field: FieldInfo, many: bool) -> introspection.Parameter:
-    """One command-line option from a model's field. Its default stays with the model: not given is None."""
-    kind = _plain_type(field.annotation)
-    is_plain = field.is_required() or field.default is None or isinstance(field.default, bool)
-    shown = "" if is_plain else f" (default: {_shown(field.default)})"
-    required = " (required)" if field.is_required() else ""
-    flag = f"--{name.replace('_', '-')}"
-    if field.default is True:
-        flag += f"/--no-{name.replace('_', '-')}"
-    option = typer.Option(flag, help=(field.description or "") + shown + required, show_default=False)
-    annotation = Annotated[list[kind] | None if many else kind | None, option]  # type: ignore[valid-type]
-    default = field.default if kind is bool else None
-    if kind is bool:
-        annotation = Annotated[bool, option]
-    return introspection.Parameter(name, introspection.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-def _plain_type(annotation: Any) -> Any:
-    """The type that the command line reads: without None and constraints; sizes are read by the model."""
-    if get_origin(annotation) is Annotated:
-        return _plain_type(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, type(int | None)):
-        return _plain_type(next(a for a in get_args(annotation) if a is not type(None)))
-    if get_origin(annotation) is tuple:
-        return tuple[tuple(_plain_type(a) for a in get_args(annotation))]  # type: ignore[misc]
-    known = (int, float, bool, Path)
-    return annotation if annotation in known or get_origin(annotation) is Literal else str
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return value.human_readable() if hasattr(value, "human_readable") else str(value)
-
-
-def _command(
-    *models: type[Options], many: frozenset[str] = frozenset(), without: frozenset[str] = frozenset()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a function the fields of `models` as options, before its own; `many` may repeat."""
-
-    def with_options(function: Callable[..., None]) -> Callable[..., None]:
-        fields = {name: field for name, field in fields_of(*models).items() if name not in without}
-        parameters = [_parameter(name, field, name in many) for name, field in fields.items()]
-        hints = get_type_hints(function, include_extras=True)
-        own = introspection.signature(function).parameters.values()
-        kept = [p.replace(annotation=hints[p.name]) for p in own if p.kind is not p.VAR_KEYWORD]
-        signature = introspection.Signature(sorted([*parameters, *kept], key=lambda p: p.kind))
-        function.__signature__ = signature  # type: ignore[attr-defined]
-        function.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-        return function
-
-    return with_options
-
-
 def _help(function: Callable[..., Any], *paragraphs: str) -> str:
     """The first line of a public function, for the list of commands, and what follows where one is asked about."""
     return "\n\n".join([(function.__doc__ or "").splitlines()[0], *paragraphs])
@@ -164,15 +90,15 @@ def _method_command(method: str) -> None:
 
     model = METHODS[method]
     details = f"{(model.__doc__ or '').strip().splitlines()[0]} {model.paper}"
-    app.command(method, help=_help(getattr(api, method), details))(_command(model, RunOptions)(command))
+    app.command(method, help=_help(getattr(api, method), details))(takes(model, RunOptions)(command))
 
 
 for _name in METHODS:
     _method_command(_name)
 
 
-@app.command("score", cls=_Variadic, help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
-@_command(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype"}))
+@app.command("score", cls=Variadic, help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
+@takes(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype"}))
 def _score(*, json: Json = False, **options: Any) -> None:
     results = api.score(**{key: value for key, value in options.items() if value is not None})
     if not options["quiet"] and not options["dry_run"]:
@@ -181,18 +107,22 @@ def _score(*, json: Json = False, **options: Any) -> None:
 
 
 @app.command("calibrate", help=_help(api.calibrate, Calibrate.__doc__ or ""))
-@_command(Calibrate, RunOptions)
+@takes(Calibrate, RunOptions)
 def _calibrate(*, json: Json = False, **options: Any) -> None:
     made = api.calibrate(**options)
-    if not options["quiet"]:
-        print(f"dry run: nothing was written to {made.output}" if options["dry_run"] else f"factors: {made.output}")
+    outcome: dict[str, Any] = {"output": str(made.output), "reverted": dict(made.reverted)}
+    if options["dry_run"]:
+        print(messages.factors_plan(made))
+        outcome["bytes_to_write"] = made.bytes_to_write
+    elif not options["quiet"]:
+        print(f"factors: {printable(made.output)}")
     if json:
-        _print_json({"output": str(made.output), "reverted": dict(made.reverted)})
+        _print_json(outcome)
     _exit_reverted(made.reverted, "no factor")
 
 
 @app.command("batch", help=_help(api.batch, "A checkpoint that jobs share is read once."))
-@_command(RunOptions)
+@takes(RunOptions)
 def _batch(jobs: Annotated[Path, typer.Argument(help="the jobs file")], *, json: Json = False, **options: Any) -> None:
     _done(api.batch(jobs, **options), options, json)
 
@@ -285,6 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     handlers: dict[signal.Signals, Any] = {}
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
             stream.reconfigure(errors="replace")
@@ -314,8 +245,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             signal.signal(number, handler)
 
 
+def _open_closed_streams() -> None:
+    """Let what the parent process closed lead nowhere: else the next file opened would take its descriptor."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # until the process ends
+
+
 def _how_to_resume(arguments: Sequence[str]) -> str:
-    if not arguments or arguments[0] not in {*METHODS, "batch"}:
+    if not arguments or arguments[0] not in {*METHODS, "batch", "calibrate"}:
         return "nothing was kept"
     return "run the same command again to go on from here"
 

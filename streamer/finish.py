@@ -169,7 +169,9 @@ def _reverted(job_run: JobRun) -> Iterator[Fallback]:
     """Modules that were to be treated and were kept aligned instead."""
     for entry in job_run.entries.values():
         if entry["decision"] == "reverted":
-            yield Fallback(asked=job_run.job.title, done="kept aligned", why=entry["note"], subject=entry["name"])
+            yield Fallback(
+                asked=job_run.job.title, done="kept aligned", why=entry.get("note", ""), subject=entry["name"]
+            )
 
 
 def _untouched(job_run: JobRun, module: ModulePlan) -> bool:

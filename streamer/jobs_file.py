@@ -97,7 +97,7 @@ def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
         except RequestError as error:
             offences += error.offences
     if offences:
-        raise RequestError(offences)
+        raise RequestError(list(dict.fromkeys(offences)))  # combinations mostly share theirs
 
 
 def _too_many(where: str) -> Offence:

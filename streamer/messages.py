@@ -11,6 +11,7 @@ from safeshard.streamer.calibrated import arithmetic_bytes, planned_steps
 from safeshard.streamer.plan import JobPlan
 from safeshard.streamer.progress import human
 from safeshard.streamer.run import Result
+from safeshard.streamer.save_factors import Factors
 from safeshard.streamer.steps import JobRun, module_steps, workers_for
 
 
@@ -22,13 +23,14 @@ def summary(results: Sequence[Result]) -> str:
             continue
         decisions = Counter(entry.decision for entry in manifest.modules)
         counts = ", ".join(f"{n} {decision}" for decision, n in decisions.most_common())
-        lines.append(f"{result.job.title}: {printable(result.output)}")
+        earlier = " (finished earlier)" if result.plan.finished else ""
+        lines.append(f"{result.job.title}: {printable(result.output)}{earlier}")
         lines.append(f"  {len(result.plan.modules)} of {result.plan.expected} modules: {counts}")
         lines += [f"  note: {f.asked} -> {f.done} ({f.why})" + (f": {printable(f.subject)}" if f.subject else "")
                   for f in manifest.fallbacks[:5]]  # fmt: skip
         if len(manifest.fallbacks) > 5:
             lines.append(f"  and {len(manifest.fallbacks) - 5} more notes in the manifest")
-    finished = [r.manifest.run for r in results if r.manifest]
+    finished = [r.manifest.run for r in results if r.manifest and not r.plan.finished]
     if finished:
         last, written = finished[-1], sum(run.bytes_written for run in finished)
         rate = human(last.bytes_read / last.wall_s) if last.wall_s else "-"
@@ -64,6 +66,15 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
         )
     lines.append("dry run: nothing was written")
     return "\n".join(lines)
+
+
+def factors_plan(made: Factors) -> str:
+    """What a dry run of `calibrate` says."""
+    return (
+        f"factors: {printable(made.output)}\n"
+        f"  to write at most {human(made.bytes_to_write)}; a layer takes {human(made.memory)} of memory\n"
+        "dry run: nothing was written"
+    )
 
 
 def scores(results: Sequence[Result]) -> str:

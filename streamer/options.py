@@ -25,7 +25,16 @@ from safeshard.manifests.errors import Offence, RequestError
 
 T = TypeVar("T", bound=BaseModel)
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Place = Annotated[str, BeforeValidator(lambda v: os.fspath(v) if isinstance(v, os.PathLike) else v)]
+
+
+def expanded(value: Any) -> Any:
+    """A path whose `~` is the home folder, if there is one: shells expand it, but not in `--output=~/x`, nor YAML."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return os.path.expanduser(text) if isinstance(text, str) else text  # noqa: PTH111  # Path's raises without a home
+
+
+Place = Annotated[str, Field(min_length=1), BeforeValidator(expanded)]
+Folder = Annotated[Path, BeforeValidator(expanded)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 EXPECTED = {  # by pydantic's type of error, where its own message does not go on from "expected"
@@ -33,6 +42,7 @@ EXPECTED = {  # by pydantic's type of error, where its own message does not go o
     "byte_size": "a size such as 2GiB",
     "byte_size_unit": "a size such as 2GiB",
     "path_type": "a path",
+    "string_too_short": "a place",  # no other text has a least length
     "too_long": "at most {max_length} values",
 }
 

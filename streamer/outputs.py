@@ -138,11 +138,11 @@ def _adapter_fallbacks(adapter: Adapter, safe: Adapter | None) -> Iterator[Fallb
             )
     if safe is None:
         return
-    for name in adapter.modules.keys() - safe.modules.keys():
+    for name in sorted(adapter.modules.keys() - safe.modules.keys(), key=natural):
         yield Fallback(
             asked="a safe delta", done="a zero delta", why="the safe adapter has no such module", subject=name
         )
-    for name in safe.modules.keys() - adapter.modules.keys():
+    for name in sorted(safe.modules.keys() - adapter.modules.keys(), key=natural):
         why = "the fine-tuned adapter has no such module"
         yield Fallback(asked="a fine-tuned delta", done="a zero delta: the module stays aligned", why=why, subject=name)
 

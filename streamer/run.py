@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
-from safeshard.manifests.schema import Fallback, Manifest
+from safeshard.manifests.schema import Fallback, Manifest, ModuleEntry
 from safeshard.streamer.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.compute import compute_step
 from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.finish import Measured, fingerprint, publish, rounded
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
-from safeshard.streamer.plan import JobPlan
+from safeshard.streamer.plan import JobPlan, staging_of
 from safeshard.streamer.planner import Planner
 from safeshard.streamer.progress import Progress, human
 from safeshard.streamer.staging import settle
 from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
 from safeshard.streamer.writer import Writer
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -
     for plan in plans:
         if plan.finished:
             with clear_errors(plan.job.output):
-                settle(plan.job.output)
+                settle(staging_of(plan.job.output), plan.job.output)
     runs: list[JobRun] = []
     try:
         _start([plan for plan in plans if not plan.finished], options, runs)
@@ -120,14 +125,30 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
         return JobRun(plan)
     device = device_name(torch.device(options.resolved_device()))
     writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite)
-    entries = {record["entry"]["name"]: record["entry"] for record in writer.journal.entries("module")}
-    for name, module in plan.modules.items():
-        if not writer.hashes.keys() >= set(module.writes.values()):
-            entries.pop(name, None)  # what it wrote is damaged
-    cosines = {name: entry.get("cosine") for name, entry in entries.items()}
-    cosines |= {record["name"]: record["cosine"] for record in writer.journal.entries("cosine")}
-    fallbacks = [Fallback(**record["entry"]) for record in writer.journal.entries("fallback")]
+    entries, cosines = _decided(plan, writer)
+    fallbacks = list(_sound(writer, "fallback", lambda record: Fallback(**record["entry"])))
     return JobRun(plan, writer, entries, cosines, fallbacks=fallbacks)
+
+
+def _decided(plan: JobPlan, writer: Writer) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:
+    """Entries and cosines of the plan's modules that the journal holds, but for those whose tensors are damaged."""
+    done = {
+        entry.name: entry
+        for entry in _sound(writer, "module", lambda record: ModuleEntry(**record["entry"]))
+        if entry.name in plan.modules and writer.hashes.keys() >= set(plan.modules[entry.name].writes.values())
+    }
+    scored = _sound(writer, "cosine", lambda r: ModuleEntry(name=r["name"], decision="kept", cosine=r["cosine"]))
+    cosines = {entry.name: entry.cosine for entry in (*done.values(), *scored) if entry.name in plan.modules}
+    return {name: entry.model_dump(mode="json", exclude_none=True) for name, entry in done.items()}, cosines
+
+
+def _sound(writer: Writer, kind: str, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """The journal's records of a kind, parsed. One that was forged or damaged is left out: its work is done again."""
+    for record in writer.journal.entries(kind):
+        try:
+            yield parse(record)
+        except (KeyError, TypeError, ValueError):
+            log.warning("%s: a record of kind %s makes no sense and is left out", writer.journal.path, kind)
 
 
 def _refuse_changed(runs: Sequence[JobRun]) -> None:

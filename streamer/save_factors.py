@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import re
 import shutil
@@ -17,39 +19,72 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.journal import JOURNAL_NAME, Journal, sync_path
+from safeshard.manifests.safetensors_header import HeaderError, read_header
 from safeshard.manifests.schema import Input
 from safeshard.streamer.calibrated import batches_at_once
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
-from safeshard.streamer.checks import taken_bytes
-from safeshard.streamer.disk import clear_errors
-from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedGroup, sample_weights
+from safeshard.streamer.checks import place_offences, taken_bytes
+from safeshard.streamer.disk import clear_errors, write_file
+from safeshard.streamer.factor_files import FILE, INDEX, FactorIndex, SavedFactors, SavedGroup, sample_weights
 from safeshard.streamer.factors import Calibration, Group, device_bytes, forward_dtype, hash_factor, resident_bytes
 from safeshard.streamer.hidden_states import COPIES, HiddenStates, clear_states, is_state
 from safeshard.streamer.methods.safedelta import Calibrated
-from safeshard.streamer.options import Dtype, Place, RunOptions
+from safeshard.streamer.options import Dtype, Folder, Options, Place, RunOptions
 from safeshard.streamer.plan import staging_of
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.sources import LocalSource, open_source
-from safeshard.streamer.staging import open_journal
+from safeshard.streamer.staging import open_journal, publish, settle
 from safeshard.streamer.steps import workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
+
+log = logging.getLogger(__name__)
 
 
 class Calibrate(Calibrated):
     """Save the factors of an aligned model's Gram matrices, for any number of Safe Delta jobs."""
 
     aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
-    output: Path = Field(description="folder to write; must not exist")
+    output: Folder = Field(description="folder to write; must not exist")
     dtype: Dtype | None = Field(None, description="dtype of the forward pass (default: the aligned checkpoint's)")
 
 
 @dataclass(frozen=True)
 class Factors:
-    """What came of a calibration: the folder, and the modules without a factor, with the reason."""
+    """What came of a calibration: the folder, and the modules without a factor, with the reason.
+
+    Of a dry run `bytes_to_write` is what the factors take on disk at most (linears with one input share one), and
+    `memory` what a layer takes at least besides the hidden states.
+    """
 
     output: Path
     reverted: Mapping[str, str]
+    bytes_to_write: int = 0
+    memory: int = 0
+
+
+class _Layer(Options):
+    """A decoder layer in the journal: its factors, and why modules have none."""
+
+    number: int
+    groups: tuple[SavedGroup, ...]
+    reverted: dict[str, str]
+
+    def is_intact(self, folder: Path, modules: Sequence[str]) -> bool:
+        """Whether the layer's file holds factors of just these modules, byte for byte."""
+        path = folder / _file(self.number)
+        named = [*(name for group in self.groups for name in group.modules), *self.reverted]
+        try:
+            with path.open("rb") as file:
+                fd, size = file.fileno(), os.fstat(file.fileno()).st_size
+                tensors = read_header(path.name, size, lambda start, stop: os.pread(fd, stop - start, start)).tensors
+                places = [(tensors[group.tensor], group) for group in self.groups if group.file == path.name]
+                return (sorted(named), len(places)) == (sorted(modules), len(self.groups)) and all(
+                    hash_tensor_region(fd, ref.offset, ref.nbytes) == group.blake3 for ref, group in places
+                )
+        except (OSError, EOFError, HeaderError, KeyError):
+            return False
 
 
 def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
@@ -63,25 +98,31 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
     device = torch.device(run.resolved_device())
     output = options.output.absolute()
     staging = staging_of(output)
+    if offences := list(place_offences(options.output, [options.aligned])):
+        raise RequestError(offences)
     _check_places(output, staging, run.overwrite)
     aligned = open_checkpoint(open_source(options.aligned))
     calibration = Calibration(aligned, options, forward_dtype(aligned, options.dtype))
-    _check_room(calibration, output, int(run.memory), _host_bytes(calibration, device))
+    need, size = _host_bytes(calibration, device), _disk_bytes(calibration)
+    _check_room(output, int(run.memory), need, size + COPIES * calibration.hidden_bytes)
     if run.dry_run:
-        return Factors(output, {})
+        return Factors(output, {}, size, need)
+    fingerprint = _fingerprint(calibration, options, device)
     with clear_errors(staging):
-        journal = open_journal(staging, output, _fingerprint(calibration, options, device), run.overwrite)
+        if not run.overwrite and (output / INDEX).is_file():  # killed in its last step
+            Journal.open(output / JOURNAL_NAME, fingerprint).close()
+            settle(staging, output)
+            return Factors(output, SavedFactors(str(output), aligned).index.reverted)
+        journal = open_journal(staging, output, fingerprint, run.overwrite)
     with journal:
         try:
-            _write_layers(calibration, options, run, device, journal)
-            index = _index(calibration, options, journal)
+            layers = _finished(calibration, journal)
+            layers += _write_layers(calibration, len(layers), options, run, device, journal)
+            index = _index(calibration, options, layers)
             with clear_errors(output):
-                (staging / INDEX).write_text(index.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
-                sync_path(staging / INDEX)
+                write_file(staging / INDEX, (index.model_dump_json(by_alias=True, indent=1) + "\n").encode())
                 clear_states([staging])
-                (staging / JOURNAL_NAME).unlink()
-                sync_path(staging)
-                _publish(staging, output)
+                publish(staging, output, (), run.overwrite, last=INDEX)
         except BaseException:
             if not journal.entries("layer"):
                 shutil.rmtree(staging, ignore_errors=True)  # nothing to resume
@@ -109,27 +150,31 @@ def _decisive(options: Calibrate) -> dict[str, Any]:
 
 
 def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
-    for folder, replaceable in ((output, overwrite), (staging, True)):
-        if folder.exists() and not (replaceable and _is_ours(folder)):
+    unfinished = (output / JOURNAL_NAME).is_file()
+    for folder, replaceable in ((output, overwrite or unfinished), (staging, True)):
+        if os.path.lexists(folder) and not (replaceable and _is_ours(folder)):
             got = "it exists" if not replaceable else "something that calibrate did not write"
             remedy = "choose another, or --overwrite" if not replaceable else "remove it yourself"
             raise RequestError(Offence("--output", str(folder), "a folder that does not exist", got, remedy))
 
 
 def _is_ours(folder: Path) -> bool:
-    return folder.is_dir() and all(
-        path.name in (INDEX, JOURNAL_NAME) or re.fullmatch(FILE, path.name) or is_state(path.name)
-        for path in folder.iterdir()
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and all(
+            path.name in (INDEX, JOURNAL_NAME) or re.fullmatch(FILE, path.name) or is_state(path.name)
+            for path in folder.iterdir()
+        )
     )
 
 
-def _check_room(calibration: Calibration, output: Path, memory: int, need: int) -> None:
+def _check_room(output: Path, memory: int, need: int, size: int) -> None:
     if need > memory:
         expected, remedy = f"at least {need} bytes for one layer", "raise --memory"
         raise RequestError(Offence("--memory", "", expected, str(memory), remedy))
     parent = next(folder for folder in output.parents if folder.exists())
-    size = sum(group.resident for layer in calibration.planned() for group in layer)
-    size += COPIES * calibration.hidden_bytes - taken_bytes(staging_of(output))
+    size -= taken_bytes(staging_of(output))
     if size > (free := shutil.disk_usage(parent).free):
         remedy = "free some, or choose another disk"
         raise RequestError(Offence("--output", str(parent), f"up to {size} bytes of free space", str(free), remedy))
@@ -142,18 +187,41 @@ def _host_bytes(calibration: Calibration, device: torch.device) -> int:
     return device_bytes(calibration, [_step(group) for layer in calibration.planned() for group in layer])
 
 
+def _disk_bytes(calibration: Calibration) -> int:
+    return sum(group.resident for layer in calibration.planned() for group in layer)
+
+
 def _step(group: Group) -> Step:
     return Step(group.modules[0], scratch=group.scratch)
 
 
+def _finished(calibration: Calibration, journal: Journal) -> list[_Layer]:
+    """The layers, from the first on, whose factors the journal and the files hold."""
+    found: dict[int, _Layer] = {}
+    for record in journal.entries("layer"):
+        with contextlib.suppress(TypeError, ValueError):  # forged, or damaged
+            layer = _Layer(**{key: value for key, value in record.items() if key != "kind"})
+            found[layer.number] = layer
+    layers = []
+    for number, groups in enumerate(calibration.planned()):
+        modules = [name for group in groups for name in group.modules]
+        if number not in found or not found[number].is_intact(journal.path.parent, modules):
+            break
+        layers.append(found[number])
+    if len(layers) < len(found):
+        log.warning("%s: damaged from layer %d on: those are factored again", journal.path.parent, len(layers))
+    return layers
+
+
 def _write_layers(
-    calibration: Calibration, options: Calibrate, run: RunOptions, device: torch.device, journal: Journal
-) -> None:
-    """Write the factors of all layers that the journal does not hold."""
-    staging, first = journal.path.parent, len(journal.entries("layer"))
+    calibration: Calibration, first: int, options: Calibrate, run: RunOptions, device: torch.device, journal: Journal
+) -> list[_Layer]:
+    """Write the factors of all layers from the `first` on."""
+    staging = journal.path.parent
     left = calibration.planned()[first:]
     if not left:
-        return
+        return []
+    written = []
     memory = int(run.memory)
     hidden = min(memory // 2, memory - _host_bytes(calibration, device))
     buffers = Buffers(memory - hidden - resident_bytes(calibration))
@@ -162,23 +230,28 @@ def _write_layers(
     with Progress(sum(map(len, left)), run.quiet, unit="module") as progress:
         for number, groups in enumerate(layers, first):
             _factor(groups, options.percdamp, device, buffers)
-            saved, failed = _save(groups, staging / f"factors-{number:05d}.safetensors", options.percdamp, device)
-            journal.record("layer", groups=[group.model_dump(mode="json") for group in saved], reverted=failed)
+            saved, failed = _save(groups, staging / _file(number), options.percdamp, device)
+            written.append(_Layer(number=number, groups=saved, reverted=failed))
+            journal.record("layer", **written[-1].model_dump(mode="json"))
             with clear_errors(staging):
                 journal.commit()
             progress.done(str(number), sum(len(group.modules) for group in groups))
             groups.clear()
+    return written
 
 
-def _index(calibration: Calibration, options: Calibrate, journal: Journal) -> FactorIndex:
-    layers = journal.entries("layer")
+def _file(number: int) -> str:
+    return f"factors-{number:05d}.safetensors"
+
+
+def _index(calibration: Calibration, options: Calibrate, layers: Sequence[_Layer]) -> FactorIndex:
     return FactorIndex(
         safeshard=version("safeshard"), torch=torch.__version__, aligned=_model_input(calibration.aligned),
         sample=sample_weights(calibration.aligned),
         calibration=calibration.inputs()["calibration"],
         options=_decisive(options),
-        layers=tuple(tuple(SavedGroup(**group) for group in layer["groups"]) for layer in layers),
-        reverted={name: why for layer in layers for name, why in layer["reverted"].items()},
+        layers=tuple(layer.groups for layer in layers),
+        reverted={name: why for layer in layers for name, why in layer.reverted.items()},
     )  # fmt: skip
 
 
@@ -216,17 +289,6 @@ def _save(
         sync_path(file)
         sync_path(file.parent)
     return tuple(saved), failed
-
-
-def _publish(staging: Path, output: Path) -> None:
-    old = None
-    if output.exists():
-        old = output.with_name(f"{output.name}.replaced-{os.getpid()}")
-        output.rename(old)
-    staging.rename(output)
-    sync_path(output.parent)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _model_input(aligned: Checkpoint) -> Input:

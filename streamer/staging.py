@@ -2,11 +2,14 @@
 
 The journal is the first file to come and the last to go, first in `OUT.partial` and, for an instant, in OUT. So an
 interruption at any step leaves a folder that is known to be ours and not quite done, and the journal's lock keeps
-other runs away until the very end.
+other runs away until the very end. Where the file system does not rename (some mounts of object stores), the complete
+folder is copied instead: an empty journal comes into OUT first, the manifest last but for its removal.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -17,6 +20,8 @@ from safeshard.manifests.journal import JOURNAL_NAME, Journal, sync_path
 from safeshard.manifests.schema import MANIFEST_NAME
 
 REPLACED = ".replaced"  # in the staging folder: the earlier output, until the new one has its place
+NO_RENAME = (errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
+log = logging.getLogger(__name__)
 
 
 def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overwrite: bool) -> Journal:
@@ -65,9 +70,30 @@ def clear(staging: Path, names: Collection[str]) -> None:
             _remove(path)
 
 
-def publish(staging: Path, output: Path, names: Iterable[str], overwrite: bool) -> None:
-    """Give a complete and synced folder its name, in place of an earlier output if asked to."""
+def publish(staging: Path, output: Path, names: Collection[str], overwrite: bool, last: str = MANIFEST_NAME) -> None:
+    """Give a complete and synced folder its name, in place of an earlier output if asked to.
+
+    `names` are the files that lie under their `.part` names; without its file `last` no output counts as complete.
+    """
     sync_path(staging)  # the manifest is there before anything could be taken for a model
+    try:
+        _rename(staging, output, names, overwrite or is_half_copied(staging, output, last))
+    except OSError as error:
+        if error.errno not in NO_RENAME:
+            raise
+        log.warning("%s: the file system does not rename (%s): the finished output is copied", output, error.strerror)
+        _copy(staging, output, names, last)
+    _settle(output)
+
+
+def is_half_copied(staging: Path, output: Path, last: str = MANIFEST_NAME) -> bool:
+    """Whether a run was interrupted while it copied its finished output here; the whole is in the staging folder."""
+    mark = output / JOURNAL_NAME
+    ours = mark.is_file() and not mark.stat().st_size and (staging / JOURNAL_NAME).is_file()
+    return ours and not (output / last).exists()
+
+
+def _rename(staging: Path, output: Path, names: Iterable[str], overwrite: bool) -> None:
     for name in names:
         part_of(staging, name).rename(staging / name)
     sync_path(staging)
@@ -78,10 +104,30 @@ def publish(staging: Path, output: Path, names: Iterable[str], overwrite: bool) 
         sync_path(output.parent)
     staging.rename(output)
     sync_path(output.parent)
-    _settle(output)
 
 
-def settle(output: Path) -> None:
+def _copy(staging: Path, output: Path, names: Iterable[str], last: str) -> None:
+    own_names = {part_of(staging, name).name: name for name in names}
+    files = sorted(p for p in staging.iterdir() if p.name not in (JOURNAL_NAME, REPLACED, last))
+    _make_folder(output)
+    (output / JOURNAL_NAME).touch()
+    sync_path(output)
+    try:
+        for path in (output / last, *output.iterdir()):
+            if path.name != JOURNAL_NAME:
+                _remove(path)
+        for path in (*files, staging / last):
+            target = output / own_names.get(path.name, path.name)
+            shutil.copyfile(path, target)
+            sync_path(target)
+            sync_path(output)
+    except BaseException:
+        remove(output, staging)
+        raise
+    remove(staging, output)
+
+
+def settle(staging: Path, output: Path) -> None:
     """Do what remains to be done where a run was interrupted when the output had its name already.
 
     Raises:
@@ -89,6 +135,9 @@ def settle(output: Path) -> None:
     """
     if (output / JOURNAL_NAME).is_file():
         with Journal.claim(output / JOURNAL_NAME):
+            if (staging / JOURNAL_NAME).is_file():  # what was copied here
+                with Journal.claim(staging / JOURNAL_NAME):
+                    remove(staging, output)
             _settle(output)
 
 

@@ -75,7 +75,7 @@ class JobRun:
     def untreated(self) -> dict[str, str]:
         """The modules that a factor was due for and that have none, kept aligned, and why."""
         return {
-            name: entry["note"]
+            name: entry.get("note", "")
             for name, entry in self.entries.items()
             if entry["decision"] == "reverted" and self.has_factor(name)
         }

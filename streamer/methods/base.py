@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +21,7 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.adapter import Adapter, LoraModule
 from safeshard.streamer.checkpoint import Checkpoint
-from safeshard.streamer.options import Dtype, Options, Place
+from safeshard.streamer.options import Dtype, Folder, Options, Place
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
 NEAR = 1e-6  # a cosine this close to the threshold is marked in the manifest: another device could decide otherwise
@@ -86,7 +85,7 @@ class Job(Options):
     aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
     adapter: Place | None = Field(None, description="fine-tuned LoRA adapter")
     finetuned: Place | None = Field(None, description="fine-tuned full checkpoint, in place of --adapter")
-    output: Path = Field(description="folder to write; must not exist")
+    output: Folder = Field(description="folder to write; must not exist")
     dtype: Dtype | None = Field(
         None, description="dtype of the output (default: the aligned checkpoint's, or the adapter's)"
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
 
 from safeshard.streamer.methods.base import GatedJob
+from safeshard.streamer.options import Folder
 
 
 class Score(GatedJob):
@@ -19,4 +19,4 @@ class Score(GatedJob):
 
     writes_model: ClassVar[bool] = False
 
-    output: Path | None = Field(None, description="table to write: .csv or .json")  # type: ignore[assignment]
+    output: Folder | None = Field(None, description="table to write: .csv or .json")  # type: ignore[assignment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -259,6 +260,49 @@ def test_a_plan_takes_no_more_than_the_memory_allowed(
     status, stdout, _ = run(capsys, *merge_args, "--dry-run", "--memory", "18MB")
     assert status == 0
     assert "in flight take at most 18.00 MB" in stdout
+
+
+def test_a_batch_says_what_was_finished_earlier(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+    """And gives figures of this run alone."""
+    paths = world.trio()
+    jobs = world.root / "jobs.yaml"
+    entry = {"method": "scale", "aligned": str(paths["aligned"]), "adapter": str(paths["adapter"])}
+    entries = [entry | {"factor": factor, "output": str(world.root / f"out-{factor}")} for factor in (0.25, 0.5)]
+    for known in (entries[:1], entries, entries):
+        jobs.write_text(json.dumps({"jobs": known}))
+        status, out, _ = run(capsys, "batch", jobs)
+        assert status == 0
+        done = [line for line in out.splitlines() if line.endswith("(finished earlier)")]
+        assert ("\nread " in out) == (len(done) < len(known))
+    assert [line.split()[-3].rpartition("/")[2] for line in done] == ["out-0.25", "out-0.5"]
+
+
+def test_an_offence_of_all_combinations_is_told_once(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+    jobs = world.root / "jobs.yaml"
+    jobs.write_text("jobs: [{method: scale, matrix: {factor: [0.1, 0.2]}, nonsense: 1, aligned: a, output: o}]")
+    status, _, err = run(capsys, "batch", jobs)
+    assert status == 2
+    assert err.count("nonsense") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "kept"),
+    [("safemerge", True), ("batch", True), ("calibrate", True), ("score", False), ("verify", False)],
+)
+def test_an_interruption_says_whether_to_run_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str, kept: bool
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(api, command, interrupted)
+    places = ["out"] if command in ("batch", "verify") else ["--aligned", "a", "--unaligned", "u", "--output", "o"]
+    if command == "calibrate":
+        del places[2:4]
+    status, _, err = run(capsys, command, *places)
+    assert status == 1
+    assert ("run the same command again" in err) == kept
+    assert ("nothing was kept" in err) != kept
 
 
 def test_functions_show_their_keywords() -> None:

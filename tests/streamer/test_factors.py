@@ -233,6 +233,19 @@ def test_what_has_no_factor(place: Place, monkeypatch: pytest.MonkeyPatch, capsy
     assert {entry["name"] for entry in manifest["modules"] if entry["decision"] == "reverted"} == reverted
 
 
+def test_a_dry_run_says_what_factors_take(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = {n: t for f in (place.golden / "aligned").glob("*.safetensors") for n, t in load_file(f).items()}
+    nbytes = sum(4 * weight.shape[1] ** 2 for name, weight in weights.items() if "_proj." in name)
+    with pytest.raises(SystemExit):
+        main(["calibrate", "--aligned", str(place.golden / "aligned"), "--calibration", str(place.data), "--samples",
+              str(place.samples), "--output", str(place.root / "out"), "--dry-run", "--json"])  # fmt: skip
+    *said, outcome = capsys.readouterr().out.splitlines()
+    assert json.loads(outcome)["bytes_to_write"] == nbytes
+    assert f"to write at most {nbytes / 1000:.2f} kB" in said[1]
+    assert said[-1] == "dry run: nothing was written"
+    assert not list(place.root.glob("out*"))
+
+
 def test_places(place: Place) -> None:
     """Nothing of others is overwritten, nothing is left behind, and what is ours is replaced only when asked."""
     before = place.names()

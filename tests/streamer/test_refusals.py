@@ -308,6 +308,14 @@ def test_options(case: Case, refused: Any, command: str, changes: dict[str, Any]
     refused(case.argv(command, **changes), named)
 
 
+def test_a_sharded_adapter(case: Case, refused: Any) -> None:
+    """Which transformers can save and PEFT does not read."""
+    folder = case.paths["adapter"]
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model-00001-of-00001.safetensors")
+    (folder / "adapter_model.safetensors.index.json").write_text("{}")
+    refused(case.argv("safemerge"), str(folder), "a sharded adapter", "in one file")
+
+
 def test_an_output_that_exists(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     out = case.root / "out"
     for make in (out.mkdir, lambda: out.write_text("mine"), lambda: out.symlink_to(case.paths["adapter"])):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from safetensors.torch import save_file
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.journal import Journal
-from safeshard.streamer import api, safelora, safemerge
+from safeshard.streamer import api, safelora, safemerge, staging
 from safeshard.streamer.stream import Clock
 from safeshard.streamer.writer import Writer
 
@@ -414,3 +416,155 @@ def test_a_killed_batch_resumes(world: Any, journaled: Any) -> None:
     assert len(journaled()) < total
     for job in ("merge-0.1", "merge-0.2", "lora"):
         assert contents(world.root / "out" / job) == contents(world.root / "whole" / job)
+
+
+UP = "model.layers.0.mlp.up_proj"
+FORGED: dict[str, list[dict[str, Any]]] = {
+    "module": [
+        {},
+        *({"entry": entry} for entry in (None, "text", {}, [1])),
+        {"entry": {"name": 3, "decision": "kept"}},
+        {"entry": {"name": "lm_head", "decision": "kept", "cosine": 0.1}},
+        {"entry": {"name": UP, "decision": "eaten"}},
+        {"entry": {"name": UP, "decision": "kept", "cosine": "high"}},
+        {"entry": {"name": "model.layers.1.mlp.down_proj", "decision": "reverted"}},
+    ],
+    "cosine": [
+        {},
+        {"name": [], "cosine": 0.5},
+        {"name": "no such module", "cosine": -1.0},
+        {"name": UP, "cosine": "low"},
+        {"name": UP, "cosine": {"a": 1}},
+    ],
+    "fallback": [{}, {"entry": [1]}, {"entry": {"asked": 1}}],
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+@pytest.mark.parametrize("method", ["safemerge", "safelora"])
+def test_records_that_make_no_sense_lose_work_alone(
+    world: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, method: str, kind: str
+) -> None:
+    """A journal whose lines are whole, but say what no run writes."""
+    options = merge_options(world) | {"output": world.root / "out"}
+    if method == "safelora":  # which ranks all cosines, the journal's among them
+        options = {k: v for k, v in options.items() if k not in ("safe_adapter", "threshold")} | {"num_layers": 3}
+    function = getattr(api, method)
+    function(**options | {"output": world.root / "whole"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "write", failing_after(5))
+        with pytest.raises(RunError, match="no more"):
+            function(**options)
+    path = world.root / "out.partial/journal.jsonl"
+    fingerprint = json.loads(path.read_bytes().splitlines()[0])["fingerprint"]
+    with Journal.open(path, fingerprint) as journal:
+        for payload in FORGED[kind]:
+            journal.record(kind, **payload)
+        journal.commit()
+    function(**options)
+    assert "makes no sense" in caplog.text
+    assert contents(world.root / "out") == contents(world.root / "whole")
+    assert api.verify(world.root / "out") == []
+
+
+@pytest.fixture
+def no_rename(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lets renames fail as on mounts that have none: of folders alone, or of files as well."""
+
+    def forbid(number: int, files: bool = False) -> None:
+        rename = Path.rename
+
+        def failing(self: Path, target: Path) -> Path:
+            if files or self.is_dir():
+                raise OSError(number, os.strerror(number), str(self))
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+
+    return forbid
+
+
+@pytest.mark.parametrize(
+    ("number", "files", "overwrite"),
+    [(errno.EXDEV, False, False), (errno.EPERM, True, False), (errno.ENOSYS, False, True), (errno.ENOSYS, True, True)],
+)
+def test_where_nothing_can_be_renamed_the_output_is_copied(
+    world: Any, no_rename: Any, caplog: pytest.LogCaptureFixture, number: int, files: bool, overwrite: bool
+) -> None:
+    options = full_options(world)
+    safelora(**options, output=world.root / "whole")
+    if overwrite:
+        safelora(**options | {"num_layers": 1}, output=world.root / "out")
+    no_rename(number, files)
+    safelora(**options, output=world.root / "out", overwrite=overwrite)
+    assert os.strerror(number) in caplog.text
+    assert contents(world.root / "out") == contents(world.root / "whole")
+    assert api.verify(world.root / "out") == []
+    assert {p.name for p in world.root.glob("out*")} == {"out"}
+    assert not (world.root / "out/journal.jsonl").exists()
+
+
+@pytest.mark.parametrize("copied", [0, 3, 6, 9])  # of seven files
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_copy_that_was_killed_is_finished_by_the_next_run(
+    world: Any, no_rename: Any, journaled: Any, monkeypatch: pytest.MonkeyPatch, copied: int, overwrite: bool
+) -> None:
+    """Killed after each file, and between the copy and the removal of its source: never is there a half output that
+    looks whole."""
+    options = full_options(world) | {"output": world.root / "out", "overwrite": overwrite}
+    out, partial = world.root / "out", world.root / "out.partial"
+    safelora(**options | {"output": world.root / "whole"})
+    if overwrite:
+        safelora(**options | {"num_layers": 1})
+    no_rename(errno.ENOSYS)
+    copyfile, calls = shutil.copyfile, []
+
+    def killed(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > copied:
+            raise KeyboardInterrupt
+        copyfile(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", killed)
+        patch.setattr(staging, "remove", lambda *folders: (_ for _ in ()).throw(KeyboardInterrupt))  # no tidying up
+        with pytest.raises(KeyboardInterrupt):
+            safelora(**options)
+    assert (partial / "manifest.json").is_file()
+    assert (out / "journal.jsonl").is_file()
+    whole = (out / "manifest.json").is_file()
+    assert whole == (copied >= len(list((world.root / "whole").iterdir())))
+    journaled().clear()
+    safelora(**options)
+    assert journaled() == [] or (overwrite and whole)
+    assert contents(out) == contents(world.root / "whole")
+    assert api.verify(out) == []
+    assert {p.name for p in world.root.glob("out*")} == {"out"}
+
+
+def test_a_copy_that_fails_leaves_no_output_and_the_whole_beside(
+    world: Any, no_rename: Any, journaled: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = merge_options(world) | {"output": world.root / "out"}
+    no_rename(errno.EPERM)
+    with monkeypatch.context() as patch:
+
+        def full(source: Path, target: Path) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(RunError, match="disk is full"):
+            safemerge(**options)
+    assert {p.name for p in world.root.glob("out*")} == {"out.partial"}
+    journaled().clear()
+    safemerge(**options)
+    assert journaled() == []
+    assert api.verify(world.root / "out") == []
+
+
+def test_a_folder_with_a_journal_of_its_own_is_no_half_copy(interrupted: dict[str, Any], world: Any) -> None:
+    (world.root / "out").mkdir()
+    (world.root / "out/journal.jsonl").write_text("today: nothing")
+    with pytest.raises(RequestError, match="it exists"):
+        safemerge(**interrupted)
+    assert (world.root / "out/journal.jsonl").read_text() == "today: nothing"

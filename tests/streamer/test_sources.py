@@ -484,7 +484,7 @@ class TestUrls:
         assert memory.sizes() == {p.name: p.stat().st_size for p in folder.iterdir()}
         assert memory.local_path("config.json") is None
         assert memory.read("config.json", 3, 3) == b""
-        monkeypatch.setattr("safeshard.streamer.sources.RANGE_BYTES", 1000)
+        monkeypatch.setattr("safeshard.streamer.sources.url.RANGE_BYTES", 1000)
         checkpoint = open_checkpoint(memory)
         assert [read_weight(checkpoint, i) for i in (0, 1)] == [weight(0), weight(1)]
 

@@ -1,0 +1,98 @@
+"""What every source is, and how their errors read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Protocol
+
+from safeshard.manifests.errors import Offence, RequestError, RunError
+
+MAX_JSON_DEPTH = 64
+MAX_JSON_BYTES = 200_000_000  # the index of a checkpoint with a million tensors is about 100 MB
+
+
+class Source(Protocol):
+    """A read-only folder of files. `spec` is what the user wrote, `identity` is equal for equal places.
+
+    What fails after the source was opened raises `RunError`; a name that is not listed raises `RequestError`.
+    """
+
+    spec: str
+    identity: str
+    revision: str | None
+
+    def sizes(self) -> dict[str, int]:
+        """Names and sizes (bytes) of the files, without their contents. Subfolders are left out."""
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of a file: for headers and small files."""
+
+    def readinto(self, name: str, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset` on. May fetch the file first. Safe to call from several threads."""
+
+    def local_path(self, name: str) -> Path | None:
+        """A local path that holds the whole file, fetched first if need be; None where only ranges can be read."""
+
+    def changed(self) -> set[str]:
+        """The files that are no longer what they were when the source was opened, as far as can be told."""
+
+
+def read_json(source: Source, name: str) -> Any:
+    """Parse a small JSON file of a source.
+
+    Raises:
+        RequestError: it is too large, not JSON, nested too deep to write it again, or names a key twice.
+    """
+    size = source.sizes()[name]
+    if size > MAX_JSON_BYTES:
+        raise refuse(f"{source.spec}/{name}", f"at most {MAX_JSON_BYTES} bytes", f"{size} bytes", "check the file")
+    try:
+        value = json.loads(source.read(name, 0, size), object_pairs_hook=_unique)
+        _check_depth(value)
+        json.dumps(value, ensure_ascii=False).encode()  # escapes can smuggle in lone surrogates
+        return value
+    except (ValueError, RecursionError) as error:
+        raise refuse(f"{source.spec}/{name}", "valid JSON", reason(error), "check the file") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):  # parsers differ in which of the two they take
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return table
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        children = (child for v in level for child in (v.values() if isinstance(v, dict) else v))
+        level = [child for child in children if isinstance(child, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"nested deeper than {MAX_JSON_DEPTH}")
+
+
+def refuse(where: str, expected: str, got: str, remedy: str) -> RequestError:
+    """The refusal of a place or of a file in it."""
+    return RequestError(Offence(where, "", expected, got, remedy))
+
+
+def require(source: Source, name: str) -> None:
+    """Refuse a name that is not listed."""
+    if name not in source.sizes():
+        raise refuse(f"{source.spec}/{name}", "a file that is listed there", "no such file", "check the index")
+
+
+def short(where: str, end: int, expected: int) -> RunError:
+    """The error of a file that ends before the byte `expected`."""
+    problem = f"{where} has nothing at byte {end} of {expected} expected: it is truncated, or changed while it was read"
+    return RunError(problem, "restore the file, then run again")
+
+
+def reason(error: Exception) -> str:
+    """An exception of a library in one line."""
+    words = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -1,0 +1,82 @@
+"""A local folder as a source."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+from safeshard.manifests.errors import RunError
+from safeshard.streamer.sources.base import reason, refuse, short
+
+
+class LocalSource:
+    """A local folder, read with positional reads so that a truncated file is an error and not a signal."""
+
+    def __init__(self, folder: Path, spec: str, revision: str | None = None) -> None:
+        self.folder, self.spec, self.revision = folder.resolve(), spec, revision
+        self.identity = str(self.folder)
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+        try:
+            self._stamps = {p.name: _stamp(p) for p in sorted(self.folder.iterdir()) if p.is_file()}
+        except OSError as error:
+            raise refuse(spec, "a folder that can be listed", reason(error), "check its permissions") from error
+        self._sizes = {name: stamp[0] for name, stamp in self._stamps.items()}
+
+    def changed(self) -> set[str]:
+        return {name for name, stamp in self._stamps.items() if _stamp(self.folder / name) != stamp}
+
+    def sizes(self) -> dict[str, int]:
+        return dict(self._sizes)
+
+    def local_path(self, name: str) -> Path:
+        where, path = f"{self.spec}/{name}", (self.folder / name).resolve()
+        if name not in self._sizes or not any(path.is_relative_to(folder) for folder in self._allowed()):
+            raise refuse(where, "a file inside the folder", str(path), "copy the file into the folder")
+        if not path.is_file():  # a pipe in its place would block
+            raise RunError(f"{where} is gone", "restore the file, then run again")
+        return path
+
+    def _allowed(self) -> list[Path]:
+        """The folder itself; in the Hub's cache, where snapshots/<commit>/<file> are links, also both of its stores."""
+        if self.folder.parent.name != "snapshots":
+            return [self.folder]
+        repo = self.folder.parent.parent
+        return [self.folder, repo / "blobs", repo.parent / "blobs"]
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        buffer = bytearray(stop - start)
+        self.readinto(name, start, memoryview(buffer))
+        return bytes(buffer)
+
+    def readinto(self, name: str, offset: int, view: memoryview) -> None:
+        where, position = f"{self.spec}/{name}", 0
+        try:
+            file = self._open(name)
+            while position < len(view):
+                count = os.preadv(file, [view[position:]], offset + position)
+                if count == 0:
+                    raise short(where, offset + position, offset + len(view))
+                position += count
+        except OSError as error:
+            raise RunError(f"{where}: reading failed: {reason(error)}", "check the file, then run again") from error
+
+    def _open(self, name: str) -> int:
+        with self._lock:
+            if name not in self._files:
+                self._files[name] = os.open(self.local_path(name), os.O_RDONLY | os.O_CLOEXEC)
+            return self._files[name]
+
+    def __del__(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """Size, time of change and inode; (-1, -1, -1) where the file is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return (-1, -1, -1)
+    return (stat.st_size, stat.st_mtime_ns, stat.st_ino)
