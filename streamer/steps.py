@@ -142,13 +142,11 @@ def module_step(name: str, wanted: Iterable[tuple[JobRun, str]]) -> Step:
 
 
 def _elementwise(name: str, tasks: Sequence[ModuleTask | CopyTask]) -> Step:
-    """A step whose tensors are read ahead where they are small, strip by strip where they are large."""
+    """A step whose tensors are read strip by strip."""
     reads = {read.key: read for task in tasks for read in task.reads()}
     nbytes = sum(read.ref.nbytes for read in reads.values())
-    pieces = 4 * 4 * PIECE  # in fp32
-    if nbytes <= len(reads) * STRIP_BYTES:
-        return Step(name, reads, [*tasks], scratch=pieces + nbytes)  # a transposed weight is put together again
-    return Step(name, {}, [*tasks], scratch=pieces + len(reads) * STRIP_BYTES, copied=nbytes, strips=True)
+    scratch = 4 * 4 * PIECE + min(nbytes, len(reads) * STRIP_BYTES)  # pieces in fp32, and strips
+    return Step(name, {}, [*tasks], scratch=scratch, copied=nbytes, strips=True)
 
 
 def copy_steps(runs: Sequence[JobRun]) -> list[Step]:

@@ -32,6 +32,9 @@ class Source(Protocol):
     def readinto(self, name: str, offset: int, view: memoryview) -> None:
         """Fill `view` from `offset` on. May fetch the file first. Safe to call from several threads."""
 
+    def prefetch(self, name: str, offset: int, nbytes: int) -> None:
+        """Say that bytes are about to be read, where the system can read them ahead."""
+
     def local_path(self, name: str) -> Path | None:
         """A local path that holds the whole file, fetched first if need be; None where only ranges can be read."""
 

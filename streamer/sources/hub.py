@@ -70,6 +70,9 @@ class HubSource:
     def readinto(self, name: str, offset: int, view: memoryview) -> None:
         self._fetch(name).readinto(name, offset, view)
 
+    def prefetch(self, name: str, offset: int, nbytes: int) -> None:
+        self._fetch(name).prefetch(name, offset, nbytes)
+
     def local_path(self, name: str) -> Path:
         return self._fetch(name).local_path(name)
 

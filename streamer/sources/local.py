@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -61,6 +62,11 @@ class LocalSource:
                 position += count
         except OSError as error:
             raise RunError(f"{where}: reading failed: {reason(error)}", "check the file, then run again") from error
+
+    def prefetch(self, name: str, offset: int, nbytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # a hint
+                os.posix_fadvise(self._open(name), offset, nbytes, os.POSIX_FADV_WILLNEED)
 
     def _open(self, name: str) -> int:
         with self._lock:

@@ -48,6 +48,9 @@ class UrlSource:
             part = view[begin : begin + RANGE_BYTES]
             part[:] = self.read(name, offset + begin, offset + begin + len(part))
 
+    def prefetch(self, name: str, offset: int, nbytes: int) -> None:
+        pass
+
     def local_path(self, name: str) -> None:
         return None
 
