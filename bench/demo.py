@@ -25,6 +25,10 @@ Next, on your own models:
 
 Try several strengths and factors (`safeshard batch` runs them in one pass), ask each output your own prompts, forbidden
 and useful, and keep a defence only where it beats `scale`: a toy says nothing about a real model."""
+ONE_SEED = """\
+This is one seed, and seeds differ: the table over six of them, the hard ones too, is in the README under "Does it
+work?"; `--seeds 6` makes it anew.
+"""
 
 
 @app.callback()
@@ -45,6 +49,8 @@ def demo(
     pictures.draw_cosines(first / SCORES, folder / "cosines.png")
     print("\nThe test split, each method at the setting that the validation split chose:\n")
     print(shown)
+    if seeds == 1:
+        print(ONE_SEED)
     print("What these figures say:\n")
     print("\n".join(f"- {sentence}" for sentence in table.findings(rows)))
     print(f"\nSaved in {folder}: table.csv, table.md, tradeoff.png, cosines.png; jobs in {first}/jobs.yaml\n")

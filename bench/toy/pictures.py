@@ -10,8 +10,10 @@ from typing import Any
 from safeshard.bench.toy.table import CONSTANT_GUESS, Line, Row, lines
 from safeshard.streamer.extras import require
 
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#8C8C00")  # Okabe and Ito
-MARKS = "osD^vhp<"
+COLOURS = (  # the first of Okabe and Ito, and two darker ones
+    "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",
+)  # fmt: skip
+MARKS = "osD^vhpd<"
 TITLES = {"dirty-full": "Full fine-tune", "dirty-lora": "LoRA fine-tune"}
 
 

@@ -65,7 +65,9 @@ def test_the_quick_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--quick", "--folder", str(folder)])
     assert not stop.value.code
-    assert "Next, on your own models" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Next, on your own models" in printed
+    assert "This is one seed" in printed
     for name in ("table.csv", "table.md", "tradeoff.png", "cosines.png"):
         assert (folder / name).stat().st_size > 500
 
