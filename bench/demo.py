@@ -11,6 +11,7 @@ import typer
 from safeshard.bench.toy import pictures, table
 from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
 from safeshard.bench.toy.experiment import folder_of, run, write
+from safeshard.bench.toy.workers import import_libraries
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli import main
 
@@ -39,6 +40,8 @@ def demo(
 ) -> None:
     """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
     _claim(folder)
+    import_libraries()
+    pictures.pyplot()  # fail before the training without it, and import it while the workers import theirs
     grid = QUICK if quick else WHOLE
     first = folder_of(folder, 0, grid)
     rows = run(folder, range(seeds), grid, lambda text: print(text, flush=True))

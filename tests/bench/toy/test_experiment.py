@@ -84,7 +84,7 @@ def test_the_quick_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureF
     curve = table.scale_curve(test, "dirty-full")
     assert best.mean("task") > table.scaled_task(best.mean("harm") + 10, curve) + 15
     bare = test["dirty-full", "Safe Delta, no compensation", best.key[2]]
-    assert bare.mean("harm") > best.mean("harm") + 40
+    assert bare.mean("harm") > best.mean("harm") + 15
     assert best.mean("harmless") > 80
 
     seed = folder / "seed-0"
