@@ -15,6 +15,7 @@ from safeshard.bench.toy.recipes import STAGES
 OUTPUTS, SCORES = "outputs", "scores.csv"  # in the folder of a seed and a grid
 WEIGHTS = ((0.8, 0.2), (0.7, 0.3), (0.6, 0.4))
 BLOCK = 32
+BY_ROW = {"block_size": BLOCK, "selection": "row", "output_format": "checkpoint"}  # of an adapter too: no low rank
 EVERY_MODULE = 1.01  # above every cosine
 
 
@@ -60,7 +61,7 @@ def defences(grid: Grid, cosines: Sequence[float]) -> list[Defence]:
         if model == "dirty-full":
             found += _ablations(model, grid)
         if grid.variants and model.startswith("dirty"):
-            found += _safe_deltas(model, grid, "Safe Delta, by row", {"block_size": BLOCK, "selection": "row"})
+            found += _safe_deltas(model, grid, "Safe Delta, by row", BY_ROW)
         if model in ("attack-lora", "dirty-lora"):
             found += _gated(model, grid, len(cosines))
         if grid.variants and model == "dirty-lora":
