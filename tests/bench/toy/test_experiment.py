@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -82,9 +83,10 @@ def test_the_quick_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureF
     assert best.mean("harm") < 25
     assert best.mean("task") > 2 * table.CONSTANT_GUESS
     curve = table.scale_curve(test, "dirty-full")
-    assert best.mean("task") > table.scaled_task(best.mean("harm") + 10, curve) + 15
-    bare = test["dirty-full", "Safe Delta, no compensation", best.key[2]]
-    assert bare.mean("harm") > best.mean("harm") + 15
+    assert best.mean("task") > table.scaled_task(best.mean("harm") + 5, curve) + 15
+    both = [test, table.lines(rows, "validation")]
+    bare = [split["dirty-full", "Safe Delta, no compensation", best.key[2]].mean("harm") for split in both]
+    assert mean(bare) > mean(split[best.key].mean("harm") for split in both) + 8
     assert best.mean("harmless") > 80
 
     seed = folder / "seed-0"
