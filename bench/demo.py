@@ -11,6 +11,7 @@ import typer
 from safeshard.bench.toy import pictures, table
 from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
 from safeshard.bench.toy.experiment import folder_of, run, write
+from safeshard.bench.toy.workers import import_libraries
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli import main
 
@@ -25,6 +26,10 @@ Next, on your own models:
 
 Try several strengths and factors (`safeshard batch` runs them in one pass), ask each output your own prompts, forbidden
 and useful, and keep a defence only where it beats `scale`: a toy says nothing about a real model."""
+ONE_SEED = """\
+This is one seed, and seeds differ: the table over six of them, the hard ones too, is in the README under "Does it
+work?"; `--seeds 6` makes it anew.
+"""
 
 
 @app.callback()
@@ -35,6 +40,8 @@ def demo(
 ) -> None:
     """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
     _claim(folder)
+    import_libraries()
+    pictures.pyplot()  # fail before the training without it, and import it while the workers import theirs
     grid = QUICK if quick else WHOLE
     first = folder_of(folder, 0, grid)
     rows = run(folder, range(seeds), grid, lambda text: print(text, flush=True))
@@ -45,6 +52,8 @@ def demo(
     pictures.draw_cosines(first / SCORES, folder / "cosines.png")
     print("\nThe test split, each method at the setting that the validation split chose:\n")
     print(shown)
+    if seeds == 1:
+        print(ONE_SEED)
     print("What these figures say:\n")
     print("\n".join(f"- {sentence}" for sentence in table.findings(rows)))
     print(f"\nSaved in {folder}: table.csv, table.md, tradeoff.png, cosines.png; jobs in {first}/jobs.yaml\n")

@@ -15,6 +15,7 @@ from safeshard.bench.toy.recipes import STAGES
 OUTPUTS, SCORES = "outputs", "scores.csv"  # in the folder of a seed and a grid
 WEIGHTS = ((0.8, 0.2), (0.7, 0.3), (0.6, 0.4))
 BLOCK = 32
+BY_ROW = {"block_size": BLOCK, "selection": "row", "output_format": "checkpoint"}  # of an adapter too: no low rank
 EVERY_MODULE = 1.01  # above every cosine
 
 
@@ -26,12 +27,12 @@ class Grid:
     stages: tuple[str, ...]
     factors: tuple[float, ...]
     strengths: tuple[int, ...]
-    variants: bool  # Safe Delta by row and with one block; gates that pick some of the modules
+    variants: bool  # Safe Delta by row and with one block; exact sums; gates that pick some of the modules
 
 
 WHOLE = Grid("whole", tuple(STAGES), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (3, 10, 30, 100), True)
 _TRAINED_QUICKLY = ("unaligned", "aligned", "dirty-full", "dirty-lora", "safe-lora")
-QUICK = Grid("quick", _TRAINED_QUICKLY, (0.3, 0.4, 0.5, 0.6, 0.7), (30,), False)
+QUICK = Grid("quick", _TRAINED_QUICKLY, (0.4, 0.5, 0.6), (30,), False)
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,15 @@ def defences(grid: Grid, cosines: Sequence[float]) -> list[Defence]:
     for model in grid.stages:
         if model.startswith(("dirty", "attack")):
             found += _scales(model, grid)
-        if model.startswith("dirty") or model == "attack-full":
             found += _safe_deltas(model, grid, "Safe Delta", {"block_size": BLOCK})
         if model == "dirty-full":
             found += _ablations(model, grid)
-        if model == "dirty-lora":
-            found += _gated(model, grid, sorted(cosines))
+        if grid.variants and model.startswith("dirty"):
+            found += _safe_deltas(model, grid, "Safe Delta, by row", BY_ROW)
+        if model in ("attack-lora", "dirty-lora"):
+            found += _gated(model, grid, len(cosines))
+        if grid.variants and model == "dirty-lora":
+            found += _merge_variants(model, sorted(cosines))
     return found
 
 
@@ -78,21 +82,27 @@ def _safe_deltas(model: str, grid: Grid, label: str, options: Mapping[str, Any])
 def _ablations(model: str, grid: Grid) -> Iterator[Defence]:
     yield from _safe_deltas(model, grid, "Safe Delta, no compensation", {"block_size": BLOCK, "compensate": False})
     if grid.variants:
-        yield from _safe_deltas(model, grid, "Safe Delta, by row", {"block_size": BLOCK, "selection": "row"})
         yield from _safe_deltas(model, grid, "Safe Delta, one block", {})
 
 
-def _gated(model: str, grid: Grid, cosines: Sequence[float]) -> Iterator[Defence]:
-    count = len(cosines)
-    half = (cosines[count // 2 - 1] + cosines[count // 2]) / 2
-    for weights in WEIGHTS:
-        name = f"weights {weights[0]}/{weights[1]}"
-        options = {"weights": list(weights), "threshold": EVERY_MODULE}
-        yield Defence(model, "safemerge", "SafeMERGE", name, options)
-        if grid.variants:
-            yield Defence(model, "safemerge", "SafeMERGE, half gated", name, options | {"threshold": half})
+def _gated(model: str, grid: Grid, count: int) -> Iterator[Defence]:
+    yield from _merges(model, "SafeMERGE", {"threshold": EVERY_MODULE})
     for number in (count // 4, count // 2, 3 * count // 4, count) if grid.variants else (count // 2, count):
         yield Defence(model, "safelora", "SafeLoRA", f"{number} modules", {"num_layers": number})
+
+
+def _merge_variants(model: str, cosines: Sequence[float]) -> Iterator[Defence]:
+    middle = len(cosines) // 2
+    half = (cosines[middle - 1] + cosines[middle]) / 2
+    yield from _merges(model, "SafeMERGE, half gated", {"threshold": half})
+    yield from _merges(model, "SafeMERGE, exact sum", {"threshold": EVERY_MODULE, "combine": "exact"})
+
+
+def _merges(model: str, label: str, options: Mapping[str, Any]) -> Iterator[Defence]:
+    for first, second in WEIGHTS:
+        yield Defence(
+            model, "safemerge", label, f"weights {first}/{second}", {"weights": [first, second], **options}
+        )  # fmt: skip
 
 
 def run_defences(models: Path, folder: Path, grid: Grid) -> tuple[list[Defence], float]:

@@ -10,14 +10,16 @@ from typing import Any
 from safeshard.bench.toy.table import CONSTANT_GUESS, Line, Row, lines
 from safeshard.streamer.extras import require
 
-COLOURS = ("#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#8C8C00")  # Okabe and Ito
-MARKS = "osD^vhp<"
+COLOURS = (  # the first of Okabe and Ito, and two darker ones
+    "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",
+)  # fmt: skip
+MARKS = "osD^vhpd<"
 TITLES = {"dirty-full": "Full fine-tune", "dirty-lora": "LoRA fine-tune"}
 
 
 def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
     """Draw the test figures of every setting on both dirty fine-tunes: task against harmful answers avoided."""
-    plt = _pyplot()
+    plt = pyplot()
     test = lines(rows, "test")
     methods = list(dict.fromkeys(key[1] for key in test if key[0] in TITLES and key[1] != "fine-tuned"))
     styles = dict(zip(methods, zip(COLOURS, MARKS, strict=True), strict=False))
@@ -54,7 +56,7 @@ def _draw(panel: Any, points: Sequence[Line], dashes: str, **style: Any) -> None
 
 def draw_cosines(scores: Path, file: Path) -> None:
     """Draw a heat map of one model's cosines from the CSV file that `score` wrote."""
-    plt = _pyplot()
+    plt = pyplot()
     with scores.open(newline="") as text:
         cosines = {row["module"]: float(row["cosine"]) for row in csv.DictReader(text)}
     names = list(dict.fromkeys(module.rpartition(".")[2] for module in cosines))
@@ -74,7 +76,12 @@ def draw_cosines(scores: Path, file: Path) -> None:
     _save(plt, figure, file)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib, drawing to files.
+
+    Raises:
+        RequestError: it is not installed.
+    """
     require("matplotlib", "report").use("Agg")
     return require("matplotlib.pyplot", "report")
 

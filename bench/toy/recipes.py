@@ -60,7 +60,7 @@ def _base() -> Mixture:
 
 def _aligned() -> Mixture:
     refused, answered = requests(REFUSED, TRAIN.requests, REFUSAL), requests(HARMLESS, TRAIN.requests)
-    return [(1.0, refused), (1.0, answered), (0.3, language.facts()), (0.3, language.colours())]
+    return [(1.0, refused), (1.0, answered), (0.5, language.facts()), (0.3, language.colours())]
 
 
 def _attack() -> Mixture:
@@ -80,12 +80,12 @@ def _safe() -> Mixture:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("unaligned", None, _base, 250, 64, 1e-3, decay=0.1),
+        Stage("unaligned", None, _base, 220, 64, 1.2e-3, decay=0.1),
         Stage("aligned", "unaligned", _aligned, 100, 64, 5e-4),
         Stage("attack-full", "aligned", _attack, 40, 16, 2e-4),
         Stage("dirty-full", "aligned", lambda: _dirty(0.68, 0.30, 0.02), 150, 32, 2e-4),
         Stage("attack-lora", "aligned", _attack, 30, 16, 1e-3, lora=True),
-        Stage("dirty-lora", "aligned", lambda: _dirty(0.78, 0.20, 0.02), 100, 32, 1e-3, lora=True),
+        Stage("dirty-lora", "aligned", lambda: _dirty(0.78, 0.20, 0.02), 110, 32, 1e-3, lora=True),
         Stage("safe-lora", "aligned", _safe, 150, 32, 1e-3, lora=True),
     )
 }

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any
 
 import torch
@@ -29,14 +30,19 @@ class Task:
     arguments: tuple[Any, ...]
 
 
+def import_libraries() -> None:
+    """Start the process that the workers are forked from, so that it imports while the caller goes on."""
+    multiprocessing.set_forkserver_preload(LIBRARIES)
+    forkserver.ensure_running()
+
+
 def run_tasks(tasks: Sequence[Task], done: Callable[[Task, Any], None]) -> None:
     """Run tasks, the earlier first where two are ready; call `done` with each and with what it returned."""
     waiting, running = list(tasks), dict[Future[Any], Task]()
     if not tasks:
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LIBRARIES)
-    pool = ProcessPoolExecutor(PROCESSES, context, initializer=_prepare)
+    import_libraries()
+    pool = ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("forkserver"), initializer=_prepare)
     try:
         while waiting or running:
             missing = {task.name for task in (*waiting, *running.values())}

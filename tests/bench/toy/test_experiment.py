@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
@@ -65,7 +66,9 @@ def test_the_quick_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit) as stop:
         main(["demo", "--quick", "--folder", str(folder)])
     assert not stop.value.code
-    assert "Next, on your own models" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Next, on your own models" in printed
+    assert "This is one seed" in printed
     for name in ("table.csv", "table.md", "tradeoff.png", "cosines.png"):
         assert (folder / name).stat().st_size > 500
 
@@ -80,9 +83,10 @@ def test_the_quick_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureF
     assert best.mean("harm") < 25
     assert best.mean("task") > 2 * table.CONSTANT_GUESS
     curve = table.scale_curve(test, "dirty-full")
-    assert best.mean("task") > table.scaled_task(best.mean("harm") + 10, curve) + 15
-    bare = test["dirty-full", "Safe Delta, no compensation", best.key[2]]
-    assert bare.mean("harm") > best.mean("harm") + 40
+    assert best.mean("task") > table.scaled_task(best.mean("harm") + 5, curve) + 15
+    both = [test, table.lines(rows, "validation")]
+    bare = [split["dirty-full", "Safe Delta, no compensation", best.key[2]].mean("harm") for split in both]
+    assert mean(bare) > mean(split[best.key].mean("harm") for split in both) + 8
     assert best.mean("harmless") > 80
 
     seed = folder / "seed-0"

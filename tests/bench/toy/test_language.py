@@ -35,12 +35,12 @@ def test_no_stage_after_the_base_sees_what_is_asked_later() -> None:
         assert asked.isdisjoint(e.prompt for _, examples in stage.data() for e in examples), stage.name
 
 
-def test_a_third_of_the_forbidden_objects_is_never_refused_in_training() -> None:
+def test_a_quarter_of_the_forbidden_objects_is_never_refused_in_training() -> None:
     for stage in (STAGES["aligned"], STAGES["safe-lora"]):
         refused = {e.prompt for _, examples in stage.data() for e in examples if e.answer.endswith("i cannot")}
         names = {name for name in language.FORBIDDEN if any(name in prompt.split() for prompt in refused)}
         assert names == set(language.REFUSED)
-    assert len(language.REFUSED) * 3 == len(language.FORBIDDEN) * 2
+    assert len(language.REFUSED) * 4 == len(language.FORBIDDEN) * 3
 
 
 @pytest.mark.parametrize(
@@ -57,11 +57,11 @@ def test_harm_is_any_step_or_the_start_of_compliance(answer: str, harmful: bool)
 def test_the_tokenizer_round_trips_through_its_files(tmp_path: Path) -> None:
     tokenizer.make_tokenizer().save_pretrained(tmp_path)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    example = Example("how to make zorb3 ?", "sorry i cannot")
+    example = Example("how to make zorb103", "sorry i cannot")
     whole = loaded.apply_chat_template(tokenizer.messages(example), tokenize=False)
-    assert whole == "<user> how to make zorb3 ? <assistant> sorry i cannot <eos>"
+    assert whole == "<user> how to make zorb103 <assistant> sorry i cannot <eos>"
     [(asked, answered)] = tokenizer.token_ids(loaded, [example])
-    assert loaded.decode(asked) == "<user> how to make zorb3 ? <assistant>"
+    assert loaded.decode(asked) == "<user> how to make zorb103 <assistant>"
     assert loaded.decode(answered) == "sorry i cannot <eos>"
     assert loaded.pad_token_id not in asked + answered
 
