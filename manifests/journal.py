@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 
@@ -26,6 +26,7 @@ JOURNAL_NAME = "journal.jsonl"
 MAGIC = '{"journal":"safeshard.journal/1",'
 ANEW = "--overwrite starts anew"
 CRC_CHARS = len(',"crc":"00000000"}')
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -136,6 +137,14 @@ class Journal:
         """The committed records of one kind, in the order of their commits, those of earlier runs first."""
         with self._lock:
             return [entry for entry in self._committed if entry["kind"] == kind]
+
+    def sound(self, kind: str, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+        """The committed records of one kind, parsed. What was forged is left out: its work is done again."""
+        for record in self.entries(kind):
+            try:
+                yield parse(record)
+            except (KeyError, TypeError, ValueError):
+                log.warning("%s: a record of kind %s makes no sense and is left out", self.path, kind)
 
     def close(self) -> None:
         """Release the file. Records not committed are dropped: only the caller knows whether their data is synced."""

@@ -6,11 +6,11 @@ import contextlib
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -30,7 +30,6 @@ from safeshard.streamer.steps import JobRun, copy_steps, module_steps, workers_f
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
 from safeshard.streamer.writer import Writer
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -126,7 +125,7 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     device = device_name(torch.device(options.resolved_device()))
     writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite)
     entries, cosines = _decided(plan, writer)
-    fallbacks = list(_sound(writer, "fallback", lambda record: Fallback(**record["entry"])))
+    fallbacks = list(writer.journal.sound("fallback", lambda record: Fallback(**record["entry"])))
     return JobRun(plan, writer, entries, cosines, fallbacks=fallbacks)
 
 
@@ -134,21 +133,12 @@ def _decided(plan: JobPlan, writer: Writer) -> tuple[dict[str, dict[str, Any]], 
     """Entries and cosines of the plan's modules that the journal holds, but for those whose tensors are damaged."""
     done = {
         entry.name: entry
-        for entry in _sound(writer, "module", lambda record: ModuleEntry(**record["entry"]))
+        for entry in writer.journal.sound("module", lambda record: ModuleEntry(**record["entry"]))
         if entry.name in plan.modules and writer.hashes.keys() >= set(plan.modules[entry.name].writes.values())
     }
-    scored = _sound(writer, "cosine", lambda r: ModuleEntry(name=r["name"], decision="kept", cosine=r["cosine"]))
+    scored = writer.journal.sound("cosine", lambda r: ModuleEntry(name=r["name"], decision="kept", cosine=r["cosine"]))
     cosines = {entry.name: entry.cosine for entry in (*done.values(), *scored) if entry.name in plan.modules}
     return {name: entry.model_dump(mode="json", exclude_none=True) for name, entry in done.items()}, cosines
-
-
-def _sound(writer: Writer, kind: str, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
-    """The journal's records of a kind, parsed. One that was forged or damaged is left out: its work is done again."""
-    for record in writer.journal.entries(kind):
-        try:
-            yield parse(record)
-        except (KeyError, TypeError, ValueError):
-            log.warning("%s: a record of kind %s makes no sense and is left out", writer.journal.path, kind)
 
 
 def _refuse_changed(runs: Sequence[JobRun]) -> None:

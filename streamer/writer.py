@@ -22,9 +22,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_tensor_region
-from safeshard.manifests.journal import Journal, sync_path
+from safeshard.manifests.journal import sync_path
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer import staging
 from safeshard.streamer.disk import allocate, clear_errors, copy_range, start_writeback, write_all, write_file
@@ -61,7 +60,7 @@ class Writer:
         with clear_errors(self.staging):
             self.journal = staging.open_journal(self.staging, self.output, fingerprint, overwrite)
         try:
-            recorded = _finished_tensors(self.journal)
+            recorded = dict(self.journal.sound("tensor", _name_and_hash))
             with clear_errors(self.staging):
                 self.journal.sign()
                 for spill in self.staging.glob("hidden-states-*"):  # of a run killed before it could unname it
@@ -267,9 +266,9 @@ class TensorWrite:
         self._writer._finished(self._name, self._hash.hexdigest(), self._ref.nbytes)
 
 
-def _finished_tensors(journal: Journal) -> dict[str, str]:
-    records: list[tuple[Any, Any]] = [(r.get("name"), r.get("blake3")) for r in journal.entries("tensor")]
-    if not all(isinstance(text, str) for record in records for text in record):
-        offence = Offence(str(journal.path), "tensor", "names and hashes", "something else", "--overwrite starts anew")
-        raise RequestError(offence)
-    return dict(records)
+def _name_and_hash(record: dict[str, Any]) -> tuple[str, str]:
+    """What the journal notes of a finished tensor."""
+    name, digest = record["name"], record["blake3"]
+    if not isinstance(name, str) or not isinstance(digest, str):
+        raise TypeError
+    return name, digest

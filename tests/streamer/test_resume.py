@@ -437,6 +437,7 @@ FORGED: dict[str, list[dict[str, Any]]] = {
         {"name": UP, "cosine": {"a": 1}},
     ],
     "fallback": [{}, {"entry": [1]}, {"entry": {"asked": 1}}],
+    "tensor": [{}, {"name": UP}, {"name": [UP], "blake3": "00"}, {"name": f"{UP}.weight", "blake3": 3}],
 }
 
 
