@@ -22,7 +22,7 @@ from torch import Tensor
 from safeshard.kernels.backend import Backend, resolve
 from safeshard.kernels.philox import philox_words
 
-# torch: Philox counters (four entries each) worked on at a time; their temporaries stay in cache.
+# torch: counters (four entries each) worked on at a time; their temporaries stay in cache.
 COUNTERS = 1 << 14
 
 # Columns of a full delta that are taken to fp64 at a time.
@@ -85,19 +85,18 @@ def _accumulate_triton(out: Tensor, x: Tensor, weight: Tensor, density: float, k
 
 
 def _accumulate_torch(out: Tensor, x: Tensor, weight: Tensor, density: float, key: int) -> None:
-    # The product must be rounded before it is added, so there is no add_(alpha=...), which may fuse the two.
-    if density == 1:
-        out += x.float() * weight
-        return
     # As a tensor on the device: there, torch turns the division by a Python number into a product with its inverse.
     divisor = torch.tensor(density, dtype=torch.float32, device=x.device)
     flat, result = x.reshape(-1), out.view(-1)
     for start in range(0, len(flat), 4 * COUNTERS):
         part = slice(start, min(start + 4 * COUNTERS, len(flat)))
-        length = part.stop - part.start
-        words = philox_words(key, start // 4, triton.cdiv(length, 4), x.device).view(-1)[:length]
-        kept = torch.where(words < _threshold(density), flat[part].float() / divisor, 0.0)
-        result[part] += kept * weight
+        entries = flat[part].float()
+        if density < 1:
+            length = part.stop - part.start
+            words = philox_words(key, start // 4, triton.cdiv(length, 4), x.device).view(-1)[:length]
+            entries = torch.where(words < _threshold(density), entries / divisor, 0.0)
+        # The product must be rounded before it is added, so there is no add_(alpha=...), which may fuse the two.
+        result[part] += entries * weight
 
 
 def _threshold(density: float) -> int:
