@@ -23,7 +23,7 @@ from safeshard.kernels.projection import project
 
 TOKENS = 2048
 STRENGTH, KEPT = 1e12, 0.85  # of Safe Delta: as much is kept, and compensated, as its selection ever keeps
-OPERATIONS = ("projection", "gate", "gram", "factor", "compensation", "row", "merge")
+OPERATIONS = ("projection", "gate", "gram", "factor", "compensation", "row", "weight", "merge")
 Run = Callable[[], Any]
 
 
@@ -62,8 +62,12 @@ def cases(names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequ
                     "factor": (8 * square, 2 * columns**3 // 3, 4 * columns**3 // 3),
                     "compensation": (9 * size + 2 * square, int(KEPT * size * columns), 2 * size * columns),
                     "row": (9 * size + 2 * square, int(KEPT * size * columns), 0),
+                    "weight": (
+                        9 * size + 8 * square, 2 * columns**3 // 3 + int(KEPT * size * columns),
+                        4 * columns**3 // 3 + 2 * size * columns,
+                    ),
                     "merge": (8 * size, 3 * size, 3 * size),
-                }[name]
+                }[name]  # fmt: skip
                 yield Case(name, rows, columns, 0, 0, nbytes, operations, dense, 4 * (4 * square + 6 * size))
 
 
@@ -157,8 +161,11 @@ def backends(case: Case, device: str) -> dict[str, Run]:
     h = published.gram(x)
     if operation == "factor":
         return {"torch": partial(safety_factor, h), "published": partial(published.factor, h)}
-    factor: Factor = safety_factor(h)
     delta = random(rows, columns)
+    if operation == "weight":
+        runs = {n: lambda n=n: safe_delta_dense(delta, safety_factor(h), STRENGTH, backend=n) for n in names}
+        return runs | {"published": lambda: published.safe_delta(delta, published.factor(h), STRENGTH)}
+    factor: Factor = safety_factor(h)
     selection: Any = "row" if operation == "row" else "block"
     runs = {n: partial(safe_delta_dense, delta, factor, STRENGTH, selection=selection, backend=n) for n in names}
     return (
