@@ -36,7 +36,7 @@ def compute_strips(step: Step, device: torch.device, clock: Clock) -> None:
     buffers = {key: torch.empty(min(length, numel), dtype=TORCH_DTYPES[read.ref.dtype]) for key, read in reads.items()}
     writes = {id(task): _begin(task) for task in step.tasks}
     edits: dict[int, Edit] = {}
-    for start in range(0, numel, length):
+    for start in range(0, max(numel, 1), length):  # one strip of nothing where there is nothing
         strip = {key: _read(read, start, buffers[key][: numel - start], clock) for key, read in reads.items()}
         loaded = {key: tensor.to(device) for key, tensor in strip.items()}
         for task in step.tasks:
