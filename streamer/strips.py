@@ -6,7 +6,7 @@ So no embedding needs memory of its own size, and what is read once is not writt
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,27 +25,35 @@ AHEAD_BYTES = 8 << 20  # which the system is asked to read ahead of the strips
 
 
 def compute_strips(step: Step, device: torch.device, clock: Clock) -> None:
-    """Run the element-wise tasks of one tensor; each strip is read once for all of them.
+    """Run the element-wise tasks of one name; each strip is read once for all of them.
 
     Raises:
         RunError: a tensor holds NaN or infinity, or reading or writing failed.
     """
-    reads = {read.key: read for task in step.tasks for read in task.reads()}
-    numel = next(iter(reads.values())).ref.numel
+    alike: dict[int, list[ModuleTask | CopyTask]] = {}  # models of one batch may differ in size
+    for task in step.tasks:
+        alike.setdefault(next(task.reads()).ref.numel, []).append(task)
+    for numel, tasks in alike.items():
+        _compute(tasks, numel, device, clock)
+
+
+def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.device, clock: Clock) -> None:
+    """Run tasks whose tensors all have `numel` elements."""
+    reads = {read.key: read for task in tasks for read in task.reads()}
     length = _length(reads.values(), device)
     buffers = {key: torch.empty(min(length, numel), dtype=TORCH_DTYPES[read.ref.dtype]) for key, read in reads.items()}
-    writes = {id(task): _begin(task) for task in step.tasks}
+    writes = {id(task): _begin(task) for task in tasks}
     edits: dict[int, Edit] = {}
     for start in range(0, max(numel, 1), length):  # one strip of nothing where there is nothing
         strip = {key: _read(read, start, buffers[key][: numel - start], clock) for key, read in reads.items()}
         loaded = {key: tensor.to(device) for key, tensor in strip.items()}
-        for task in step.tasks:
+        for task in tasks:
             try:
                 _edit(task, loaded, writes[id(task)], edits, clock)
             except NotFiniteError:
                 refuse_not_finite((read, strip[read.key]) for read in task.reads())
                 raise
-    for task in step.tasks:
+    for task in tasks:
         writes[id(task)].finish()
         if isinstance(task, ModuleTask):
             edit = edits[id(task)]  # what is decided is the same for every strip

@@ -179,6 +179,26 @@ def test_jobs_share_the_strips_of_a_large_tensor(world: Any, embedding_of_40_mib
     assert [t.blake3 for t in first.tensors] == [t.blake3 for t in alone.tensors] != [t.blake3 for t in second.tensors]
 
 
+def test_models_of_other_sizes_are_scaled_in_one_batch(world: Any, load_tensors: Any) -> None:
+    """Their tensors have the same names."""
+    models, entries = {}, []
+    for hidden in (24, 56, 40):
+        world.sizes["hidden"] = hidden
+        aligned = world.llama(1, seed=hidden)
+        models[hidden] = aligned, {n: (t.float() + 0.01).bfloat16() for n, t in aligned.items()}
+        places = zip(("aligned", "finetuned"), models[hidden], strict=True)
+        inputs = {role: str(world.checkpoint(f"{role}-{hidden}", tensors)) for role, tensors in places}
+        entries.append(inputs | {"method": "scale", "factor": 0.5, "output": str(world.root / f"out-{hidden}")})
+    jobs = world.root / "jobs.yaml"
+    jobs.write_text(json.dumps({"jobs": entries}))
+    batch(jobs, quiet=True)
+    for hidden, (aligned, tuned) in models.items():
+        out = load_tensors(world.root / f"out-{hidden}")
+        for name, tensor in aligned.items():
+            expected = (tensor.double() + tuned[name].double()) / 2
+            torch.testing.assert_close(out[name].double(), expected, rtol=2**-8, atol=0)
+
+
 def test_a_large_tensor_is_cast_in_strips(world: Any, embedding_of_40_mib: dict[str, Any], load_tensors: Any) -> None:
     base = load_tensors(embedding_of_40_mib["aligned"])
     unaligned = world.checkpoint("unaligned", {n: t * 2 for n, t in base.items()})
