@@ -11,10 +11,11 @@ from pathlib import Path
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import MANIFEST_NAME, load
 from safeshard.streamer.adapter import Adapter
-from safeshard.streamer.checkpoint import BUFFERS, Checkpoint, natural
+from safeshard.streamer.checkpoint import BUFFERS, FLOATS, Checkpoint, natural
 from safeshard.streamer.finish import MAX_SIDE_BYTES, SIDE_FILES
 from safeshard.streamer.hidden_states import COPIES
 from safeshard.streamer.methods.base import Job
+from safeshard.streamer.outputs import counterpart
 from safeshard.streamer.plan import JobPlan, staging_of
 from safeshard.streamer.staging import is_half_copied
 
@@ -46,6 +47,8 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
         yield from aligned.untreatable_tensors()
         for checkpoint in (c for c in (finetuned, safe) if isinstance(c, Checkpoint)):
             yield from _name_offences(aligned, checkpoint)
+        if plan.job.rest_role == "finetuned":
+            yield from _dtype_offences(aligned, finetuned)
     if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint:
         for module in finetuned.modules:
             weight = aligned.weight(module)
@@ -69,7 +72,7 @@ def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:
 
 def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
     for name, ref in aligned.tensors.items():
-        theirs = other.tensors.get(name)
+        theirs = counterpart(other, name)
         if theirs is None or theirs.shape == ref.shape:
             continue
         remedy = "use checkpoints of one architecture"
@@ -78,6 +81,19 @@ def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]
                 "the vocabularies differ (padded, or with added tokens): resize the embeddings to one vocabulary first"
             )
         yield other.offence(name, f"{list(ref.shape)}, as in {aligned.source.spec}", str(list(theirs.shape)), remedy)
+
+
+def _dtype_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]:
+    """Offences of tensors beside the linears whose numbers cannot take the aligned tensor's dtype."""
+    floats = (*FLOATS, "F64")
+    linears = {ref.name for ref in aligned.linears.values()}
+    for name, ref in aligned.tensors.items():
+        theirs = counterpart(tuned, name)
+        if theirs is None or theirs.dtype == ref.dtype or name in linears or BUFFERS.fullmatch(name):
+            continue
+        if ref.dtype not in floats or theirs.dtype not in floats:
+            expected, remedy = f"{ref.dtype}, as in {aligned.source.spec}", "convert one of the checkpoints first"
+            yield tuned.offence(theirs.name, expected, theirs.dtype, remedy)
 
 
 def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:

@@ -60,8 +60,9 @@ def _weight_modules(plan: JobPlan) -> None:
     if plan.factors is not None:
         treated = {name: ref for name, ref in treated.items() if name in plan.factors.modules}
     elif job.edits_all:
-        floats = {n: r for n, r in aligned.tensors.items() if r.dtype in FLOATS and _counterpart(tuned, n)}
+        floats = {n: r for n, r in aligned.tensors.items() if r.dtype in FLOATS and counterpart(tuned, n)}
         treated = {n.removesuffix(".weight"): floats[n] for n in sorted(floats, key=natural)}
+        plan.fallbacks += _untreated_floats(plan)
     for name, ref in treated.items():
         plan.modules[name] = ModulePlan(
             name,
@@ -110,7 +111,7 @@ def _checkpoint_files(plan: JobPlan) -> None:
         shards.setdefault(file, []).append((name, _dtype(job, ref.dtype), ref.shape))
         if name in written:
             continue
-        theirs = _counterpart(rest, name)
+        theirs = counterpart(rest, name)
         plan.copies.append(Copy(name, rest.source, theirs) if theirs else Copy(name, aligned.source, ref))
         if theirs is None:
             why = f"{rest.source.spec} lacks it; it is a buffer"
@@ -124,6 +125,12 @@ def _checkpoint_files(plan: JobPlan) -> None:
         why = "the aligned checkpoint lacks it; it is a buffer or a tied weight"
         plan.fallbacks += [_left_out(name, why) for name in extra]
     plan.files = [output_file(file, tensors) for file, tensors in sorted(shards.items())]
+
+
+def _untreated_floats(plan: JobPlan) -> Iterator[Fallback]:
+    for name, ref in sorted(plan.aligned.tensors.items(), key=lambda item: natural(item[0])):
+        if ref.dtype.startswith("F") and ref.dtype not in FLOATS:
+            yield Fallback(asked=plan.job.title, done="carried over", why=f"its dtype is {ref.dtype}", subject=name)
 
 
 def _left_out(name: str, why: str) -> Fallback:
@@ -156,12 +163,12 @@ def _weight(checkpoint: Checkpoint | Adapter, module: str) -> Weight:
 
 def _tensor(checkpoint: Checkpoint | Adapter, name: str) -> Weight:
     assert isinstance(checkpoint, Checkpoint)
-    ref = _counterpart(checkpoint, name)
+    ref = counterpart(checkpoint, name)
     assert ref is not None
     return Weight(checkpoint.source, ref, checkpoint.is_transposed(name.removesuffix(".weight")))
 
 
-def _counterpart(checkpoint: Checkpoint, name: str) -> TensorRef | None:
+def counterpart(checkpoint: Checkpoint, name: str) -> TensorRef | None:
     """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding."""
     return checkpoint.weight("lm_head") if name == "lm_head.weight" else checkpoint.tensors.get(name)
 

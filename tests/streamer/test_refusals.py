@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safeshard.manifests.errors import RequestError
+from safeshard.streamer import scale
 from safeshard.streamer.cli import main
 
 INDEX = "model.safetensors.index.json"
@@ -140,6 +142,51 @@ def test_another_vocabulary(case: Case, refused: Any) -> None:
         case.argv("safemerge-full"), "2 problems", "model.embed_tokens.weight", "lm_head.weight", "[32, 24]",
         "[40, 24]", "resize the embeddings",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [30, 34])
+def test_a_head_of_another_size_than_the_embedding_that_stands_for_it(world: Any, rows: int) -> None:
+    tensors = world.llama(1)
+    tied = {n: t * 2 for n, t in tensors.items() if n != "lm_head.weight"}
+    aligned = world.checkpoint("aligned", tensors | {"lm_head.weight": torch.zeros(rows, 24)})
+    finetuned = world.checkpoint("finetuned", tied, tie_word_embeddings=True)
+    output = world.root / "out"
+    with pytest.raises(RequestError, match=rf"lm_head\.weight: expected \[{rows}, 24\].*got \[32, 24\].*vocabular"):
+        scale(aligned=aligned, finetuned=finetuned, output=output, factor=0.5)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "tuned"),
+    [("I64", "F32"), ("F32", "I64"), ("F8_E4M3", "F32"), ("F32", "F8_E4M3"), ("U8", "F32"), ("BF16", "BOOL")],
+)
+def test_a_tensor_whose_dtype_cannot_hold_what_was_trained(world: Any, theirs: str, tuned: str) -> None:
+    """Beside the linears: it would be cut to whole numbers, or could not be read."""
+    tensors, name = world.llama(1), "model.layers.0.extra"
+    dtypes = {
+        "I64": torch.int64, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+        "F32": torch.float32, "BF16": torch.bfloat16,
+    }  # fmt: skip
+    moved = {n: t * 2 for n, t in tensors.items()}
+    aligned = world.checkpoint("aligned", tensors | {name: torch.ones(5).to(dtypes[theirs])})
+    finetuned = world.checkpoint("finetuned", moved | {name: torch.ones(5).to(dtypes[tuned])})
+    with pytest.raises(RequestError) as refused:
+        scale(aligned=aligned, finetuned=finetuned, output=world.root / "out", factor=0.5)
+    [offence] = refused.value.offences
+    assert (offence.what, offence.got) == (name, tuned)
+    assert offence.expected.startswith(f"{theirs}, as in")
+
+
+def test_a_float_that_scale_does_not_treat_is_noted(world: Any, load_tensors: Any) -> None:
+    tensors, name = world.llama(1), "model.layers.0.extra"
+    aligned = world.checkpoint("aligned", tensors | {name: torch.ones(5).double()})
+    moved = {n: t * 2 for n, t in tensors.items()} | {name: torch.full((5,), 3.0).double()}
+    finetuned = world.checkpoint("finetuned", moved)
+    result = scale(aligned=aligned, finetuned=finetuned, output=world.root / "out", factor=0.5, quiet=True)
+    assert result.manifest is not None
+    assert [(f.subject, f.done, f.why) for f in result.manifest.fallbacks] == [
+        (name, "carried over", "its dtype is F64")
+    ]
+    assert torch.equal(load_tensors(world.root / "out")[name], moved[name])
 
 
 def test_an_adapter_of_another_model(case: Case, refused: Any) -> None:
