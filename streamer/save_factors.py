@@ -35,7 +35,7 @@ from safeshard.streamer.options import Dtype, Folder, Options, Place, RunOptions
 from safeshard.streamer.plan import staging_of
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.sources import LocalSource, open_source
-from safeshard.streamer.staging import open_journal, publish, settle
+from safeshard.streamer.staging import REPLACED, open_journal, publish, remove, settle
 from safeshard.streamer.steps import workers_for
 from safeshard.streamer.stream import Buffers, Clock, Step, run_steps
 
@@ -110,7 +110,7 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
     fingerprint = _fingerprint(calibration, options, device)
     with clear_errors(staging):
         if not run.overwrite and (output / INDEX).is_file():  # killed in its last step
-            Journal.open(output / JOURNAL_NAME, fingerprint).close()
+            Journal.open(_journal_of(staging, output), fingerprint).close()
             settle(staging, output)
             return Factors(output, SavedFactors(str(output), aligned).index.reverted)
         journal = open_journal(staging, output, fingerprint, run.overwrite)
@@ -125,7 +125,8 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
                 publish(staging, output, (), run.overwrite, last=INDEX)
         except BaseException:
             if not journal.entries("layer"):
-                shutil.rmtree(staging, ignore_errors=True)  # nothing to resume
+                with contextlib.suppress(OSError):
+                    remove(staging, output)  # nothing to resume
             raise
     return Factors(output, index.reverted)
 
@@ -163,10 +164,16 @@ def _is_ours(folder: Path) -> bool:
         folder.is_dir()
         and not folder.is_symlink()
         and all(
-            path.name in (INDEX, JOURNAL_NAME) or re.fullmatch(FILE, path.name) or is_state(path.name)
+            path.name in (INDEX, JOURNAL_NAME, REPLACED) or re.fullmatch(FILE, path.name) or is_state(path.name)
             for path in folder.iterdir()
         )
     )
+
+
+def _journal_of(staging: Path, output: Path) -> Path:
+    """The journal that tells whose a finished output is: where it was copied, its own is empty."""
+    copied = not (output / JOURNAL_NAME).stat().st_size and (staging / JOURNAL_NAME).is_file()
+    return (staging if copied else output) / JOURNAL_NAME
 
 
 def _check_room(output: Path, memory: int, need: int, size: int) -> None:
@@ -197,11 +204,8 @@ def _step(group: Group) -> Step:
 
 def _finished(calibration: Calibration, journal: Journal) -> list[_Layer]:
     """The layers, from the first on, whose factors the journal and the files hold."""
-    found: dict[int, _Layer] = {}
-    for record in journal.entries("layer"):
-        with contextlib.suppress(TypeError, ValueError):  # forged, or damaged
-            layer = _Layer(**{key: value for key, value in record.items() if key != "kind"})
-            found[layer.number] = layer
+    records = journal.sound("layer", lambda r: _Layer(**{key: value for key, value in r.items() if key != "kind"}))
+    found = {layer.number: layer for layer in records}
     layers = []
     for number, groups in enumerate(calibration.planned()):
         modules = [name for group in groups for name in group.modules]

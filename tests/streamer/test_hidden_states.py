@@ -382,7 +382,7 @@ def test_factors_that_were_damaged_meanwhile_are_made_again(
     calibrate(**place.calibrated("out"))
     # The hidden states saved last lie behind a damaged layer. Of two records of one, that which makes sense counts.
     assert ran == (layers(2) if loss == "a record" else layers(0, 1, 2))
-    assert ("damaged" in caplog.text) == (loss != "a record")
+    assert ("factored again" in caplog.text) == (loss != "a record")
     assert place.files("out") == place.files("whole")
 
 
@@ -402,6 +402,54 @@ def test_calibrate_killed_in_its_last_step_is_ended_by_the_next(
     assert place.files("out") == place.files("whole")
     with pytest.raises(RequestError, match="it exists"):
         calibrate(**place.calibrated("out"))
+
+
+@pytest.mark.parametrize("step", ["before", "after"])
+@pytest.mark.parametrize("again", [False, True])
+def test_calibrate_killed_while_it_replaces_factors_is_ended_by_the_next(
+    place: Place, ran: list[str], monkeypatch: pytest.MonkeyPatch, step: str, again: bool
+) -> None:
+    """Before and after the new factors have their name, when the earlier ones lie in their folder still."""
+    calibrate(**place.calibrated("whole"))
+    calibrate(**place.calibrated("out", percdamp=0.5))
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name == "out.partial" and step == "before":
+            raise ZeroDivisionError
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        patch.setattr(staging, "_settle", lambda output: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate(**place.calibrated("out", overwrite=True))
+    assert (place.root / ("out.partial" if step == "before" else "out") / ".replaced").is_dir()
+    ran.clear()
+    calibrate(**place.calibrated("out", overwrite=again))
+    assert ran == [] or (again and step == "after")
+    assert place.files("out") == place.files("whole")
+    assert not (place.root / "out.partial").exists()
+
+
+def test_factors_copied_for_another_request_are_not_taken_for_its_own(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the copy and the removal of its source, where nothing can be renamed."""
+    calibrate(**place.calibrated("whole"))
+
+    def failing(self: Path, target: Path) -> Path:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(self))
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "remove", lambda *folders: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            calibrate(**place.calibrated("out"))
+    with pytest.raises(RequestError, match=r"options\.percdamp"):
+        calibrate(**place.calibrated("out", percdamp=0.5))
+    calibrate(**place.calibrated("out"))
+    assert place.files("out") == place.files("whole")
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
