@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -76,11 +77,14 @@ def publish(staging: Path, output: Path, names: Collection[str], overwrite: bool
     `names` are the files that lie under their `.part` names; without its file `last` no output counts as complete.
     """
     sync_path(staging)  # the manifest is there before anything could be taken for a model
+    replace = overwrite or is_half_copied(staging, output, last)
     try:
-        _rename(staging, output, names, overwrite or is_half_copied(staging, output, last))
+        _rename(staging, output, names, replace)
     except OSError as error:
         if error.errno not in NO_RENAME:
             raise
+        if not replace and output.exists() and any(output.iterdir()):  # it came meanwhile
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(output)) from error
         log.warning("%s: the file system does not rename (%s): the finished output is copied", output, error.strerror)
         _copy(staging, output, names, last)
     _settle(output)

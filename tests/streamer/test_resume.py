@@ -563,6 +563,28 @@ def test_a_copy_that_fails_leaves_no_output_and_the_whole_beside(
     assert api.verify(world.root / "out") == []
 
 
+def test_a_folder_that_came_meanwhile_is_not_emptied_by_a_copy(world: Any, no_rename: Any, journaled: Any) -> None:
+    options = merge_options(world) | {"output": world.root / "out"}
+    no_rename(errno.EXDEV)
+    publish = staging.publish
+
+    def late(*args: Any) -> None:
+        (world.root / "out").mkdir()
+        (world.root / "out/notes.txt").write_text("not ours")
+        publish(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(staging, "publish", late)
+        with pytest.raises(RunError, match=os.strerror(errno.ENOTEMPTY)):
+            safemerge(**options)
+    assert [path.name for path in (world.root / "out").iterdir()] == ["notes.txt"]
+    (world.root / "out/notes.txt").unlink()
+    (world.root / "out").rmdir()
+    journaled().clear()
+    safemerge(**options)
+    assert journaled() == []
+
+
 def test_a_folder_with_a_journal_of_its_own_is_no_half_copy(interrupted: dict[str, Any], world: Any) -> None:
     (world.root / "out").mkdir()
     (world.root / "out/journal.jsonl").write_text("today: nothing")
