@@ -28,7 +28,7 @@ Try several strengths and factors (`safeshard batch` runs them in one pass), ask
 and useful, and keep a defence only where it beats `scale`: a toy says nothing about a real model."""
 ONE_SEED = """\
 This is one seed, and seeds differ: the table over six of them, the hard ones too, is in the README under "Does it
-work?"; `--seeds 6` makes it anew.
+work?"; `safeshard demo --seeds 6` makes it anew.
 """
 
 
