@@ -163,7 +163,7 @@ def backends(case: Case, device: str) -> dict[str, Run]:
         return {"torch": partial(safety_factor, h), "published": partial(published.factor, h)}
     delta = random(rows, columns)
     if operation == "weight":
-        runs = {n: lambda n=n: safe_delta_dense(delta, safety_factor(h), STRENGTH, backend=n) for n in names}
+        runs = {n: partial(_whole_weight, delta, h, n) for n in names}
         return runs | {"published": lambda: published.safe_delta(delta, published.factor(h), STRENGTH)}
     factor: Factor = safety_factor(h)
     selection: Any = "row" if operation == "row" else "block"
@@ -171,3 +171,7 @@ def backends(case: Case, device: str) -> dict[str, Run]:
     return (
         runs if operation == "row" else runs | {"published": partial(published.safe_delta, delta, factor.u, STRENGTH)}
     )
+
+
+def _whole_weight(delta: torch.Tensor, h: torch.Tensor, backend: Any) -> Any:
+    return safe_delta_dense(delta, safety_factor(h), STRENGTH, backend=backend)

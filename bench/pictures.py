@@ -13,6 +13,8 @@ from safeshard.streamer.extras import require
 Row = dict[str, str]
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito
 MARKS = {"torch": "o", "triton": "s", "published": "x"}
+STAGES = ("read", "calibrate", "factor", "compute", "write", "copy", "hash", "sync")
+WITHIN = {"compute": ("factor", "write", "copy"), "write": ("hash",)}  # what a stage of the manifest holds besides
 FLOOR, WALL = "#000000", "#BBBBBB"
 
 
@@ -40,12 +42,15 @@ def jobs(found: Sequence[Row]) -> Any | None:
     for name, ratio, row in zip(names, times, measured, strict=True):
         text = f" {ratio:.1f} times, {float(row['median_s']):.3g} s"
         left.annotate(text, (max(ratio, 1), name), va="center", fontsize=8)
-    left.set(xlabel="wall time, in times of plain reading", title="Whole jobs beside plain reading",
-             xlim=(0, 1.45 * max(times)))  # fmt: skip
-    stages = [dict(_stage(pair) for pair in row["stages"].split()) for row in measured]
+    left.set(xlabel="wall time, in times of plain reading", title="Whole jobs beside plain reading", xscale="log",
+             xlim=(min(0.3, *times), 6 * max(times)))  # fmt: skip
+    left.xaxis.set_major_formatter("{x:g}")
+    stages = [_stages(row["stages"]) for row in measured]
     totals = [sum(each.values()) or 1.0 for each in stages]
     starts = [0.0] * len(measured)
-    for stage, colour in zip(dict.fromkeys(s for each in stages for s in each), COLOURS, strict=False):
+    for stage, colour in zip(STAGES, COLOURS, strict=True):
+        if not any(stage in each for each in stages):
+            continue
         widths = [100 * each.get(stage, 0.0) / total for each, total in zip(stages, totals, strict=True)]
         right.barh(names, widths, left=starts, color=colour, label=stage)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
@@ -138,9 +143,13 @@ def _peak(row: Row) -> float:
     return float(row["peak_rss_bytes"] or 0)
 
 
-def _stage(pair: str) -> tuple[str, float]:
-    name, _, seconds = pair.partition("=")
-    return name, float(seconds)
+def _stages(column: str) -> dict[str, float]:
+    """Thread-seconds by stage, each without the stages inside it, in the order of a job."""
+    whole = {name: float(seconds) for name, _, seconds in (pair.partition("=") for pair in column.split())}
+    for outer, inner in WITHIN.items():
+        if outer in whole:
+            whole[outer] = max(0.0, whole[outer] - sum(whole.get(stage, 0.0) for stage in inner))
+    return {stage: whole[stage] for stage in STAGES if stage in whole}
 
 
 def _giga(found: Sequence[Row], column: str) -> list[float]:

@@ -46,6 +46,7 @@ def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.d
     edits: dict[int, Edit] = {}
     for start in range(0, max(numel, 1), length):  # one strip of nothing where there is nothing
         strip = {key: _read(read, start, buffers[key][: numel - start], clock) for key, read in reads.items()}
+        began = time.perf_counter()
         loaded = {key: tensor.to(device) for key, tensor in strip.items()}
         for task in tasks:
             try:
@@ -53,6 +54,7 @@ def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.d
             except NotFiniteError:
                 refuse_not_finite((read, strip[read.key]) for read in task.reads())
                 raise
+        clock.add("compute", began)
     for task in tasks:
         writes[id(task)].finish()
         if isinstance(task, ModuleTask):

@@ -39,14 +39,15 @@ def test_without_rows_there_is_no_picture(results: Path) -> None:
 def test_jobs_stand_beside_their_floor_and_their_stages() -> None:
     job(2)
     job(22, seconds=8.0)
-    job(2, "", seconds=16.0, stages={"read": 1.0, "write": 4.0})
+    job(2, "", seconds=16.0, stages={"read": 1.0, "compute": 4.0, "write": 4.0, "hash": 1.0})
     left, right = pictures.jobs(rows.read("pipeline")).axes
     [times] = left.containers
     assert [bar.get_width() for bar in times] == [8.0, 4.0]  # of each job's deepest model alone, by size
     assert [text.get_text() for text in left.texts] == [" 8.0 times, 16 s", " 4.0 times, 8 s"]
     stages = {bars.get_label(): [bar.get_width() for bar in bars] for bars in right.containers}
-    assert stages == {"read": [20.0, 25.0], "compute": [0.0, 75.0], "write": [80.0, 0.0]}
-    assert [bar.get_x() for bar in right.containers[2]] == [100.0, 25.0]
+    # Writing is within computing, and hashing within writing.
+    assert stages == {"read": [20, 25], "compute": [0, 75], "write": [60, 0], "hash": [20, 0]}
+    assert [[bar.get_x() for bar in bars] for bars in right.containers] == [[0, 0], [20, 25], [20, 100], [80, 100]]
 
 
 def test_memory_is_drawn_against_layers_and_adapters() -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer import batch, safelora, safemerge, scale
+from safeshard.streamer import batch, safelora, safemerge, scale, strips
+from safeshard.streamer.sources import LocalSource
 from safeshard.streamer.stream import GRAIN, Buffers, Clock, Read, Step, run_steps
 
 MEBI = 1 << 20
@@ -163,6 +164,36 @@ def test_an_embedding_larger_than_the_budget_is_scaled(
         expected = tensor.double() + 0.25 * (tuned[name].double() - tensor.double())
         torch.testing.assert_close(out[name].double(), expected, rtol=2**-8, atol=0)
     assert manifest.run.bytes_read == sum(2 * t.nbytes for t in base.values())
+
+
+@pytest.mark.parametrize("memory", ["72MiB", "2GiB"])
+def test_strips_ask_for_each_byte_before_they_read_it(
+    world: Any, embedding_of_40_mib: dict[str, Any], monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    asked: dict[tuple[Path, str], list[tuple[int, int]]] = {}
+    late: list[tuple[str, int]] = []
+    readinto = LocalSource.readinto
+
+    def prefetch(self: LocalSource, name: str, offset: int, nbytes: int) -> None:
+        asked.setdefault((self.folder, name), []).append((offset, offset + nbytes))
+
+    def read(self: LocalSource, name: str, offset: int, view: memoryview) -> None:
+        if len(view) > 64:  # no length of a header, nor a norm
+            ranges = asked.get((self.folder, name), [])
+            if not any(start <= offset and offset + len(view) <= stop for start, stop in ranges):
+                late.append((name, offset))
+        readinto(self, name, offset, view)
+
+    monkeypatch.setattr(LocalSource, "prefetch", prefetch)
+    monkeypatch.setattr(strips, "AHEAD_BYTES", 1 << 20)
+    monkeypatch.setattr(strips, "NEAR_BYTES", 1 << 18)
+    result = scale(**embedding_of_40_mib | {"memory": memory}, output=world.root / "out", factor=0.25)
+    assert result.manifest is not None
+    sizes = {file.name: file.stat().st_size for file in (world.root / "aligned").glob("*.safetensors")}
+    [name] = sizes
+    data_starts = min(offset for (_, file), ranges in asked.items() for offset, _ in ranges if file == name)
+    assert [place for place in late if place[1] >= data_starts] == []
+    assert max(stop for ranges in asked.values() for _, stop in ranges) == sizes[name]
 
 
 def test_jobs_share_the_strips_of_a_large_tensor(world: Any, embedding_of_40_mib: dict[str, Any]) -> None:
