@@ -222,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if threading.current_thread() is threading.main_thread():
             handlers = {each: signal.signal(each, _stop) for each in (signal.SIGINT, signal.SIGTERM)}
+            handlers[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
         _mount(arguments)
         app(args=arguments, prog_name="safeshard")
     except SafeshardError as error:
@@ -241,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         sys.exit(1)
     finally:
+        if handlers and signal.getsignal(signal.SIGALRM) is not handlers[signal.SIGALRM]:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # a stop that was put off finds nothing left to stop
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from inspect import Parameter, signature
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from safeshard import streamer
-from safeshard.streamer import api
+from safeshard.streamer import api, cli
 from safeshard.streamer.cli import main
 from safeshard.streamer.methods.safemerge import SafeMerge
 from safeshard.streamer.options import RunOptions
@@ -313,3 +314,20 @@ def test_functions_show_their_keywords() -> None:
     assert parameters["aligned"].default is Parameter.empty
     assert next(iter(signature(streamer.batch).parameters)) == "jobs"
     assert signature(streamer.score).parameters["adapter"].default == ()
+
+
+def test_a_stop_put_off_until_the_command_has_ended_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that arrives in a finalizer is raised again a little later, which may be too late."""
+    reached = []
+
+    class Signalled:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            reached.append(True)
+
+    monkeypatch.setattr(cli, "app", lambda **_: [Signalled()].clear())
+    before = signal.getsignal(signal.SIGALRM)
+    cli.main(["inspect"])
+    time.sleep(0.05)
+    assert reached
+    assert signal.getsignal(signal.SIGALRM) is before
