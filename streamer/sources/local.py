@@ -75,7 +75,7 @@ class LocalSource:
             return self._files[name]
 
     def __del__(self) -> None:
-        for file in self._files.values():
+        for file in getattr(self, "_files", {}).values():  # a signal may have ended __init__ before it began
             os.close(file)
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer.checkpoint import Checkpoint, open_checkpoint
-from safeshard.streamer.sources import Source, open_source, read_json
+from safeshard.streamer.sources import LocalSource, Source, open_source, read_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -519,3 +519,8 @@ class TestUrls:
         monkeypatch.setitem(sys.modules, "s3fs", None)
         with pytest.raises(RequestError, match=r"safeshard\[hub-s3\]"):
             open_source("s3://bucket/model")
+
+
+def test_a_source_that_was_never_opened_is_dropped_in_silence() -> None:
+    """As where a signal ends its constructor."""
+    LocalSource.__new__(LocalSource).__del__()
