@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -38,7 +37,6 @@ app = typer.Typer(
 OUT_OF_MEMORY = re.compile(  # torch has no one type for it
     r"out of memory|not enough memory|(can't|cannot|could not|unable to|failed to) allocate|alloc_failed", re.IGNORECASE
 )
-_FINALIZE = weakref.finalize.__call__.__code__
 Json = Annotated[
     bool, typer.Option("--json", help="print the outcome as one line of JSON at the end", show_default=False)
 ]
@@ -49,19 +47,19 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    if _in_finalizer(frame):  # where exceptions are dropped
-        signal.signal(signal.SIGALRM, lambda _, later: _stop(number, later))
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-        return
     for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(each, signal.SIG_DFL)
     raise _Stopped(signal.Signals(number).name)
 
 
-def _in_finalizer(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_name != "__del__" and frame.f_code is not _FINALIZE:
-        frame = frame.f_back
-    return frame is not None
+def _stop_later(dropped: Any) -> None:
+    """For sys.unraisablehook: a stop that came where exceptions are dropped, as in a finalizer, comes again."""
+    if not isinstance(dropped.exc_value, _Stopped):
+        sys.__unraisablehook__(dropped)
+        return
+    number = signal.Signals[str(dropped.exc_value)]
+    signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _print_version(asked: bool) -> None:
@@ -215,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     handlers: dict[signal.Signals, Any] = {}
+    hook = sys.unraisablehook
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
@@ -223,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if threading.current_thread() is threading.main_thread():
             handlers = {each: signal.signal(each, _stop) for each in (signal.SIGINT, signal.SIGTERM)}
             handlers[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
+            sys.unraisablehook = _stop_later
         _mount(arguments)
         app(args=arguments, prog_name="safeshard")
     except SafeshardError as error:
@@ -246,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)  # a stop that was put off finds nothing left to stop
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 def _open_closed_streams() -> None:

@@ -322,8 +322,8 @@ def test_a_stop_put_off_until_the_command_has_ended_is_none(monkeypatch: pytest.
 
     class Signalled:
         def __del__(self) -> None:
-            signal.raise_signal(signal.SIGINT)
             reached.append(True)
+            signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(cli, "app", lambda **_: [Signalled()].clear())
     before = signal.getsignal(signal.SIGALRM)
@@ -331,3 +331,25 @@ def test_a_stop_put_off_until_the_command_has_ended_is_none(monkeypatch: pytest.
     time.sleep(0.05)
     assert reached
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_stop_that_a_finalizer_drops_comes_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Signalled:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def work(**_: Any) -> None:
+        [Signalled()].clear()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    monkeypatch.setattr(cli, "app", work)
+    hook = sys.unraisablehook
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["scale"])
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed == "safeshard: interrupted by SIGTERM; run the same command again to go on from here\n"
+    assert sys.unraisablehook is hook
