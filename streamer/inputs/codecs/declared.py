@@ -1,0 +1,186 @@
+"""Which tensors of a checkpoint together are a quantised weight, in which format; what is not read, by name.
+
+Names and dtypes tell; config.json says what they leave open, and must agree where it speaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.streamer.inputs.codecs.base import Codec
+from safeshard.streamer.inputs.codecs.int4 import PER_WORD, PackedInt4
+from safeshard.streamer.inputs.codecs.mxfp4 import GROUP, Mxfp4
+from safeshard.streamer.inputs.codecs.scaled import Scaled
+
+BYTES = {"F8_E4M3": "fp8", "I8": "int8"}
+_FLOATS = ("F32", "BF16", "F16", "F64")
+_ORIGINAL = "use the original checkpoint, or one in bf16 or fp8"
+# By the ending of a tensor that only one format has: its name, and what to do.
+_REFUSED = {
+    ".weight_global_scale": ("NVFP4", _ORIGINAL),
+    ".weight_scale_2": ("NVFP4", _ORIGINAL),
+    ".qzeros": ("GPTQ or AWQ, with zero points", _ORIGINAL),
+    ".qweight": ("GPTQ or AWQ", _ORIGINAL),
+    ".weight_zero_point": ("quantised with zero points", _ORIGINAL),
+    ".weight_g_idx": ("int4 with reordered columns (actorder)", _ORIGINAL),
+    ".weight.absmax": ("bitsandbytes", "save the model without quantising it (load_in_4bit), or use the original"),
+    ".weight.quant_map": ("bitsandbytes", "save the model without quantising it (load_in_4bit), or use the original"),
+    ".SCB": ("bitsandbytes (int8)", "save the model without quantising it (load_in_8bit), or use the original"),
+    ".W_q": ("HQQ", _ORIGINAL),
+    ".weight._data": ("quanto", _ORIGINAL),
+}
+FORMATS = ("fp8 by block, tensor or row", "int8 by row or tensor", "MXFP4", "int4 of compressed-tensors, symmetric")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A quantised weight: its codec, the tensors of its parts, and its shape, O x I; of fused experts E x O x I."""
+
+    codec: Codec
+    refs: Mapping[str, TensorRef]
+    shape: tuple[int, ...]
+
+    def expert(self, index: int) -> Encoding:
+        """One expert's weight of a fused one: each part's region."""
+        return replace(self, refs={part: region(ref, index) for part, ref in self.refs.items()}, shape=self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A quantised weight that is not read: the tensor that shows it, its format, and what to do."""
+
+    tensor: str
+    got: str
+    remedy: str
+
+
+def region(ref: TensorRef, index: int) -> TensorRef:
+    """The part of a tensor at `index` of its first dimension, which is contiguous."""
+    nbytes = ref.nbytes // ref.shape[0]
+    return replace(ref, shape=ref.shape[1:], offset=ref.offset + index * nbytes, nbytes=nbytes)
+
+
+def encoding(module: str, tensors: Mapping[str, TensorRef], config: Mapping[str, Any]) -> Encoding | Refused | None:
+    """How a module's weight is quantised; None where it is not.
+
+    `module` is the weight's name without `.weight`; of fused experts the name without `_blocks`, `_scale_inv`.
+    """
+    for ending, (name, remedy) in _REFUSED.items():
+        if module + ending in tensors:
+            return Refused(module + ending, name, remedy)
+    declared = list(_declared(config))
+    if (packed := tensors.get(f"{module}.weight_packed")) is not None:
+        return _packed(module, packed, tensors, declared)
+    for values, scales in (("_blocks", "_scales"), (".weight_blocks", ".weight_scales")):  # GPT-OSS
+        if (blocks := tensors.get(module + values)) is not None and blocks.dtype == "U8":
+            shape = (*blocks.shape[:-2], blocks.shape[-2] * GROUP)
+            return _checked(Mxfp4(values, scales), module, tensors, shape, "U8")
+    for weight, inverse in ((".weight", ".weight_scale_inv"), ("", "_scale_inv"), (".weight", ".weight_scale")):
+        ref = tensors.get(module + weight)
+        if ref is not None and ref.dtype.startswith("F8") | (ref.dtype in BYTES):
+            if module + inverse in tensors:
+                return _bytes(module, ref, weight, inverse, tensors, declared)
+            if inverse == ".weight_scale":
+                return Refused(ref.name, f"{ref.dtype} without a scale", "check that the checkpoint is whole")
+    return None
+
+
+def _packed(
+    module: str, packed: TensorRef, tensors: Mapping[str, TensorRef], declared: list[Mapping[str, Any]]
+) -> Encoding | Refused:
+    scales = tensors.get(f"{module}.weight_scale")
+    if packed.dtype == "U8":
+        return _checked(Mxfp4(), module, tensors, (*packed.shape[:-1], packed.shape[-1] * 2), "U8")
+    bits = {args.get("num_bits") for args in declared} or {4}
+    if bits != {4}:
+        got = f"packed integers of {', '.join(map(str, sorted(bits, key=str)))} bits"
+        return Refused(packed.name, got, _ORIGINAL)
+    if any(args.get("symmetric") is False for args in declared):
+        return Refused(packed.name, "int4 with zero points", _ORIGINAL)
+    if scales is None or len(scales.shape) != len(packed.shape) or not scales.shape[-1]:
+        return Refused(packed.name, "int4 without a scale", "check that the checkpoint is whole")
+    columns = packed.shape[-1] * PER_WORD
+    group = columns // scales.shape[-1] if scales.shape[-1] > 1 else 0
+    sizes = {args.get("group_size") for args in declared} - {None}
+    if group % PER_WORD or (group and sizes and group not in sizes):
+        got = f"int4 in groups of {group}, where config.json says {', '.join(map(str, sorted(sizes, key=str)))}"
+        return Refused(packed.name, got, "make the config and the weights agree")
+    return _checked(PackedInt4(group), module, tensors, (*packed.shape[:-1], columns), *_FLOATS)
+
+
+def _bytes(
+    module: str, ref: TensorRef, weight: str, scale: str, tensors: Mapping[str, TensorRef],
+    declared: list[Mapping[str, Any]],
+) -> Encoding | Refused:  # fmt: skip
+    if ref.dtype not in BYTES:
+        return Refused(ref.name, f"fp8 in {ref.dtype}", _ORIGINAL)
+    kind, scales = BYTES[ref.dtype], tensors[module + scale]
+    lead = len(ref.shape) - 2
+    grid = scales.shape[lead:]
+    if lead < 0 or scales.shape[:lead] != ref.shape[:lead]:
+        got = f"{list(ref.shape)} with scales {list(scales.shape)}"
+        return Refused(ref.name, got, "make the weights and their scales agree")
+    powers = scales.dtype == "F8_E8M0" or any(args.get("scale_fmt") == "ue8m0" for args in declared)
+    blocks = {tuple(args["block"]) for args in declared if args.get("block")}
+    codec = Scaled(f"{kind} by tensor", 0, 0, scale, powers)
+    if len(grid) and grid[0] == ref.shape[-2] and grid[1:] in ((), (1,)) and grid[0] > 1:
+        codec = Scaled(f"{kind} by row", 1, 0, scale, powers)
+    elif grid not in ((), (1,)) and (grid != (1, 1) or blocks):
+        if len(blocks) != 1:
+            got = f"{kind} in blocks, without weight_block_size in config.json"
+            return Refused(ref.name, got, "complete config.json")
+        rows, columns = blocks.pop()
+        codec = Scaled(f"{kind} in blocks of {rows} x {columns}", rows, columns, scale, powers)
+    if weight == "":
+        codec = Fused(codec.name, codec.rows, codec.columns, scale, powers)
+    return _checked(codec, module, tensors, ref.shape, *_FLOATS, "F8_E8M0")
+
+
+class Fused(Scaled):
+    """Scaled values of fused experts, whose tensor's name ends without `.weight`."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return {"values": "", "scales": self.scales}
+
+
+def _checked(
+    codec: Codec, module: str, tensors: Mapping[str, TensorRef], shape: tuple[int, ...], *dtypes: str
+) -> Encoding | Refused:
+    """The encoding, if its tensors are all there and have the dtypes and shapes of the format."""
+    refs: dict[str, TensorRef] = {}
+    lead, matrix = shape[:-2], (shape[-2], shape[-1])
+    for part, allowed in codec.shapes(matrix).items():
+        ref = tensors.get(module + codec.names[part])
+        if ref is None:
+            return Refused(module + codec.names[part], f"{codec.name} without it", "check that the checkpoint is whole")
+        if ref.shape[: len(lead)] != lead or ref.shape[len(lead) :] not in list(allowed):
+            wanted = " or ".join(str([*lead, *each]) for each in allowed)
+            got = f"{list(ref.shape)}, where {codec.name} has {wanted}"
+            return Refused(ref.name, got, "make config.json and the weights agree")
+        if part == "scales" and ref.dtype not in dtypes:
+            return Refused(ref.name, f"{codec.name} with scales in {ref.dtype}", _ORIGINAL)
+        refs[part] = ref
+    return Encoding(codec, refs, shape)
+
+
+def _declared(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What config.json says of quantised weights, a mapping a scheme, with `block` for its block's rows and columns."""
+    text = config.get("text_config")
+    for each in (config, text if isinstance(text, dict) else {}):
+        said = each.get("quantization_config") or each.get("compression_config")
+        if not isinstance(said, dict):
+            continue
+        groups = said.get("config_groups")
+        schemes = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+        for scheme in schemes or [said]:
+            if isinstance(scheme, dict):
+                block = scheme.get("block_structure") or scheme.get("weight_block_size")
+                yield {**scheme, "block": block if _is_block(block) else None}
+
+
+def _is_block(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
