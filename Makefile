@@ -12,9 +12,10 @@ all: .venv/installed
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[dev]"
-	# The folders stand at the root but install under safeshard: show them to mypy by that name.
+	# The folders stand at the root but install under safeshard: show them to mypy and import-linter by that name.
 	mkdir -p .venv/typing/safeshard
 	for name in streamer kernels manifests bench; do ln -sfn "$(CURDIR)/$$name" .venv/typing/safeshard/$$name; done
+	for file in safeshard/*; do ln -sfn "$(CURDIR)/$$file" .venv/typing/$$file; done
 	touch $@
 
 demo: .venv/installed
@@ -34,6 +35,7 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd .venv/typing && ../bin/mypy --config-file ../../pyproject.toml -p safeshard
+	cd .venv/typing && ../bin/lint-imports --config ../../pyproject.toml
 
 fix: .venv/installed
 	$(BIN)/ruff check --fix .

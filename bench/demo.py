@@ -13,7 +13,7 @@ from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
 from safeshard.bench.toy.experiment import folder_of, run, write
 from safeshard.bench.toy.workers import import_libraries
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.cli import main
+from safeshard.streamer.cli.app import main
 
 MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence fill
 app = typer.Typer(invoke_without_command=True, help="Train toy models, defend them, judge them.")

@@ -18,7 +18,7 @@ from safeshard.bench.rows import record
 from safeshard.manifests import MANIFEST_NAME
 from safeshard.manifests.safetensors_header import Header, read_header
 
-SAFESHARD = (sys.executable, "-m", "safeshard.streamer.cli")
+SAFESHARD = (sys.executable, "-m", "safeshard")
 # The least that a job in Python does: import torch and safetensors, and read once each tensor that it needs.
 READ = """
 import re, sys, torch

@@ -17,8 +17,8 @@ import torch
 
 from safeshard.bench.synthetic import BLOCK, File, Folder, Values, check, make
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.adapter import CONFIG, WEIGHTS
-from safeshard.streamer.checkpoint import INDEX
+from safeshard.streamer.inputs.adapter import CONFIG, WEIGHTS
+from safeshard.streamer.inputs.checkpoint import INDEX
 
 SHARD_BYTES = 5 << 30
 

@@ -3,7 +3,6 @@
 from safeshard.manifests.card import card
 from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError, printable
 from safeshard.manifests.hashing import hash_bytes, hash_tensor_region, header_sha256
-from safeshard.manifests.journal import Journal
 from safeshard.manifests.render import render, render_summary
 from safeshard.manifests.schema import (
     MANIFEST_NAME,
@@ -29,7 +28,6 @@ __all__ = [
     "Finding",
     "Input",
     "InputFile",
-    "Journal",
     "Manifest",
     "Method",
     "ModuleEntry",

@@ -30,6 +30,7 @@ from safeshard.manifests.hashing import hash_bytes
 
 SCHEMA = "safeshard.manifest/1"
 MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "journal.jsonl"
 INLINE_CHARS = 300
 MAX_MANIFEST_BYTES = 1 << 30  # of a million tensors it is about 250 MB
 

@@ -15,9 +15,8 @@ from pathlib import Path, PurePosixPath
 
 from safeshard.manifests.errors import RequestError, printable
 from safeshard.manifests.hashing import hash_tensor_region
-from safeshard.manifests.journal import JOURNAL_NAME
 from safeshard.manifests.safetensors_header import HeaderError, TensorRef, header_digest, read_header
-from safeshard.manifests.schema import MANIFEST_NAME, FileEntry, Manifest, TensorEntry, load
+from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, FileEntry, Manifest, TensorEntry, load
 
 UNLISTED = frozenset({MANIFEST_NAME, JOURNAL_NAME, "report.html"})  # the journal: of a run killed in its last step
 

@@ -16,7 +16,7 @@ from safeshard.streamer.api import (
     score,
     verify,
 )
-from safeshard.streamer.run import Result
+from safeshard.streamer.run.runner import Result
 
 __all__ = [
     "Result",

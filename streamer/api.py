@@ -18,14 +18,15 @@ from safeshard.manifests.schema import Manifest, load
 from safeshard.manifests.verify import Finding
 from safeshard.manifests.verify import verify as verify_output
 from safeshard.streamer.disk import replace_file
-from safeshard.streamer.jobs_file import read_jobs
 from safeshard.streamer.methods import METHODS
+from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions, build, expanded, fields_of
-from safeshard.streamer.recheck import check_inputs, input_places
-from safeshard.streamer.recompute import recompute as recompute_modules
-from safeshard.streamer.run import Result, run
-from safeshard.streamer.save_factors import Calibrate, Factors, run_calibrate
+from safeshard.streamer.plan.jobs_file import read_jobs
+from safeshard.streamer.recheck.inputs import check_inputs, input_places
+from safeshard.streamer.recheck.recompute import recompute as recompute_modules
+from safeshard.streamer.run.runner import Result, run
+from safeshard.streamer.run.save_factors import Factors, run_calibrate
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -183,7 +184,7 @@ def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
     A checkpoint that jobs share is read once.
 
     Args:
-        jobs: the file; its form is described in `safeshard.streamer.jobs_file`.
+        jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
         options: the fields of `RunOptions`.
     """
     return run(read_jobs(Path(jobs)), build(RunOptions, options), skip_finished=True)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safeshard.manifests.errors import RunError
-from safeshard.manifests.journal import sync_path
 from safeshard.manifests.safetensors_header import TensorRef
 
 
@@ -96,3 +95,12 @@ def copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
     finally:
         os.close(source)
     return True
+
+
+def sync_path(path: Path) -> None:
+    """Make a file, or a folder's list of names, durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from safeshard.manifests.errors import printable
-from safeshard.streamer.checkpoint import layer_of
+from safeshard.streamer.tensor_names import layer_of
 
 
 class Progress:

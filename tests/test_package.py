@@ -11,8 +11,8 @@ import pytest
 
 import safeshard.streamer as streamer
 from safeshard.streamer.methods import METHODS
+from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.options import RunOptions
-from safeshard.streamer.save_factors import Calibrate
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,13 +26,11 @@ def test_the_wheel_holds_nothing_but_safeshard(tmp_path: Path) -> None:
     [wheel] = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"safeshard"}
-    sources = {
-        f"safeshard/{file.relative_to(ROOT)}"
-        for package in ("streamer", "kernels", "manifests", "bench")
-        for file in (ROOT / package).rglob("*.py")
-    }
-    assert sources <= set(names)
-    assert {"safeshard/streamer/data/refusals.jsonl", "safeshard/manifests/manifest.schema.json"} <= set(names)
+    inside = {file for name in ("streamer", "kernels", "manifests", "bench") for file in (ROOT / name).rglob("*.py")}
+    sources = {f"safeshard/{file.relative_to(ROOT)}" for file in inside}
+    sources |= {f"safeshard/{file.name}" for file in (ROOT / "safeshard").glob("*.py")}
+    data = {"streamer/calibration/data/refusals.jsonl", "manifests/manifest.schema.json", "py.typed"}
+    assert sources | {f"safeshard/{name}" for name in data} <= set(names)
 
 
 CONTRACT = {

@@ -1,0 +1,1 @@
+"""What a job reads: checkpoints, adapters and their files, opened by their headers."""

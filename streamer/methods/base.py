@@ -19,8 +19,8 @@ from torch import Tensor
 from safeshard.kernels.factor import Factor
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
-from safeshard.streamer.adapter import Adapter, LoraModule
-from safeshard.streamer.checkpoint import Checkpoint
+from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.options import Dtype, Folder, Options, Place
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")

@@ -13,26 +13,15 @@ from torch import Tensor
 
 from safeshard.kernels import merge
 from safeshard.kernels.compensation import LoraCompensated, Scores, groups_to_adapter, safe_delta_dense, safe_delta_lora
+from safeshard.kernels.dense import add, tiles
 from safeshard.kernels.factor import Factor
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
-from safeshard.streamer.adapter import Adapter, LoraModule
-from safeshard.streamer.checkpoint import Checkpoint
+from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module, pad_rank, unit_scaling_config
-from safeshard.streamer.methods.dense import add, tiles
-from safeshard.streamer.options import Finite, Options, Place
-
-
-class Calibrated(Options):
-    """What decides the calibration, hence the factors: shared by `safedelta` and `calibrate`."""
-
-    calibration: Place | None = Field(
-        None, description="prompts with safe answers, .jsonl (default: the built-in refusals)"
-    )
-    samples: int = Field(128, gt=0, description="prompts to take, by a seeded permutation")
-    max_tokens: int = Field(512, gt=0, description="longest prompt with answer, in tokens; the rest is cut")
-    seed: int = Field(0, ge=0, description="of the choice of samples")
-    percdamp: Finite = Field(0.01, gt=0, description="damping of the Gram matrices, as a fraction of the mean diagonal")
+from safeshard.streamer.methods.calibrate import Calibrated
+from safeshard.streamer.options import Finite, Place
 
 
 class SafeDelta(Job, Calibrated):

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from safeshard.streamer.adapter import LoraModule
+from safeshard.kernels.dense import add
+from safeshard.streamer.inputs.adapter import LoraModule
 from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Module
-from safeshard.streamer.methods.dense import add
 from safeshard.streamer.options import Finite
 
 

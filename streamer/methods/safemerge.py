@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from safeshard.kernels import merge
+from safeshard.kernels.dense import add_deltas, add_low_rank_delta
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
-from safeshard.streamer.adapter import Adapter, LoraModule
-from safeshard.streamer.checkpoint import Checkpoint
+from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.methods.base import (
     NEAR,
     Edit,
@@ -24,7 +25,6 @@ from safeshard.streamer.methods.base import (
     random_key,
     unit_scaling_config,
 )  # fmt: skip
-from safeshard.streamer.methods.dense import add_deltas, add_low_rank_delta
 from safeshard.streamer.options import Finite, Place
 
 Combine = Literal["linear", "dare_linear", "exact", "svd"]

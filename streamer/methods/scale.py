@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from safeshard.kernels import merge
-from safeshard.streamer.adapter import LoraModule
+from safeshard.kernels.dense import interpolate
+from safeshard.streamer.inputs.adapter import LoraModule
 from safeshard.streamer.methods.base import Edit, Job, Module
-from safeshard.streamer.methods.dense import interpolate
 from safeshard.streamer.options import Finite
 
 

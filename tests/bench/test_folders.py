@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safeshard.bench import demo, pipeline, rows
-from safeshard.streamer.cli import main
+from safeshard.streamer.cli.app import main
 
 
 def test_the_demo_removes_only_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from safeshard.bench import peers, rows
-from safeshard.streamer.cli import main
+from safeshard.streamer.cli.app import main
 
 MERGEKIT = shutil.which(os.environ.get("MERGEKIT", "mergekit-yaml"))
 

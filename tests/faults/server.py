@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 from shim import Shim
 
-import safeshard.streamer.writer as writer
-from safeshard.streamer import cli
+import safeshard.streamer.write.writer as writer
+from safeshard.streamer.cli import app as cli
 
 
 def serve() -> None:

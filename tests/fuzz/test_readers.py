@@ -28,12 +28,12 @@ from safeshard.manifests.errors import RunError
 from safeshard.manifests.render import render
 from safeshard.manifests.report import page
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
-from safeshard.streamer.adapter import open_adapter
-from safeshard.streamer.checkpoint import INDEX, open_checkpoint
-from safeshard.streamer.factor_files import SavedFactors, sample_weights
-from safeshard.streamer.jobs_file import read_jobs
-from safeshard.streamer.prompts import load_prompts
-from safeshard.streamer.writer import Writer
+from safeshard.streamer.calibration.factor_files import SavedFactors, sample_weights
+from safeshard.streamer.calibration.prompts import load_prompts
+from safeshard.streamer.inputs.adapter import open_adapter
+from safeshard.streamer.inputs.checkpoint import INDEX, open_checkpoint
+from safeshard.streamer.plan.jobs_file import read_jobs
+from safeshard.streamer.write.writer import Writer
 
 SOAK = int(os.environ.get("SAFESHARD_SOAK", "1"))
 HERE = Path(__file__).parent

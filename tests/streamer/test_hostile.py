@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 from safeshard.manifests import RequestError
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
-from safeshard.streamer import checks, factor_files, safedelta, safelora, scale
+from safeshard.streamer import safedelta, safelora, scale
 from safeshard.streamer.api import score_table
-from safeshard.streamer.jobs_file import read_jobs
-from safeshard.streamer.lora_config import read_config
+from safeshard.streamer.calibration import factor_files
+from safeshard.streamer.inputs.lora_config import read_config
+from safeshard.streamer.plan import checks
+from safeshard.streamer.plan.jobs_file import read_jobs
 from safeshard.streamer.sources import open_source, read_json
 
 
@@ -214,7 +216,7 @@ def test_planning_takes_no_memory_for_a_tensor_of_2_to_the_31(tmp_path: Path, co
     for seed, role in enumerate(("aligned", "unaligned", "finetuned")):
         sparse_checkpoint(tmp_path / role, seed)
     inputs = ["--aligned", "aligned", "--finetuned", "finetuned", "--output", "out", "--dry-run"]
-    program = [sys.executable, "-c", "from safeshard.streamer.cli import entry; entry()", *command, *inputs]
+    program = [sys.executable, "-c", "from safeshard.streamer.cli.app import entry; entry()", *command, *inputs]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(program, cwd=tmp_path, stdout=log, stderr=log)
         _, wait_status, usage = os.wait4(process.pid, 0)

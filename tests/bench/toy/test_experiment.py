@@ -16,7 +16,7 @@ from safeshard.bench.toy.experiment import rows_of
 from safeshard.bench.toy.models import RECORD, is_made, load_model, make_model, path_of, recipe_key
 from safeshard.bench.toy.recipes import STAGES
 from safeshard.bench.toy.workers import Task, run_tasks
-from safeshard.streamer.cli import main
+from safeshard.streamer.cli.app import main
 
 
 def test_an_unfinished_model_is_not_taken_for_a_finished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

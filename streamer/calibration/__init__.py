@@ -1,0 +1,1 @@
+"""The aligned model run over calibration data, layer by layer: Gram matrices and factors."""

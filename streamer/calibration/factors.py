@@ -1,0 +1,164 @@
+"""Where Safe Delta's factors come from: a calibration run, layer by layer, or a folder that `calibrate` wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.hashing import hash_bytes
+from safeshard.manifests.schema import Input, InputFile
+from safeshard.streamer.calibration.forward import calibrate, check_lengths
+from safeshard.streamer.calibration.groups import Group
+from safeshard.streamer.calibration.hidden_states import HiddenStates
+from safeshard.streamer.calibration.prompts import BUILT_IN, Prompts, load_prompts
+from safeshard.streamer.calibration.skeleton import Skeleton, read_config
+from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.read import TORCH_DTYPES
+from safeshard.streamer.methods.calibrate import Calibrated
+from safeshard.streamer.sources import Source
+
+BATCH_TOKENS = 4096  # part of what decides the last bits of a Gram
+# What transformers reads to build a model and its tokenizer.
+MODEL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tiktoken.model", "chat_template.jinja",
+)  # fmt: skip
+
+
+class Calibration:
+    """Factors from a calibration run of the aligned model."""
+
+    def __init__(self, aligned: Checkpoint, options: Calibrated, dtype: torch.dtype) -> None:
+        """Check model and data.
+
+        Raises:
+            RequestError: the model is none that can be calibrated, or the data is refused.
+        """
+        self.aligned, self.options, self.dtype = aligned, options, dtype
+        self.bytes_read = 0
+        self._local = tempfile.TemporaryDirectory(prefix="safeshard-")
+        self.folder = _model_folder(aligned.source, Path(self._local.name))
+        with _named(self.folder, aligned.source):
+            skeleton = Skeleton(self.folder, aligned.tensors.keys(), dtype)
+            _check_shapes(aligned, skeleton)
+            self._layers = {path: list(skeleton.linears(path)) for path in skeleton.layers}
+            data, samples, longest = options.calibration, options.samples, options.max_tokens
+            self.prompts: Prompts = load_prompts(
+                data, self.folder, samples=samples, max_tokens=longest, seed=options.seed
+            )
+            check_lengths(self.folder, self.prompts.tokens, skeleton.max_positions)
+        self.modules = frozenset(name for names in self._layers.values() for name in names)
+        longest = max(map(len, self.prompts.tokens))
+        width = int(read_config(self.folder).get_text_config().hidden_size)
+        self.hidden_bytes = len(self.prompts.tokens) * longest * width * dtype.itemsize
+        tokens = max(BATCH_TOKENS, longest)
+        self.forward_bytes = self._forward_bytes(skeleton.shapes(), tokens)
+        features = max(sum(sum(self._shape(name)) for name in names) for names in self._layers.values())
+        self.batch_bytes = tokens * features * dtype.itemsize
+
+    def inputs(self) -> dict[str, Input]:
+        path = Path(self.options.calibration) if self.options.calibration else BUILT_IN
+        file = InputFile(name=path.name, size=path.stat().st_size, blake3=self.prompts.blake3)
+        return {"calibration": Input(source=self.prompts.source, files=(file,))}
+
+    def planned(self) -> list[list[Group]]:
+        return [[Group((name,), self._shape(name)[1]) for name in names] for names in self._layers.values()]
+
+    def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
+        with _named(self.folder, self.aligned.source):
+            for layer in calibrate(
+                self.folder, self._load, self.aligned.tensors.keys(), self.prompts.tokens, device=device,
+                dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, key=self.states_key(device),
+                saved=saved, workers=workers,
+            ):  # fmt: skip
+                shared: dict[int, list[str]] = {}
+                for name, gram in layer.grams.items():
+                    shared.setdefault(id(gram), []).append(name)
+                groups = [
+                    Group(tuple(names), len(layer.grams[names[0]]), layer.grams[names[0]]) for names in shared.values()
+                ]
+                layer.grams.clear()
+                yield groups
+
+    def states_key(self, device: torch.device) -> str:
+        """Hash of all that the hidden states depend on, as far as headers tell."""
+        decisive = (
+            {package: version(package) for package in ("safeshard", "torch", "transformers")},
+            self.aligned.source.identity, [(file.name, file.size, file.sha256) for file in self.aligned.files],
+            hash_bytes((self.folder / "config.json").read_bytes()), self.prompts.tokens,
+            str(self.dtype), device.type, BATCH_TOKENS,
+        )  # fmt: skip
+        return hash_bytes(json.dumps(decisive).encode())
+
+    def _load(self, name: str) -> Tensor:
+        ref = self.aligned.tensors[name]
+        tensor = torch.empty(ref.nbytes, dtype=torch.uint8)
+        self.aligned.source.readinto(ref.file, ref.offset, tensor.numpy().data)
+        self.bytes_read += ref.nbytes
+        return tensor.view(TORCH_DTYPES[ref.dtype]).view(ref.shape)
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        """(O, I) of a linear."""
+        shape = self.aligned.linears[module].shape
+        return (shape[1], shape[0]) if self.aligned.is_transposed(module) else (shape[0], shape[1])
+
+    def _forward_bytes(self, shapes: Mapping[str, Sequence[int]], tokens: int) -> int:
+        """The weights of a layer, or of the embeddings, and the inputs and outputs of a layer's linears for a batch."""
+        layer_of = {name: path for path in self._layers for name in shapes if name.startswith(path + ".")}
+        held = dict.fromkeys(["", *self._layers], 0)
+        for name, shape in shapes.items():
+            held[layer_of.get(name, "")] += math.prod(shape)
+        for path, names in self._layers.items():
+            held[path] += tokens * sum(sum(self._shape(name)) for name in names)
+        return max(held.values()) * self.dtype.itemsize
+
+
+def _check_shapes(aligned: Checkpoint, skeleton: Skeleton) -> None:
+    remedy = "config.json and the weights do not belong together"
+    offences = [
+        aligned.offence(name, f"{list(shape)} by config.json", str(list(aligned.tensors[name].shape)), remedy)
+        for name, shape in skeleton.shapes().items()
+        if aligned.tensors[name].shape != tuple(shape)
+    ]
+    if offences:
+        raise RequestError(offences)
+
+
+@contextlib.contextmanager
+def _named(folder: Path, source: Source) -> Iterator[None]:
+    """Let offences name the model's source, not the local folder that stands for it."""
+
+    def renamed(offence: Offence) -> Offence:
+        where, got = (text.replace(str(folder), source.spec) for text in (offence.where, offence.got))
+        return replace(offence, where=where, got=got)
+
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError([renamed(offence) for offence in error.offences]) from error
+
+
+def _model_folder(source: Source, folder: Path) -> Path:
+    """The small files of a model in a local folder, wherever it lies: transformers then sees no weights and no code."""
+    sizes = source.sizes()
+    for name in MODEL_FILES:
+        if name in sizes:
+            (folder / name).write_bytes(source.read(name, 0, sizes[name]))
+    return folder
+
+
+def forward_dtype(aligned: Checkpoint, dtype: str | None) -> torch.dtype:
+    """The dtype of the calibration's forward pass: as asked, else that of the first decoder linear."""
+    if dtype is not None:
+        return getattr(torch, dtype)  # type: ignore[no-any-return]
+    return TORCH_DTYPES[next(iter(aligned.linears.values())).dtype] if aligned.linears else torch.float32

@@ -1,0 +1,313 @@
+"""A transformers model without weights, whose decoder layers are filled, run and emptied one at a time.
+
+The model is built from config.json with its parameters on the meta device. Its own forward runs once a batch, with the
+forward of every decoder layer replaced by a recorder that keeps its arguments (masks, position embeddings) and passes
+the hidden state on; the real layers are then called with what was recorded for them. So no architecture needs code of
+its own, and a model whose forward does anything else between its layers is noticed and refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.extras import require_transformers
+from safeshard.streamer.tensor_names import layer_of
+
+Load = Callable[[str], torch.Tensor]
+
+MAX_LAYERS = 10_000
+# The names under which configurations count their layers, and their experts.
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What the model's forward gives one decoder layer besides the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden state after `layer`, batch x length x hidden size like `hidden`."""
+        output: torch.Tensor | tuple[torch.Tensor, ...] = layer(hidden, *self.args, **self.kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class _WantsTuple(Exception):
+    """The model's forward indexes what its layers return, as older transformers releases do."""
+
+
+class Skeleton:
+    """A decoder-only model with its parameters on the meta device, and the checkpoint's names of them.
+
+    Module paths are the checkpoint's own: a tensor's name without `.weight`. A published checkpoint may lack the base
+    model's prefix (`transformer.` of GPT-2, `model.` of Llama) or have it once more; the one spelling that finds every
+    tensor holds for all of them.
+
+    Attributes:
+        layers: module path -> decoder layer, in order.
+        max_positions: the longest sequence the model takes, in tokens, or None where its configuration does not say.
+    """
+
+    def __init__(self, folder: Path, names: Collection[str], dtype: torch.dtype) -> None:
+        """Build from `folder`/config.json for a checkpoint with tensors `names` and a forward pass in `dtype`.
+
+        Raises:
+            RequestError: transformers is missing or does not know the model; it is not a plain stack of dense decoder
+                layers; the checkpoint lacks tensors, each of them listed, or has biases the configuration switches off.
+        """
+        config = read_config(folder, len({layer_of(name) for name in names} - {None}))
+        _refuse_counted_experts(folder, config)
+        model = _build(folder, config, dtype)
+        self._folder = folder
+        self._body: nn.Module = model.base_model
+        self._body_path = next(path for path, module in model.named_modules() if module is self._body)
+        self.max_positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        layers = _find_layers(folder, self._body, config)
+        _refuse_built_experts(folder, config, layers)
+
+        present, base = set(names), _join(self._body_path, "")
+        self._needed = {name for name in model.state_dict() if name.startswith(base)}
+        self._strip, self._add = _spelling(folder, self._needed, present, model.base_model_prefix + ".")
+        self._model_paths = {self._spell(base + path): base + path for path in layers}
+        self.layers = {self._spell(base + path): layer for path, layer in layers.items()}
+        self._refuse_unused_biases(present)
+
+    def linears(self, path: str) -> dict[str, nn.Module]:
+        """Module path -> linear (`nn.Linear`, or transformers' `Conv1D`) inside the decoder layer at `path`."""
+        kinds = (nn.Linear, require_transformers().pytorch_utils.Conv1D)
+        inside = self.layers[path].named_modules()
+        return {_join(path, name): module for name, module in inside if isinstance(module, kinds)}
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The checkpoint's tensors of all but the output head, with the shapes that config.json gives them."""
+        tensors = self._body.state_dict()
+        return {self._spell(_join(self._body_path, name)): tensor.shape for name, tensor in tensors.items()}
+
+    @contextmanager
+    def filled(self, path: str | None, load: Load, device: torch.device) -> Iterator[None]:
+        """Inside, the decoder layer at `path` has its weights, on `device` and in the dtype of the forward pass.
+
+        Without a path it is everything but the decoder layers: embeddings and final norm. `load` gets the names of the
+        checkpoint's tensors, in the order of the modules; each result is dropped on the way out.
+
+        Raises:
+            RequestError: a tensor's shape is not the configuration's.
+        """
+        if path is None:
+            inside = {module for layer in self.layers.values() for module in layer.modules()}
+            modules = [m for m in self._body.named_modules(prefix=self._body_path) if m[1] not in inside]
+        else:
+            modules = list(self.layers[path].named_modules(prefix=self._model_paths[path]))
+        empty = [
+            (module, name, tensor, _join(where, name))
+            for where, module in modules
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        ]
+        try:
+            for module, name, tensor, full in empty:
+                # Buffers that are not saved, such as rotary frequencies, were computed when the model was built.
+                value = self._load(full, tensor, load, device) if full in self._needed else tensor.to(device)
+                setattr(module, name, nn.Parameter(value, False) if isinstance(tensor, nn.Parameter) else value)
+            yield
+        finally:
+            for module, name, tensor, _ in empty:
+                setattr(module, name, tensor)
+
+    def record(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
+        """Run the model's forward with recorders in place of the decoder layers; needs `filled(None, ...)`.
+
+        Args:
+            tokens: batch x length token ids (int64), padded on the right.
+            mask: batch x length (int64), 1 for tokens and 0 for padding.
+
+        Returns:
+            The first layer's input (batch x length x hidden size), and what each layer is called with.
+
+        Raises:
+            RequestError: the forward does more between its layers than pass the hidden state on.
+        """
+        try:
+            return self._record(tokens, mask, as_tuple=False)
+        except _WantsTuple:
+            return self._record(tokens, mask, as_tuple=True)
+
+    def _record(self, tokens: torch.Tensor, mask: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[LayerCall]]:
+        calls: list[LayerCall] = []
+        states: list[torch.Tensor] = []
+
+        def recorder(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if states and not as_tuple and hidden.shape == states[0].shape[1:]:
+                raise _WantsTuple
+            if index != len(calls) or (states and hidden is not states[0]):
+                raise _refuse(self._folder, "layers that pass their hidden state on in order", f"not at layer {index}")
+            states[:] = [hidden]
+            calls.append(LayerCall(args[1:], kwargs))
+            return (hidden,) if as_tuple else hidden
+
+        layers = list(self.layers.values())
+        try:
+            for index, layer in enumerate(layers):
+                layer.forward = partial(recorder, index)
+            self._body(input_ids=tokens, attention_mask=mask, use_cache=False)
+        finally:
+            for layer in layers:
+                del layer.forward
+        if len(calls) != len(layers) or states[0].shape[:2] != tokens.shape or states[0].ndim != 3:
+            raise _refuse(self._folder, f"{len(layers)} layers that run once each", f"{len(calls)} that ran")
+        return states[0], calls
+
+    def _spell(self, name: str) -> str:
+        return self._add + name.removeprefix(self._strip)
+
+    def _load(self, name: str, like: torch.Tensor, load: Load, device: torch.device) -> torch.Tensor:
+        stored = self._spell(name)
+        tensor = load(stored)
+        if tensor.shape != like.shape:
+            remedy = "config.json and the weights do not belong together"
+            raise RequestError(Offence(str(self._folder), stored, _shape(like), _shape(tensor), remedy))
+        return tensor.to(device=device, dtype=like.dtype)
+
+    def _refuse_unused_biases(self, present: Collection[str]) -> None:
+        unused = [
+            Offence(str(self._folder), f"{name}.bias", "no such tensor by config.json", "a bias", "correct config.json")
+            for path in self.layers
+            for name, module in self.linears(path).items()
+            if module.bias is None and f"{name}.bias" in present
+        ]
+        if unused:
+            raise RequestError(unused)
+
+
+def read_config(folder: Path, most_layers: int = MAX_LAYERS) -> Any:
+    """The configuration of the decoder-only model in `folder`; RequestError where transformers cannot read one.
+
+    A configuration with more than `most_layers` is refused before transformers makes a list of them.
+    """
+    transformers = require_transformers()
+    try:
+        for key, count in _layer_counts(json.loads((folder / "config.json").read_bytes())):
+            if count > most_layers:
+                expected = f"{key} of at most {most_layers}, the layers of the checkpoint"
+                raise _refuse(folder, expected, str(count), "use the checkpoint that belongs to this config.json")
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except RequestError:
+        raise
+    except Exception as error:  # a config.json from elsewhere fails in many ways, all of them the file's fault
+        raise _refuse(folder, "a configuration that transformers reads without remote code", str(error)) from error
+    if config.is_encoder_decoder:
+        raise _refuse(folder, "a decoder-only model", f"{config.model_type}, an encoder-decoder")
+    if getattr(config, "quantization_config", None) is not None:
+        raise _refuse(folder, "weights in floating point", "a quantization_config", "use the unquantized checkpoint")
+    return config
+
+
+def _layer_counts(config: Any) -> Iterator[tuple[str, int]]:
+    """What a configuration, or one inside of it, says of its number of layers."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if key in _LAYER_COUNTS and isinstance(value, int):
+            yield key, value
+        yield from _layer_counts(value)
+
+
+def _build(folder: Path, config: Any, dtype: torch.dtype) -> Any:
+    transformers = require_transformers()
+    dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    try:
+        with _parameters_on_meta():
+            options = {dtype_option: dtype, "trust_remote_code": False}
+            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+    except Exception as error:  # as for the configuration
+        raise _refuse(folder, "a causal language model that transformers can build", str(error)) from error
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters registered inside become meta tensors at once; buffers keep their values.
+
+    `torch.device("meta")` would lose the buffers that are computed at construction and not saved.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # those that are stay themselves: tied weights
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _find_layers(folder: Path, body: nn.Module, config: Any) -> dict[str, nn.Module]:
+    """Path in `body` -> decoder layer: the one outermost ModuleList with as many entries as the model has layers."""
+    count = config.get_text_config().num_hidden_layers
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in body.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0 and not path.startswith(tuple(found)):
+            found[path + "."] = module
+    if len(found) != 1:
+        raise _refuse(folder, f"one list of {count} decoder layers", f"{len(found)} in {config.model_type}")
+    ((prefix, layers),) = found.items()
+    return {f"{prefix}{index}": layer for index, layer in enumerate(layers)}
+
+
+def _refuse_counted_experts(folder: Path, config: Any) -> None:
+    text = config.get_text_config()
+    for key in _EXPERT_COUNTS:
+        if (count := getattr(text, key, None) or 0) > 1:
+            raise _experts(folder, config, f"{key} = {count}")
+
+
+def _refuse_built_experts(folder: Path, config: Any, layers: dict[str, nn.Module]) -> None:
+    for path, layer in layers.items():
+        for name, module in layer.named_modules():
+            stacked = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
+            if name.split(".")[-1] == "experts" or stacked:
+                raise _experts(folder, config, _join(path, name))
+
+
+def _experts(folder: Path, config: Any, sign: str) -> RequestError:
+    reason = "dense decoder layers (an expert sees too few tokens for a Gram matrix of its own)"
+    remedy = "SafeMERGE and SafeLoRA take mixture-of-experts models"
+    return _refuse(folder, reason, f"{config.model_type}, a mixture of experts ({sign})", remedy)
+
+
+def _spelling(folder: Path, needed: set[str], present: set[str], prefix: str) -> tuple[str, str]:
+    """(prefix to strip, prefix to add) that turn the model's tensor names into the checkpoint's."""
+    missing = {
+        (strip, add): [name for n in needed if (name := add + n.removeprefix(strip)) not in present]
+        for strip, add in (("", ""), (prefix, ""), ("", prefix))
+    }
+    best = min(missing, key=lambda spelling: len(missing[spelling]))
+    if missing[best]:
+        remedy = "use the checkpoint that belongs to this config.json"
+        raise RequestError([Offence(str(folder), name, "a tensor", "none", remedy) for name in sorted(missing[best])])
+    return best
+
+
+def _refuse(folder: Path, expected: str, got: str, remedy: str = "Safe Delta does not take this model") -> RequestError:
+    return RequestError(Offence(str(folder / "config.json"), expected=expected, got=got, remedy=remedy))
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))

@@ -1,0 +1,107 @@
+"""What the command line prints about plans, results and scores."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from safeshard.manifests.errors import printable
+from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.progress import human
+from safeshard.streamer.run.calibrated import arithmetic_bytes, planned_steps
+from safeshard.streamer.run.runner import Result
+from safeshard.streamer.run.save_factors import Factors
+from safeshard.streamer.run.steps import JobRun, module_steps, workers_for
+
+
+def summary(results: Sequence[Result]) -> str:
+    """One line a job, then the run's bytes, seconds and memory."""
+    lines = []
+    for result in results:
+        if (manifest := result.manifest) is None:
+            continue
+        decisions = Counter(entry.decision for entry in manifest.modules)
+        counts = ", ".join(f"{n} {decision}" for decision, n in decisions.most_common())
+        earlier = " (finished earlier)" if result.plan.finished else ""
+        lines.append(f"{result.job.title}: {printable(result.output)}{earlier}")
+        lines.append(f"  {len(result.plan.modules)} of {result.plan.expected} modules: {counts}")
+        lines += [f"  note: {f.asked} -> {f.done} ({f.why})" + (f": {printable(f.subject)}" if f.subject else "")
+                  for f in manifest.fallbacks[:5]]  # fmt: skip
+        if len(manifest.fallbacks) > 5:
+            lines.append(f"  and {len(manifest.fallbacks) - 5} more notes in the manifest")
+    finished = [r.manifest.run for r in results if r.manifest and not r.plan.finished]
+    if finished:
+        last, written = finished[-1], sum(run.bytes_written for run in finished)
+        rate = human(last.bytes_read / last.wall_s) if last.wall_s else "-"
+        lines.append(
+            f"read {human(last.bytes_read)}, wrote {human(written)} in {last.wall_s:.1f} s ({rate}/s), "
+            f"peak memory {human(last.peak_host_bytes)}"
+        )
+    return "\n".join(lines)
+
+
+def plan(plans: Sequence[JobPlan], memory: int) -> str:
+    """What a dry run says: bytes to read and write, modules, and the memory it takes, of `memory` bytes allowed."""
+    import torch
+
+    runs = [JobRun(p) for p in plans]
+    steps = [*module_steps(runs), *planned_steps(runs)]
+    read = sum(step.nbytes + step.copied * step.strips for step in steps) + sum(
+        copy.ref.nbytes for p in plans for copy in p.copies
+    )
+    lines = []
+    for each in plans:
+        lines.append(f"{each.job.title}: {printable(each.job.output) if each.job.writes_model else 'no output'}")
+        lines.append(
+            f"  modules {len(each.modules)} of {each.expected} expected, to write {human(each.bytes_to_write)}"
+        )
+        lines += [f"  note: {f.asked} -> {f.done} ({f.why})" for f in each.fallbacks[:5]]
+    costs = sorted((step.cost for step in steps), reverse=True)[: workers_for(torch.device("cpu")) + 4]
+    in_flight = human(min(sum(costs), memory))
+    lines.append(f"to read {human(read)} in {len(steps)} steps; tensors in flight take at most {in_flight}")
+    if calibrated := arithmetic_bytes(runs):
+        lines.append(
+            f"a layer with its Gram matrices, factors and compensation takes at most {human(calibrated)} on the device"
+        )
+    lines.append("dry run: nothing was written")
+    return "\n".join(lines)
+
+
+def factors_plan(made: Factors) -> str:
+    """What a dry run of `calibrate` says."""
+    return (
+        f"factors: {printable(made.output)}\n"
+        f"  to write at most {human(made.bytes_to_write)}; a layer takes {human(made.memory)} of memory\n"
+        "dry run: nothing was written"
+    )
+
+
+def scores(results: Sequence[Result]) -> str:
+    """A table of cosines: a row a module, a column a fine-tuned model."""
+    names = [str(r.job.adapter or r.job.finetuned) for r in results]
+    short = [printable(name.rstrip("/").rsplit("/", 1)[-1], 24) for name in names]
+    heads = [printable(name) if short.count(s) > 1 else s for name, s in zip(names, short, strict=True)]
+    modules = list(dict.fromkeys(module for r in results for module in r.cosines))
+    width = max([6, *(len(printable(m, 60)) for m in modules)])
+    lines = ["  ".join(["module".ljust(width), *(h.rjust(max(8, len(h))) for h in heads)])]
+    for module in modules:
+        cells = []
+        for head, result in zip(heads, results, strict=True):
+            cosine = result.cosines.get(module)
+            cells.append(("-" if cosine is None else f"{cosine:.4f}").rjust(max(8, len(head))))
+        lines.append("  ".join([printable(module, 60).ljust(width), *cells]))
+    return "\n".join(lines)
+
+
+def outcome(result: Result) -> dict[str, Any]:
+    """A result as JSON values, for `--json`."""
+    job, manifest = result.job, result.manifest
+    base: dict[str, Any] = {"method": job.method, "output": str(job.output) if job.writes_model else None}
+    base |= {"modules": len(result.plan.modules), "expected": result.plan.expected}
+    if manifest is not None:
+        decisions = Counter(entry.decision for entry in manifest.modules)
+        return base | {"decisions": dict(decisions), "run": manifest.run.model_dump(mode="json")}
+    if result.cosines:
+        return base | {"source": job.adapter or job.finetuned, "cosines": dict(result.cosines)}
+    return base | {"bytes_to_write": result.plan.bytes_to_write}

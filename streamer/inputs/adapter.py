@@ -1,0 +1,287 @@
+"""A PEFT LoRA adapter opened by its headers and matched by name to the checkpoint it belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.streamer.inputs.checkpoint import ADAPTER, FLOATS, Checkpoint
+from safeshard.streamer.inputs.headers import FileHeader, file_header, read_file_header
+from safeshard.streamer.inputs.lora_config import LoraConfig, read_config
+from safeshard.streamer.sources import Source, read_json
+from safeshard.streamer.tensor_names import layer_of, natural
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ADAPTER
+_LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+# What torch.compile, FSDP, activation checkpointing and (before everything else) data parallelism add to names.
+_WRAPPER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_WRAPPERS = re.compile(rf"^module\.|(?:^|(?<=\.)){_WRAPPER}")
+_PEFT_PREFIX = re.compile(rf"^(?:module\.)?(?:{_WRAPPER})*base_model\.(?:{_WRAPPER})*model\.")
+
+Sides = Mapping[str, TensorRef]
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One module's pair: delta = scaling * B @ A, A (rank x I) at `a`, B (O x rank) at `b`."""
+
+    a: TensorRef
+    b: TensorRef
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter of a checkpoint.
+
+    Attributes:
+        source: where the files lie.
+        config: adapter_config.json.
+        files: the safetensors file.
+        modules: checkpoint module -> its pair, in model order.
+        saved: tensors that the adapter carries whole (modules_to_save, resized embeddings), by key in its file.
+        expected: how many modules its config targets.
+        renamed: how its module names were matched to the checkpoint's, where they differ, else "".
+    """
+
+    source: Source
+    config: LoraConfig
+    files: list[FileHeader]
+    modules: dict[str, LoraModule]
+    saved: dict[str, TensorRef]
+    expected: int
+    renamed: str
+
+    def own_name(self, module: str) -> str:
+        """The name that PEFT's patterns in the adapter's config match a module by, without wrappers."""
+        match = _LORA_KEY.fullmatch(self.modules[module].a.name)
+        assert match is not None
+        return _plain(match["path"])
+
+
+@dataclass(frozen=True)
+class _Naming:
+    """How the adapter's names read in the checkpoint: the prefix `own` exchanged for `base`."""
+
+    own: str = ""
+    base: str = ""
+
+    def to_base(self, name: str) -> str:
+        return self.base + name.removeprefix(self.own) if name.startswith(self.own) else name
+
+    def to_own(self, name: str) -> str:
+        return self.own + name.removeprefix(self.base) if name.startswith(self.base) else name
+
+    def __str__(self) -> str:
+        return f"module prefix {self.own!r} read as {self.base!r}" if self.own != self.base else ""
+
+
+def open_adapter(source: Source, base: Checkpoint) -> Adapter:
+    """Open an adapter by its header and match it to `base`, the aligned checkpoint.
+
+    Raises:
+        RequestError: not a LoRA adapter, an unsupported variant, or one that does not fit `base`; all offenders.
+    """
+    _require_files(source, source.sizes())
+    config = read_config(f"{source.spec}/{CONFIG}", read_json(source, CONFIG))
+    header = read_file_header(source, WEIGHTS)
+    matching = _Matching(f"{source.spec}/{WEIGHTS}", config, base)
+    pairs, saved = matching.sort(header.tensors)
+    naming = _naming(pairs, base)
+    modules = matching.match(pairs, naming)
+    targets = matching.expect(naming)
+    if matching.offences:
+        raise RequestError(matching.offences)
+    modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
+    files = [file_header(source, WEIGHTS, header)]
+    return Adapter(source, config, files, modules, saved, len(targets | modules.keys()), str(naming))
+
+
+def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
+    offences = []
+    if CONFIG not in sizes:
+        offences.append(Offence(source.spec, "", CONFIG, "no such file", "name the folder of a PEFT adapter"))
+    if "adapter_model.bin" in sizes and WEIGHTS not in sizes:
+        remedy = "save the adapter again with a current PEFT; pickles are never opened"
+        offences.append(Offence(source.spec, "", WEIGHTS, "adapter_model.bin, a pickle", remedy))
+    elif f"{WEIGHTS}.index.json" in sizes:
+        remedy = "save the adapter in one file, as PEFT does and reads it"
+        offences.append(Offence(source.spec, "", WEIGHTS, "a sharded adapter", remedy))
+    elif WEIGHTS not in sizes:
+        offences.append(Offence(source.spec, "", WEIGHTS, "no such file", "name the folder of a PEFT adapter"))
+    if offences:
+        raise RequestError(offences)
+
+
+class _Matching:
+    """Matches an adapter's tensors to a checkpoint; every offence goes into `offences`."""
+
+    def __init__(self, where: str, config: LoraConfig, base: Checkpoint) -> None:
+        self.where, self.config, self.base = where, config, base
+        self.offences: list[Offence] = []
+        self._found: set[str] = set()
+
+    def sort(self, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+        """A and B by the adapter's plain module names, and the tensors saved whole by key."""
+        pairs: dict[str, dict[str, TensorRef]] = {}
+        saved: dict[str, TensorRef] = {}
+        for key, ref in sorted(tensors.items(), key=lambda item: natural(item[0])):
+            match = _LORA_KEY.fullmatch(key)
+            if match is None and _is_whole(ref, self.config):
+                saved[key] = ref
+            elif match is None:
+                self._refuse(key, "plain LoRA weights", "an unknown tensor", "retrain as plain LoRA")
+            elif pairs.setdefault(_plain(match["path"]), {}).setdefault(match["side"], ref) is not ref:
+                self._refuse(key, "one adapter in the file", "several", "save them separately")
+        if not pairs:
+            self._refuse("", "lora_A and lora_B tensors", "none", "name a LoRA adapter")
+        return pairs, saved
+
+    def match(self, pairs: Mapping[str, Sides], naming: _Naming) -> dict[str, LoraModule]:
+        """The pairs by the checkpoint's module names, checked."""
+        modules = {}
+        for path, sides in pairs.items():
+            name = _find(path, naming, self.base)
+            if name is None or name in self._found:
+                untreatable = list(self.base.treatable([path]))
+                self.offences += untreatable
+                if not untreatable:
+                    got = "no such weight" if name is None else f"{name} once more"
+                    self._refuse(path, f"a module of {self.base.source.spec}", got, "use the adapter's own base model")
+                continue
+            self._found.add(name)
+            if module := self._check(name, path, sides):
+                modules[name] = module
+        return modules
+
+    def expect(self, naming: _Naming) -> set[str]:
+        """The modules that the config targets; those that the file lacks are offences."""
+        targets = set(_targets(self.config, self.base, naming, self._found))
+        for name in sorted(targets - self._found, key=natural):
+            expected, remedy = "weights for each module that the config targets", "complete the adapter or its config"
+            self._refuse(naming.to_own(name), expected, "none", remedy)
+        return targets
+
+    def _check(self, name: str, path: str, sides: Sides) -> LoraModule | None:
+        before = len(self.offences)
+        self.offences += self.base.treatable([name])
+        if len(self.offences) > before:
+            return None
+        if len(sides) != 2:
+            missing = f"{path}.lora_{'B' if 'A' in sides else 'A'}.weight"
+            self._refuse(missing, "both A and B", "one of them", "fetch or save the adapter again")
+        meaning = self._meaning(path, next(iter(sides.values())))
+        if meaning is None or len(self.offences) > before:
+            return None
+        module = LoraModule(sides["A"], sides["B"], *meaning)
+        self._check_shapes(name, module)
+        return module
+
+    def _meaning(self, path: str, ref: TensorRef) -> tuple[int, float] | None:
+        """Rank and scaling. A model compiled before PEFT wrapped it had another name then, which anchors may miss."""
+        match = _LORA_KEY.fullmatch(ref.name)
+        assert match is not None
+        own, config = _own(match["path"]), self.config
+        meanings = {(config.rank(n), config.scaling(n)) for n in (path, own) if config.targets(n) is not False}
+        if len(meanings) != 1:
+            got = "several readings" if meanings else "not a target"
+            self._refuse(own, f"one target of {CONFIG}", got, "make the config and the weights agree")
+            return None
+        return meanings.pop()
+
+    def _check_shapes(self, name: str, module: LoraModule) -> None:
+        weight = self.base.weight(name)
+        assert weight is not None
+        outputs, inputs = weight.shape[::-1] if self.base.is_transposed(name) else weight.shape
+        for ref, shape in ((module.a, (module.rank, inputs)), (module.b, (outputs, module.rank))):
+            if ref.dtype not in FLOATS:
+                self._refuse(ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype")
+            if ref.shape != shape:
+                remedy = f"check the rank in {CONFIG}, and that this is the adapter's base model"
+                self._refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy)
+
+    def _refuse(self, what: str, expected: str, got: str, remedy: str) -> None:
+        self.offences.append(Offence(self.where, what, expected, got, remedy))
+
+
+def _own(path: str) -> str:
+    """The name by which PEFT knew a module: relative to the model it wrapped, which may have had wrappers itself."""
+    return _PEFT_PREFIX.sub("", path)
+
+
+def _plain(path: str) -> str:
+    return _WRAPPERS.sub("", _own(path))
+
+
+def _is_whole(ref: TensorRef, config: LoraConfig) -> bool:
+    """Whether PEFT saved a tensor whole: of modules_to_save, or an embedding whose vocabulary was resized."""
+    parts = _plain(ref.name).split(".")
+    names = tuple(name for name in config.modules_to_save if name)
+    if any(".".join(parts[:end]).endswith(names) for end in range(1, len(parts))):
+        return True
+    is_embedding = len(ref.shape) == 2 and parts[-1] == "weight" and layer_of(ref.name) is None
+    return is_embedding and "lora_" not in ref.name
+
+
+def _naming(names: Iterable[str], base: Checkpoint) -> _Naming:
+    """The one exchange of prefixes by which all modules inside layers are found; none where they are, or cannot be.
+
+    A prefix ends before the layer's number: layers are never taken for one another.
+    """
+    layered = sorted((name for name in names if layer_of(name) is not None), key=natural)
+    missing = [name for name in layered if base.weight(name) is None]
+    # A vision tower may have layers with the same names of attention, but hardly of everything: try a whole layer.
+    for probe in (name for name in missing if layer_of(name) == layer_of(missing[0])):
+        naming = _exchange(probe, base)
+        if naming and all(name.startswith(naming.own) and base.weight(naming.to_base(name)) for name in layered):
+            return naming
+    return _Naming()
+
+
+def _exchange(probe: str, base: Checkpoint) -> _Naming | None:
+    """The exchange by which one module is found, if its longest tail that the checkpoint knows stands there once."""
+    parts = probe.split(".")
+    for cut in range(len(parts)):
+        tail = ".".join(parts[cut:])
+        if layer_of(tail) != layer_of(probe):
+            return None
+        heads = {module.removesuffix(tail) for module in base.linears if f".{module}".endswith(f".{tail}")}
+        if heads:
+            head = heads.pop()
+            return _Naming(probe.removesuffix(tail), head) if not heads and layer_of(head) is None else None
+    return None
+
+
+def _find(name: str, naming: _Naming, base: Checkpoint) -> str | None:
+    moved = naming.to_base(name)
+    candidates = [moved] if layer_of(name) is not None else [name, moved]
+    return next((candidate for candidate in candidates if base.weight(candidate) is not None), None)
+
+
+def _targets(config: LoraConfig, base: Checkpoint, naming: _Naming, found: Iterable[str]) -> Iterator[str]:
+    """Checkpoint modules that the config targets: decoder linears of the stacks that the adapter knows, and the head.
+
+    A checkpoint may hold more than the model that was trained: a vision tower, or layers for multi-token prediction
+    (numbered from num_hidden_layers on).
+    """
+    stacks = {_stack(name) for name in found}
+    kinds = {name.rpartition(".")[2] for name in found}
+    layers = base.config.get("num_hidden_layers")
+    head = next((name for name in ("lm_head", naming.to_base("lm_head")) if base.weight(name)), None)
+    for module in [*base.linears, *([head] if head else [])]:
+        layer = layer_of(module)
+        if layer is not None and (_stack(module) not in stacks or (isinstance(layers, int) and layer >= layers)):
+            continue
+        targeted = config.targets(naming.to_own(module))
+        if targeted or (targeted is None and module.rpartition(".")[2] in kinds):
+            yield module
+
+
+def _stack(module: str) -> str:
+    """The part of a name before the layer's number."""
+    return re.split(r"(?:^|\.)\d+(?:\.|$)", module, maxsplit=1)[0]

@@ -1,0 +1,224 @@
+"""A checkpoint opened by its headers: which tensors there are, where they lie, what they mean."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.safetensors_header import Header, TensorRef
+from safeshard.streamer.inputs.headers import file_header, read_headers
+from safeshard.streamer.sources import Source, read_json
+from safeshard.streamer.tensor_names import layer_of, natural
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+FLOATS = ("BF16", "F16", "F32")
+# Buffers that old transformers releases saved and new ones do not; they are recomputed and carry no training.
+BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+# What GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes and quanto store beside a weight or in its place.
+_QUANTISED = re.compile(
+    r"(?P<module>.+)\.(qweight|W_q|weight_packed|weight_scale|weight_scale_inv|SCB|weight\.(absmax|quant_map|_data))"
+)
+
+
+class Checkpoint:
+    """Tensors of a checkpoint folder by name, read from headers alone.
+
+    Attributes:
+        source: where the files lie.
+        config: config.json, or {} where there is none.
+        tensors: name -> place, over all shards.
+        files: the safetensors files in name order.
+    """
+
+    def __init__(self, source: Source, config: dict[str, Any], headers: Mapping[str, Header]) -> None:
+        self.source, self.config = source, config
+        self.tensors: dict[str, TensorRef] = {name: ref for h in headers.values() for name, ref in h.tensors.items()}
+        self.files = [file_header(source, name, header) for name, header in sorted(headers.items())]
+
+    def weight(self, module: str) -> TensorRef | None:
+        """The weight of a module; an output head that shares the embedding's weight is found there."""
+        ref = self.tensors.get(module + ".weight")
+        if ref is None and self.tied and module.rpartition(".")[2] == "lm_head":
+            embeddings = [
+                ref for name, ref in self.tensors.items() if re.search(r"(^|\.)(embed_tokens|wte)\.weight$", name)
+            ]
+            return embeddings[0] if len(embeddings) == 1 else None
+        return ref
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head shares the embedding's weight. A head that is stored has its own."""
+        text = self.config.get("text_config")
+        configs = (self.config, text if isinstance(text, dict) else {})
+        said = next((c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c), True)
+        return bool(said) and "lm_head.weight" not in self.tensors
+
+    @cached_property
+    def linears(self) -> dict[str, TensorRef]:
+        """Weights of the decoder's linear layers: 2-D `.weight` tensors inside a numbered layer, in model order.
+
+        One without elements is not among them: there is nothing to treat.
+        """
+        refs = {
+            name.removesuffix(".weight"): ref
+            for name, ref in self.tensors.items()
+            if name.endswith(".weight") and len(ref.shape) == 2 and ref.nbytes and layer_of(name) is not None
+        }
+        return dict(sorted(refs.items(), key=lambda item: natural(item[0])))
+
+    def is_transposed(self, module: str) -> bool:
+        """Whether a module's weight is stored in x out: true of decoder linears of a model that `stores_transposed`."""
+        return self.stores_transposed and module in self.linears
+
+    @cached_property
+    def stores_transposed(self) -> bool:
+        """Whether linears are stored in x out, as transformers' Conv1D (GPT-2) does.
+
+        A bias has the length of the output, so each linear that is not square and has a bias tells. Square ones follow.
+        """
+        votes = [
+            bias.shape == ref.shape[1:]
+            for module, ref in self.linears.items()
+            if (bias := self.tensors.get(module + ".bias")) and ref.shape[0] != ref.shape[1]
+        ]
+        return bool(votes) and all(votes)
+
+    def treatable(self, modules: Iterable[str]) -> Iterator[Offence]:
+        """Offences of modules that no method can treat: quantised, fused or of another dtype."""
+        for module in modules:
+            ref = self.weight(module)
+            if module in self._quantised:
+                yield self._quantised_offence(module)
+            elif ref is not None and ref.dtype not in FLOATS:
+                yield self.offence(
+                    ref.name, "BF16, F16 or F32", ref.dtype, "dequantise or convert the checkpoint first"
+                )
+            elif ref is not None and (len(ref.shape) != 2 or not ref.nbytes):
+                expected, remedy = "a 2-D weight with elements", "leave the module out of the adapter"
+                yield self.offence(ref.name, expected, str(list(ref.shape)), remedy)
+
+    def untreatable_tensors(self) -> Iterator[Offence]:
+        """Offences of tensors that would be left out when every decoder linear is treated."""
+        for module in sorted(self._quantised.keys() - self.linears.keys(), key=natural):
+            yield self._quantised_offence(module)
+        for name, ref in sorted(self.tensors.items(), key=lambda item: natural(item[0])):
+            plain = name.endswith(".weight") and len(ref.shape) == 2
+            if "expert" in name and len(ref.shape) > 1 and layer_of(name) is not None and not plain:
+                got, remedy = f"fused {list(ref.shape)}", "split the experts"
+                yield self.offence(name, "experts as separate 2-D .weight tensors", got, remedy)
+
+    @cached_property
+    def _quantised(self) -> dict[str, str]:
+        """Module -> a tensor that shows its weight to be quantised."""
+        return {
+            match["module"]: name
+            for name in sorted(self.tensors, reverse=True)
+            if (match := _QUANTISED.fullmatch(name))
+        }
+
+    def _quantised_offence(self, module: str) -> Offence:
+        config = self.config.get("quantization_config")
+        method = config.get("quant_method", "") if isinstance(config, dict) else ""
+        got = f"quantised weights ({method})" if method else "quantised weights"
+        return self.offence(self._quantised[module], "BF16, F16 or F32 weights", got, "use the original checkpoint")
+
+    def offence(self, tensor: str, expected: str, got: str, remedy: str) -> Offence:
+        """An offence about one of this checkpoint's tensors."""
+        ref = self.tensors.get(tensor)
+        return Offence(f"{self.source.spec}/{ref.file}" if ref else self.source.spec, tensor, expected, got, remedy)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """Open a checkpoint by its headers.
+
+    Raises:
+        RequestError: no safetensors files, a pickle checkpoint, or an index or header that is wrong; all offenders.
+    """
+    sizes = source.sizes()
+    weight_map = _weight_map(source) if INDEX in sizes else None
+    names = [_only_file(source, sizes)] if weight_map is None else _indexed_files(source, sizes, weight_map)
+    headers, offences = read_headers(source, names, sizes)
+    if not offences:
+        offences += _duplicates(source, headers)
+        if weight_map is not None:
+            offences += _index_offences(source, headers, weight_map)
+    config = read_json(source, "config.json") if "config.json" in sizes else {}
+    if not isinstance(config, dict):
+        got = type(config).__name__
+        offences.append(Offence(f"{source.spec}/config.json", "", "a JSON object", got, "check the file"))
+    if offences:
+        raise RequestError(offences)
+    return Checkpoint(source, config, headers)
+
+
+def _weight_map(source: Source) -> dict[str, str]:
+    index = read_json(source, INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        where = f"{source.spec}/{INDEX}"
+        raise RequestError(Offence(where, "weight_map", "tensor -> file", "malformed", "correct the index"))
+    return weight_map
+
+
+def _indexed_files(source: Source, sizes: Mapping[str, int], weight_map: Mapping[str, str]) -> list[str]:
+    where, files = f"{source.spec}/{INDEX}", sorted(set(weight_map.values()))
+    offences = []
+    for file in files:
+        if PurePosixPath(file).name != file or "\\" in file:
+            offences.append(Offence(where, file, "a file name in the same folder", "a path", "correct the index"))
+        elif not file.endswith(".safetensors"):
+            remedy = "convert it to safetensors; pickles are never opened"
+            offences.append(Offence(where, file, "safetensors files", "another format", remedy))
+        elif file not in sizes:
+            offences.append(Offence(where, file, "a file in the folder", "no such file", "fetch the missing file"))
+    if SINGLE in sizes and SINGLE not in files:
+        got = f"both {SINGLE} and an index that does not name it"
+        offences.append(Offence(source.spec, "", "one checkpoint in the folder", got, "remove one of them"))
+    if offences:
+        raise RequestError(offences)
+    return files
+
+
+def _only_file(source: Source, sizes: Mapping[str, int]) -> str:
+    files = [name for name in sizes if name.endswith(".safetensors") and name != ADAPTER]
+    if SINGLE in files:
+        return SINGLE
+    if len(files) == 1:
+        return files[0]
+    pickle = next((name for name in sizes if PurePosixPath(name).suffix in _PICKLES), None)
+    got, remedy = "no safetensors file", "name the folder that holds the checkpoint"
+    if files:
+        got, remedy = f"{len(files)} safetensors files without an index", f"add {INDEX}"
+    elif ADAPTER in sizes:
+        got = "a PEFT adapter"
+    elif pickle:
+        got = f"a pickle checkpoint ({pickle})"
+        remedy = "convert it to safetensors (save_pretrained does); pickles are never opened"
+    raise RequestError(Offence(source.spec, "", f"{SINGLE} or {INDEX}", got, remedy))
+
+
+def _duplicates(source: Source, headers: Mapping[str, Header]) -> Iterator[Offence]:
+    seen: dict[str, str] = {}
+    for file, header in sorted(headers.items()):
+        for name in header.tensors:
+            if name in seen:
+                where, got = f"{source.spec}/{file}", f"also in {seen[name]}"
+                yield Offence(where, name, "a tensor in one file", got, "remove one of them")
+            seen[name] = file
+
+
+def _index_offences(source: Source, headers: Mapping[str, Header], weight_map: Mapping[str, str]) -> Iterator[Offence]:
+    where = f"{source.spec}/{INDEX}"
+    for name, file in weight_map.items():
+        if name not in headers[file].tensors:
+            yield Offence(where, name, f"to be in {file}", "not there", "correct the index or fetch the file again")
+    for file, header in headers.items():
+        for name in sorted(header.tensors.keys() - weight_map.keys()):
+            yield Offence(f"{source.spec}/{file}", name, "every tensor in the index", "not listed", "correct the index")

@@ -1,0 +1,69 @@
+"""The header of one safetensors file of an input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.safetensors_header import Header, HeaderError, TensorRef, header_digest, read_header
+from safeshard.manifests.schema import InputFile
+from safeshard.streamer.inputs.samples import sample_file
+from safeshard.streamer.sources import Source
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """A safetensors file by its header. `sha256` is of the header's bytes, length prefix included."""
+
+    source: Source = field(repr=False)
+    name: str
+    sha256: str
+    tensors: tuple[TensorRef, ...] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.source.sizes()[self.name]
+
+    @cached_property
+    def sample(self) -> str:
+        """The hash of its content that `sample_file` makes; read once."""
+        return sample_file(self.source, self.name, self.tensors)
+
+    @property
+    def entry(self) -> InputFile:
+        """What the manifest says of it. A commit pins the content of a Hub repository's: nothing is read of that."""
+        sample = self.sample if self.source.revision is None else None
+        return InputFile(name=self.name, size=self.size, header_sha256=self.sha256, sample_blake3=sample)
+
+
+def file_header(source: Source, name: str, header: Header) -> FileHeader:
+    """A file of a source, described by its header."""
+    return FileHeader(source, name, header_digest(header.raw), tuple(header.tensors.values()))
+
+
+def read_file_header(source: Source, name: str) -> Header:
+    """Read one file's header.
+
+    Raises:
+        RequestError: the header is wrong.
+    """
+    headers, offences = read_headers(source, [name], source.sizes())
+    if offences:
+        raise RequestError(offences)
+    return headers[name]
+
+
+def read_headers(
+    source: Source, names: Iterable[str], sizes: Mapping[str, int]
+) -> tuple[dict[str, Header], list[Offence]]:
+    headers, offences = {}, []
+    for name in names:
+        try:
+            headers[name] = read_header(name, sizes[name], partial(source.read, name))
+        except HeaderError as error:
+            where, remedy = f"{source.spec}/{name}", "fetch or save the file again"
+            offences.append(Offence(where, error.tensor, error.expected, error.got, remedy))
+    return headers, offences

@@ -1,0 +1,64 @@
+"""What is read together: a tensor to read, and a step of work with all that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.streamer.sources import Source
+
+ALIGN = 64  # torch's own alignment: vectorised arithmetic takes the same path wherever a tensor lies in a buffer
+
+
+GRAIN = 1 << 20
+
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tensor to read."""
+
+    source: Source
+    ref: TensorRef
+
+    @property
+    def key(self) -> Hashable:
+        return (self.source.identity, self.ref.file, self.ref.offset, self.ref.name)
+
+
+@dataclass
+class Step:
+    """One unit of work: tensors read together, computed on by one worker.
+
+    `scratch` is the host bytes that computing adds; `copied` the bytes moved without passing through a buffer. A step
+    with `strips` has no reads: it is one large tensor's, which its worker reads strip by strip.
+    """
+
+    name: str
+    reads: dict[Hashable, Read] = field(default_factory=dict)
+    tasks: list[Any] = field(default_factory=list)
+    scratch: int = 0
+    copied: int = 0
+    strips: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return sum(aligned(r.ref.nbytes) for r in self.reads.values())
+
+    @property
+    def cost(self) -> int:
+        """Host bytes the step holds while it is in flight."""
+        return aligned(self.nbytes, GRAIN) + self.scratch
+
+
+def aligned(nbytes: int, grain: int = ALIGN) -> int:
+    return -(-nbytes // grain) * grain

@@ -1,0 +1,1 @@
+"""What jobs will read, compute and write, checked before any data is read."""

@@ -1,0 +1,68 @@
+"""What makes two requests one and the same: to resume, and to pass by what is finished."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+from safeshard.manifests.errors import RequestError
+from safeshard.manifests.hashing import hash_bytes
+from safeshard.manifests.schema import (
+    MANIFEST_NAME,
+    Input,
+    InputFile,
+    Manifest,
+    load,
+)  # fmt: skip
+from safeshard.streamer.inputs import adapter as lora
+from safeshard.streamer.inputs.adapter import Adapter
+from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.sources import LocalSource
+
+
+def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
+    """All that the output's bytes depend on, to notice on resume that something changed."""
+    inputs = {role: given.model_dump(mode="json") for role, given in inputs_of(plan).items()}
+    for role, opened in plan.inputs.items():
+        if isinstance(opened.source, LocalSource):  # other weights may have the same header
+            times = {f.name: opened.source.local_path(f.name).stat().st_mtime_ns for f in opened.files}
+            inputs[role]["modified"] = times
+    return {
+        "safeshard": version("safeshard"),
+        "torch": version("torch"),
+        "device": device,  # devices round differently in the last bits
+        "method": plan.job.method,
+        "options": plan.job.settings(),
+        "inputs": inputs,
+    }
+
+
+def finished(plan: JobPlan) -> Manifest | None:
+    """The manifest of an output that this very plan wrote before; None where it is not there whole, or another's."""
+    job = plan.job
+    try:
+        manifest = load(job.output / MANIFEST_NAME)
+        whole = all((job.output / file.name).stat().st_size == file.size for file in manifest.files)
+    except (RequestError, OSError):
+        return None
+    if not whole:
+        return None
+    local = [(opened.source, opened.files) for opened in plan.inputs.values() if isinstance(opened.source, LocalSource)]
+    modified = [source.local_path(f.name).stat().st_mtime for source, files in local for f in files]
+    if max(modified, default=0.0) > manifest.run.start.timestamp():  # headers do not show that weights were retrained
+        return None
+    theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, manifest.inputs)
+    return manifest if theirs == (version("safeshard"), job.method, job.settings(), inputs_of(plan)) else None
+
+
+def inputs_of(plan: JobPlan) -> dict[str, Input]:
+    inputs = {}
+    for role, opened in plan.inputs.items():
+        files = [file.entry for file in opened.files]
+        config = lora.CONFIG if isinstance(opened, Adapter) else "config.json"
+        sizes = opened.source.sizes()
+        if config in sizes:
+            data = opened.source.read(config, 0, sizes[config])
+            files.append(InputFile(name=config, size=len(data), blake3=hash_bytes(data)))
+        inputs[role] = Input(source=opened.source.spec, revision=opened.source.revision, files=tuple(files))
+    return inputs | (plan.factors.inputs() if plan.factors else {})

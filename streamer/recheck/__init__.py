@@ -1,0 +1,1 @@
+"""Inputs and modules of a finished output, looked at once more."""

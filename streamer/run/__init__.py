@@ -1,0 +1,1 @@
+"""One pass over the checkpoints that serves every module of every job."""

@@ -1,0 +1,156 @@
+"""The pass of the calibrated jobs: layer by layer over the aligned model, factors first, then every job's modules."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from safeshard.streamer.calibration.groups import FactorSource, Group, device_bytes, resident_bytes
+from safeshard.streamer.calibration.hidden_states import HiddenStates, clear_states
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.inputs.read import Step
+from safeshard.streamer.run.compute import compute_step
+from safeshard.streamer.run.steps import JobRun, module_step, workers_for
+from safeshard.streamer.run.stream import Buffers
+from safeshard.streamer.write.writer import Writer
+
+Compute = Callable[[Step, Mapping[Hashable, Tensor]], None]
+RunSteps = Callable[[Sequence[Step], Compute], None]
+
+
+def run_calibrated(
+    runs: Sequence[JobRun], run_steps: RunSteps, *, device: torch.device, buffers: Buffers, clock: Clock
+) -> None:
+    """Serve all jobs that share a factor source in one pass over its layers; nothing is run where all is done."""
+    for source, sharing in _by_source(runs):
+        if _all_steps(source, sharing):
+            _serve(source, sharing, run_steps, device, buffers, clock)
+        clear_states(writer.staging for writer in _writers(sharing))
+
+
+def planned_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """The steps of the calibrated pass, as far as headers tell."""
+    return [step for source, sharing in _by_source(runs) for step in _all_steps(source, sharing)]
+
+
+def arithmetic_bytes(runs: Sequence[JobRun]) -> int:
+    """What the calibrated pass holds at most where the arithmetic is done, one step at a time."""
+    return max([device_bytes(source, _all_steps(source, sharing)) for source, sharing in _by_source(runs)], default=0)
+
+
+def host_bytes(runs: Sequence[JobRun], device: torch.device) -> int:
+    """What it holds of host memory at least. Hidden states come on top, in memory or in a file."""
+    if device.type == "cpu":
+        return arithmetic_bytes(runs)
+    steps = [step for source, sharing in _by_source(runs) for step in _all_steps(source, sharing, on_device=True)]
+    return max([step.cost for step in steps], default=0)
+
+
+def batches_at_once(source: FactorSource, device: torch.device, memory: int) -> int:
+    """How many batches of a layer to run side by side, one a core, as far as host `memory` goes beside its Grams."""
+    room = memory - resident_bytes(source) - source.forward_bytes
+    if device.type != "cpu" or not source.batch_bytes:
+        return 1
+    return max(1, min(workers_for(device), 1 + room // source.batch_bytes))
+
+
+def _by_source(runs: Sequence[JobRun]) -> list[tuple[FactorSource, list[JobRun]]]:
+    shared: dict[int, tuple[FactorSource, list[JobRun]]] = {}
+    for job_run in runs:
+        if (source := job_run.plan.factors) is not None:
+            shared.setdefault(id(source), (source, []))[1].append(job_run)
+    return list(shared.values())
+
+
+def _all_steps(source: FactorSource, runs: Sequence[JobRun], on_device: bool = False) -> list[Step]:
+    return [step for layer in source.planned() for group in layer for step in _steps(group, runs, on_device)]
+
+
+def _steps(group: Group, runs: Sequence[JobRun], on_device: bool = False) -> list[Step]:
+    """A step a linear, or one for the group where its factor is read; `on_device` leaves out what arithmetic takes."""
+    block = max(getattr(r.job, "block_size", 0) for r in runs)
+    rows_of_u = 4 * group.width * min(block, group.width)  # those of a block's kept columns
+    steps = []
+    for modules in [group.modules] if group.saved else [(name,) for name in group.modules]:
+        step = module_step(modules[0], [(r, name) for r in runs for name in modules])
+        if group.saved is not None:
+            step.reads[group.saved.read.key] = group.saved.read
+        if not on_device:
+            step.scratch = max(step.scratch + rows_of_u, group.scratch)
+        if step.tasks:
+            steps.append(step)
+    return steps
+
+
+def _serve(
+    source: FactorSource,
+    runs: Sequence[JobRun],
+    run_steps: RunSteps,
+    device: torch.device,
+    buffers: Buffers,
+    clock: Clock,
+) -> None:
+    on_device = device.type != "cpu"
+    percdamp = getattr(runs[0].job, "percdamp", 0.0)
+    hidden = min(source.hidden_bytes, buffers.limit // 2, buffers.limit - host_bytes(runs, device))
+    groups: dict[str, Group] = {}
+
+    def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
+        start = time.perf_counter()
+        factor = groups[step.name].factor(percdamp, loaded, device)
+        clock.add("factor", start)
+        compute_step(step, loaded, device, clock, factor)
+
+    left = {name for r in runs for name in r.plan.modules if r.has_factor(name) and not r.is_done(name)}
+    with _held(buffers, hidden + (0 if on_device else resident_bytes(source))):
+        workers = batches_at_once(source, device, buffers.limit - hidden)
+        layers = source.layers(device, hidden, _hidden_states(source, runs), workers)
+        forward = 0 if on_device else source.forward_bytes + (workers - 1) * source.batch_bytes
+        while left and (layer := _next(source, layers, buffers, forward, clock)) is not None:
+            groups.update({name: group for group in layer for name in group.modules})
+            run_steps([step for group in layer for step in _steps(group, runs, on_device)], compute)
+            left -= groups.keys()
+            groups.clear()  # the factors go before the next layer runs
+            layer.clear()
+
+
+def _next(
+    source: FactorSource, layers: Iterator[list[Group]], buffers: Buffers, nbytes: int, clock: Clock
+) -> list[Group] | None:
+    """The next layer; its time and the bytes read for it are counted as calibration."""
+    start, before = time.perf_counter(), source.bytes_read
+    with _held(buffers, nbytes):
+        layer = next(layers, None)
+    clock.add("calibrate", start, source.bytes_read - before)
+    return layer
+
+
+@contextlib.contextmanager
+def _held(buffers: Buffers, nbytes: int) -> Iterator[None]:
+    """Count bytes that are held outside of any step."""
+    step = Step("calibration", scratch=nbytes)
+    buffer = buffers.take(step)
+    try:
+        yield
+    finally:
+        buffers.give(step, buffer)
+
+
+def _hidden_states(source: FactorSource, runs: Sequence[JobRun]) -> HiddenStates:
+    """What the jobs share: their folders, the first layer that one of them needs, their journals."""
+    left = [any(_steps(group, runs) for group in layer) for layer in source.planned()]
+    writers = _writers(runs)
+
+    def commit() -> None:
+        for writer in writers:
+            writer.commit()
+
+    return HiddenStates([writer.staging for writer in writers], left.index(True), commit)
+
+
+def _writers(runs: Sequence[JobRun]) -> list[Writer]:
+    return [job_run.writer for job_run in runs if job_run.writer is not None]

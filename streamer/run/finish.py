@@ -1,0 +1,182 @@
+"""The end of a job: side files, model card and manifest, then the output gets its name."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from safeshard.manifests.card import card
+from safeshard.manifests.hashing import hash_bytes
+from safeshard.manifests.safetensors_header import header_digest
+from safeshard.manifests.schema import (
+    MANIFEST_NAME,
+    Fallback,
+    FileEntry,
+    Manifest,
+    Method,
+    ModuleEntry,
+    Run,
+    TensorEntry,
+    Tool,
+)  # fmt: skip
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.inputs import adapter as lora
+from safeshard.streamer.inputs.adapter import Adapter
+from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint
+from safeshard.streamer.plan.identity import inputs_of
+from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
+from safeshard.streamer.plan.side_files import side_files
+from safeshard.streamer.run.steps import JobRun
+from safeshard.streamer.tensor_names import natural
+
+TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+def rounded(clock: Clock) -> dict[str, float]:
+    """Seconds by stage, as the manifest has them."""
+    return {stage: round(seconds, 3) for stage, seconds in sorted(clock.seconds.items())}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures of a run. Seconds are summed over threads; peaks are in bytes."""
+
+    device: str
+    start: datetime
+    wall_s: float
+    bytes_read: int
+    peak_buffer_bytes: int
+    peak_device_bytes: int
+    seconds: dict[str, float]
+
+
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def tool_versions(device: str) -> Tool:
+    """Versions for the manifest."""
+    return Tool(safeshard=version("safeshard"), torch=version("torch"), triton=_version("triton"), device=device)
+
+
+def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
+    """Complete an output whose tensors are all written: name its shards, add the small files, publish it."""
+    plan, writer = job_run.plan, job_run.writer
+    assert writer is not None
+    writer.complete()
+    whole = plan.job.writes_checkpoint
+    small = _checkpoint_files(plan) if whole else _adapter_files(plan)
+    manifest = _manifest(job_run, measured)
+    small["README.md"] = card(manifest, _base_model(plan), "checkpoint" if whole else "adapter").encode()
+    for name, data in small.items():
+        writer.add_file(name, data)
+    files = [FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files]
+    files += [FileEntry(name=name, size=len(data), blake3=hash_bytes(data)) for name, data in small.items()]
+    run = manifest.run.model_copy(update={"bytes_written": writer.bytes_written})
+    manifest = manifest.model_copy(update={"files": tuple(sorted(files, key=lambda f: f.name)), "run": run}).sealed()
+    writer.add_file(MANIFEST_NAME, manifest.to_json().encode())
+    writer.publish(overwrite)
+    return manifest
+
+
+def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
+    plan, job, writer = job_run.plan, job_run.job, job_run.writer
+    assert writer is not None
+    copied = {copy.name for copy in plan.copies if writer.place(copy.name).dtype == copy.ref.dtype}
+    for module in plan.modules.values():
+        if _untouched(job_run, module):
+            copied.update(module.writes.values())
+    roles = {opened.source.identity: role for role, opened in plan.inputs.items()}
+    origins = {copy.name: roles[copy.source.identity] for copy in plan.copies}
+    tensors = [
+        TensorEntry(
+            name=name, file=file.name, dtype=ref.dtype, shape=ref.shape, blake3=writer.hashes[name],
+            action="copied" if name in copied else "edited", source=origins.get(name),
+        )
+        for file in plan.files
+        for name, ref in file.tensors.items()
+    ]  # fmt: skip
+    settings = job.settings()
+    run = Run(
+        start=measured.start, wall_s=measured.wall_s, bytes_read=measured.bytes_read,
+        bytes_written=writer.bytes_written,
+        peak_host_bytes=peak_host_bytes(), peak_device_bytes=measured.peak_device_bytes,
+        peak_buffer_bytes=measured.peak_buffer_bytes, seconds=measured.seconds | rounded(writer.clock),
+    )  # fmt: skip
+    return Manifest(
+        tool=tool_versions(measured.device),
+        method=Method(name=job.method, paper=job.paper, options=settings, seed=settings.get("seed")),
+        inputs=inputs_of(plan),
+        modules=tuple(ModuleEntry(**job_run.entries[name]) for name in plan.modules),
+        tensors=tuple(sorted(tensors, key=lambda t: natural(t.name))),
+        files=tuple(FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files),
+        fallbacks=(*plan.fallbacks, *job_run.fallbacks, *_reverted(job_run)),
+        run=run,
+    )
+
+
+def _reverted(job_run: JobRun) -> Iterator[Fallback]:
+    """Modules that were to be treated and were kept aligned instead."""
+    for entry in job_run.entries.values():
+        if entry["decision"] == "reverted":
+            yield Fallback(
+                asked=job_run.job.title, done="kept aligned", why=entry.get("note", ""), subject=entry["name"]
+            )
+
+
+def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
+    """Whether a module's tensors hold the input's bytes: it was kept, in its dtype and at its scaling."""
+    writer, finetuned = job_run.writer, module.finetuned
+    assert writer is not None
+    pair = isinstance(finetuned, Pair)
+    if pair and job_run.job.writes_checkpoint:
+        return False
+    refs = (finetuned.lora.a, finetuned.lora.b) if isinstance(finetuned, Pair) else (finetuned.ref,)
+    same_dtype = all(writer.place(ref.name).dtype == ref.dtype for ref in refs)
+    return job_run.entries[module.name]["decision"] == "kept" and same_dtype and not (pair and job_run.job.rescales)
+
+
+def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
+    return {lora.CONFIG: _json(plan.adapter_config)} | side_files(plan.finetuned.source)
+
+
+def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
+    """The fine-tuned model's own configuration and tokenizer; the aligned model's where it has none."""
+    tuned = plan.finetuned if isinstance(plan.finetuned, Checkpoint) else plan.aligned
+    files = side_files(plan.aligned.source) | side_files(plan.finetuned.source)
+    if config := dict(tuned.config or plan.aligned.config):
+        if config.get("tie_word_embeddings") and any("lm_head.weight" in file.tensors for file in plan.files):
+            config["tie_word_embeddings"] = False  # or the head that is written would be passed over on loading
+        written = {ref.dtype for file in plan.files for ref in file.tensors.values() if ref.dtype in TORCH_NAMES}
+        if len(written) == 1:
+            config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), TORCH_NAMES[written.pop()])
+        files["config.json"] = _json(config)
+    if len(plan.files) > 1:
+        weight_map = {name: file.name for file in plan.files for name in file.tensors}
+        total = sum(ref.nbytes for file in plan.files for ref in file.tensors.values())
+        files[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    return files
+
+
+def _base_model(plan: JobPlan) -> str | None:
+    if isinstance(plan.finetuned, Adapter) and (named := plan.finetuned.config.raw.get("base_model_name_or_path")):
+        return str(named)
+    source = plan.aligned.source
+    return source.spec.removeprefix("hf://").partition("@")[0] if source.revision else None
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,233 @@
+"""The runner: one pass over the checkpoints serves every module of every job."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.schema import Fallback, Manifest, ModuleEntry
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.disk import clear_errors
+from safeshard.streamer.inputs.read import Step
+from safeshard.streamer.methods.base import Job
+from safeshard.streamer.options import RunOptions
+from safeshard.streamer.plan.identity import fingerprint
+from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.places import staging_of
+from safeshard.streamer.plan.planner import Planner
+from safeshard.streamer.progress import Progress, human
+from safeshard.streamer.run.calibrated import Compute, host_bytes, run_calibrated
+from safeshard.streamer.run.compute import compute_step
+from safeshard.streamer.run.finish import Measured, publish, rounded
+from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps, workers_for
+from safeshard.streamer.run.stream import Buffers, run_steps
+from safeshard.streamer.write.staging import settle
+from safeshard.streamer.write.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a job: its plan, its manifest (None for a score or a dry run), and each module's cosine.
+
+    `reverted` names the modules that the method could not treat, kept aligned instead, and says why.
+    """
+
+    job: Job
+    plan: JobPlan
+    manifest: Manifest | None
+    cosines: Mapping[str, float | None]
+    reverted: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def output(self) -> Path:
+        """The folder that was written."""
+        return self.job.output
+
+
+def plan_jobs(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[JobPlan]:
+    """Check all jobs by their inputs' headers, against each other and against the memory budget.
+
+    Raises:
+        RequestError: some job cannot run; every offence of every job.
+    """
+    plans = Planner().plan(jobs, options.overwrite, skip_finished)
+    need, name = largest_step([JobRun(plan) for plan in plans], torch.device(options.resolved_device()))
+    if need > options.memory:
+        remedy = "raise --memory, or split the batch"
+        expected = f"at least {need} bytes ({human(need)})"
+        raise RequestError(Offence("--memory", name, expected, human(options.memory), remedy))
+    return plans
+
+
+def largest_step(runs: Sequence[JobRun], device: torch.device) -> tuple[int, str]:
+    """The host bytes that the largest step of a pass takes, and the step's name."""
+    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
+    return max([*costs, (host_bytes(runs, device), "a layer of the calibrated pass")])
+
+
+def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[Result]:
+    """Plan and run jobs in one pass; an interrupted run resumes where its journal ends.
+
+    With `skip_finished`, jobs whose outputs are there already, from this very request, are passed by.
+
+    Raises:
+        RequestError: some job cannot run; nothing was written.
+        RunError: it failed underway; the same call resumes.
+    """
+    device = torch.device(options.resolved_device())
+    plans = plan_jobs(jobs, options, skip_finished)
+    if options.dry_run:
+        return [Result(plan.job, plan, None, {}) for plan in plans]
+    for plan in plans:
+        if plan.finished:
+            with clear_errors(plan.job.output):
+                settle(staging_of(plan.job.output), plan.job.output)
+    runs: list[JobRun] = []
+    try:
+        _start([plan for plan in plans if not plan.finished], options, runs)
+        pass_ = Pass(options, device)
+        pass_.execute(runs)
+        _refuse_changed(runs)
+        results = {id(r.plan): _finish(r, pass_.measured(), options) for r in runs}
+        return [results.get(id(plan)) or _earlier(plan) for plan in plans]
+    finally:
+        for job_run in runs:
+            if job_run.writer:
+                with contextlib.suppress(RunError):  # the run's own error says more
+                    job_run.writer.abandon()
+
+
+def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) -> None:
+    """Add a run for each plan to `runs`, so that the caller can close those begun when another is refused."""
+    offences: list[Offence] = []
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # each job holds files open; 1024 end at 300 adapters
+    for plan in plans:
+        try:
+            runs.append(_begin(plan, options))
+        except RequestError as error:
+            offences += error.offences
+    if offences:
+        raise RequestError(offences)
+
+
+def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
+    if not plan.job.writes_model:
+        return JobRun(plan)
+    device = device_name(torch.device(options.resolved_device()))
+    writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite)
+    entries, cosines = _decided(plan, writer)
+    fallbacks = list(writer.journal.sound("fallback", lambda record: Fallback(**record["entry"])))
+    return JobRun(plan, writer, entries, cosines, fallbacks=fallbacks)
+
+
+def _decided(plan: JobPlan, writer: Writer) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:
+    """Entries and cosines of the plan's modules that the journal holds, but for those whose tensors are damaged."""
+    done = {
+        entry.name: entry
+        for entry in writer.journal.sound("module", lambda record: ModuleEntry(**record["entry"]))
+        if entry.name in plan.modules and writer.hashes.keys() >= set(plan.modules[entry.name].writes.values())
+    }
+    scored = writer.journal.sound("cosine", lambda r: ModuleEntry(name=r["name"], decision="kept", cosine=r["cosine"]))
+    cosines = {entry.name: entry.cosine for entry in (*done.values(), *scored) if entry.name in plan.modules}
+    return {name: entry.model_dump(mode="json", exclude_none=True) for name, entry in done.items()}, cosines
+
+
+def _refuse_changed(runs: Sequence[JobRun]) -> None:
+    """Publish nothing that was made of files that changed meanwhile, nor go on from it later."""
+    for job_run in runs:
+        for opened in job_run.plan.inputs.values():
+            for name in opened.source.changed() & {file.name for file in opened.files}:
+                for other in runs:
+                    if other.writer:
+                        other.writer.discard()
+                message = f"{opened.source.spec}/{name} changed while it was read: what came of it is discarded"
+                raise RunError(message, "run the same command again once the file is at rest")
+
+
+def device_name(device: torch.device) -> str:
+    """The device as the manifest names it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _earlier(plan: JobPlan) -> Result:
+    assert plan.finished is not None
+    cosines = {entry.name: entry.cosine for entry in plan.finished.modules}
+    due = plan.factors.modules if plan.factors else frozenset()
+    reverted = {e.name: e.note or "" for e in plan.finished.modules if e.decision == "reverted" and e.name in due}
+    return Result(plan.job, plan, plan.finished, cosines, reverted)
+
+
+def _finish(job_run: JobRun, measured: Measured, options: RunOptions) -> Result:
+    manifest = publish(job_run, measured, options.overwrite) if job_run.writer else None
+    cosines = {name: job_run.cosines.get(name) for name in job_run.plan.modules}
+    return Result(job_run.job, job_run.plan, manifest, cosines, job_run.untreated())
+
+
+class Pass:
+    """Executes the steps of a set of jobs and measures them."""
+
+    def __init__(self, options: RunOptions, device: torch.device) -> None:
+        self.options, self.device = options, device
+        self.clock = Clock()
+        self.buffers = Buffers(int(options.memory), pinned=device.type == "cuda")
+        self.started, self._start = datetime.now(timezone.utc), time.perf_counter()
+
+    def execute(self, runs: Sequence[JobRun]) -> None:
+        """Decide what needs only its own module; then serve the jobs that rank all modules before they decide."""
+        steps = [*module_steps(runs), *copy_steps(runs)]
+        with Progress(_bytes(steps), quiet=self.options.quiet) as progress:
+            self._run(steps, progress)
+            ranked = [r for r in runs if r.job.ranks_first]
+            for job_run in ranked:
+                job_run.choose()
+            steps = module_steps(ranked)
+            progress.extend(_bytes(steps))
+            self._run(steps, progress)
+
+            def run_steps(steps: Sequence[Step], compute: Compute) -> None:
+                progress.extend(_bytes(steps))
+                self._run(steps, progress, compute)
+
+            run_calibrated(runs, run_steps, device=self.device, buffers=self.buffers, clock=self.clock)
+
+    def measured(self) -> Measured:
+        """The run so far, for the manifest."""
+        cuda = self.device.type == "cuda"
+        return Measured(
+            device=device_name(self.device),
+            start=self.started,
+            wall_s=time.perf_counter() - self._start,
+            bytes_read=sum(self.clock.bytes.values()),
+            peak_buffer_bytes=self.buffers.peak,
+            peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            seconds=rounded(self.clock),
+        )
+
+    def _run(self, steps: Sequence[Step], progress: Progress, compute: Compute | None = None) -> None:
+        run_steps(
+            steps,
+            compute or (lambda step, loaded: compute_step(step, loaded, self.device, self.clock)),
+            buffers=self.buffers,
+            clock=self.clock,
+            # A step of the calibrated pass may fill the device, so that one runs at a time there.
+            workers=1 if compute and self.device.type == "cuda" else workers_for(self.device),
+            device=self.device,
+            done=lambda step: progress.done(step.name, step.nbytes + step.copied),
+        )
+
+
+def _bytes(steps: Sequence[Step]) -> int:
+    return sum(step.nbytes + step.copied for step in steps)

@@ -1,0 +1,300 @@
+"""`calibrate`: run the aligned model over the calibration data once and save every factor, for later jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.hashing import hash_tensor_region
+from safeshard.manifests.safetensors_header import HeaderError, read_header
+from safeshard.manifests.schema import JOURNAL_NAME, Input
+from safeshard.streamer.calibration.factor_files import (
+    FILE,
+    INDEX,
+    FactorIndex,
+    SavedFactors,
+    SavedGroup,
+    sample_weights,
+)
+from safeshard.streamer.calibration.factors import Calibration, forward_dtype
+from safeshard.streamer.calibration.groups import Group, device_bytes, hash_factor, resident_bytes
+from safeshard.streamer.calibration.hidden_states import COPIES, HiddenStates, clear_states, is_state
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.disk import clear_errors, sync_path, write_file
+from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
+from safeshard.streamer.inputs.read import Step
+from safeshard.streamer.methods.calibrate import Calibrate
+from safeshard.streamer.options import Options, RunOptions
+from safeshard.streamer.plan.places import place_offences, staging_of, taken_bytes
+from safeshard.streamer.progress import Progress
+from safeshard.streamer.run.calibrated import batches_at_once
+from safeshard.streamer.run.steps import workers_for
+from safeshard.streamer.run.stream import Buffers, run_steps
+from safeshard.streamer.sources import LocalSource, open_source
+from safeshard.streamer.write.journal import Journal
+from safeshard.streamer.write.staging import REPLACED, open_journal, publish, remove, settle
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What came of a calibration: the folder, and the modules without a factor, with the reason.
+
+    Of a dry run `bytes_to_write` is what the factors take on disk at most (linears with one input share one), and
+    `memory` what a layer takes at least besides the hidden states.
+    """
+
+    output: Path
+    reverted: Mapping[str, str]
+    bytes_to_write: int = 0
+    memory: int = 0
+
+
+class _Layer(Options):
+    """A decoder layer in the journal: its factors, and why modules have none."""
+
+    number: int
+    groups: tuple[SavedGroup, ...]
+    reverted: dict[str, str]
+
+    def is_intact(self, folder: Path, modules: Sequence[str]) -> bool:
+        """Whether the layer's file holds factors of just these modules, byte for byte."""
+        path = folder / _file(self.number)
+        named = [*(name for group in self.groups for name in group.modules), *self.reverted]
+        try:
+            with path.open("rb") as file:
+                fd, size = file.fileno(), os.fstat(file.fileno()).st_size
+                tensors = read_header(path.name, size, lambda start, stop: os.pread(fd, stop - start, start)).tensors
+                places = [(tensors[group.tensor], group) for group in self.groups if group.file == path.name]
+                return (sorted(named), len(places)) == (sorted(modules), len(self.groups)) and all(
+                    hash_tensor_region(fd, ref.offset, ref.nbytes) == group.blake3 for ref, group in places
+                )
+        except (OSError, EOFError, HeaderError, KeyError):
+            return False
+
+
+def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
+    """Write factors; an interrupted run resumes after the last layer whose factors its journal holds.
+
+    Raises:
+        RequestError: the model or the data is refused, the output exists, another run is at work on it, or there is too
+            little room; nothing was written.
+        RunError: it failed underway; the same call resumes.
+    """
+    device = torch.device(run.resolved_device())
+    output = options.output.absolute()
+    staging = staging_of(output)
+    if offences := list(place_offences(options.output, [options.aligned])):
+        raise RequestError(offences)
+    _check_places(output, staging, run.overwrite)
+    aligned = open_checkpoint(open_source(options.aligned))
+    calibration = Calibration(aligned, options, forward_dtype(aligned, options.dtype))
+    need, size = _host_bytes(calibration, device), _disk_bytes(calibration)
+    _check_room(output, int(run.memory), need, size + COPIES * calibration.hidden_bytes)
+    if run.dry_run:
+        return Factors(output, {}, size, need)
+    fingerprint = _fingerprint(calibration, options, device)
+    with clear_errors(staging):
+        if not run.overwrite and (output / INDEX).is_file():  # killed in its last step
+            Journal.open(_journal_of(staging, output), fingerprint).close()
+            settle(staging, output)
+            return Factors(output, SavedFactors(str(output), aligned).index.reverted)
+        journal = open_journal(staging, output, fingerprint, run.overwrite)
+    with journal:
+        try:
+            layers = _finished(calibration, journal)
+            layers += _write_layers(calibration, len(layers), options, run, device, journal)
+            index = _index(calibration, options, layers)
+            with clear_errors(output):
+                write_file(staging / INDEX, (index.model_dump_json(by_alias=True, indent=1) + "\n").encode())
+                clear_states([staging])
+                publish(staging, output, (), run.overwrite, last=INDEX)
+        except BaseException:
+            if not journal.entries("layer"):
+                with contextlib.suppress(OSError):
+                    remove(staging, output)  # nothing to resume
+            raise
+    return Factors(output, index.reverted)
+
+
+def _fingerprint(calibration: Calibration, options: Calibrate, device: torch.device) -> dict[str, Any]:
+    """All that the factors depend on, to notice on resume that something changed."""
+    aligned = calibration.aligned
+    inputs = {"aligned": _model_input(aligned), **calibration.inputs()}
+    times = {}
+    if isinstance(aligned.source, LocalSource):  # other weights may have the same header
+        times = {file.name: aligned.source.local_path(file.name).stat().st_mtime_ns for file in aligned.files}
+    return {
+        "safeshard": version("safeshard"), "torch": torch.__version__, "device": device.type,
+        "options": _decisive(options),
+        "inputs": {role: given.model_dump(mode="json") for role, given in inputs.items()},
+        "modified": times, "hidden_states": calibration.states_key(device),
+    }  # fmt: skip
+
+
+def _decisive(options: Calibrate) -> dict[str, Any]:
+    return options.model_dump(mode="json", exclude={"aligned", "calibration", "output"})
+
+
+def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
+    unfinished = (output / JOURNAL_NAME).is_file()
+    for folder, replaceable in ((output, overwrite or unfinished), (staging, True)):
+        if os.path.lexists(folder) and not (replaceable and _is_ours(folder)):
+            got = "it exists" if not replaceable else "something that calibrate did not write"
+            remedy = "choose another, or --overwrite" if not replaceable else "remove it yourself"
+            raise RequestError(Offence("--output", str(folder), "a folder that does not exist", got, remedy))
+
+
+def _is_ours(folder: Path) -> bool:
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and all(
+            path.name in (INDEX, JOURNAL_NAME, REPLACED) or re.fullmatch(FILE, path.name) or is_state(path.name)
+            for path in folder.iterdir()
+        )
+    )
+
+
+def _journal_of(staging: Path, output: Path) -> Path:
+    """The journal that tells whose a finished output is: where it was copied, its own is empty."""
+    copied = not (output / JOURNAL_NAME).stat().st_size and (staging / JOURNAL_NAME).is_file()
+    return (staging if copied else output) / JOURNAL_NAME
+
+
+def _check_room(output: Path, memory: int, need: int, size: int) -> None:
+    if need > memory:
+        expected, remedy = f"at least {need} bytes for one layer", "raise --memory"
+        raise RequestError(Offence("--memory", "", expected, str(memory), remedy))
+    parent = next(folder for folder in output.parents if folder.exists())
+    size -= taken_bytes(staging_of(output))
+    if size > (free := shutil.disk_usage(parent).free):
+        remedy = "free some, or choose another disk"
+        raise RequestError(Offence("--output", str(parent), f"up to {size} bytes of free space", str(free), remedy))
+
+
+def _host_bytes(calibration: Calibration, device: torch.device) -> int:
+    """Host memory that a layer takes besides the hidden states: on a device only its finished factors."""
+    if device.type != "cpu":
+        return resident_bytes(calibration)
+    return device_bytes(calibration, [_step(group) for layer in calibration.planned() for group in layer])
+
+
+def _disk_bytes(calibration: Calibration) -> int:
+    return sum(group.resident for layer in calibration.planned() for group in layer)
+
+
+def _step(group: Group) -> Step:
+    return Step(group.modules[0], scratch=group.scratch)
+
+
+def _finished(calibration: Calibration, journal: Journal) -> list[_Layer]:
+    """The layers, from the first on, whose factors the journal and the files hold."""
+    records = journal.sound("layer", lambda r: _Layer(**{key: value for key, value in r.items() if key != "kind"}))
+    found = {layer.number: layer for layer in records}
+    layers = []
+    for number, groups in enumerate(calibration.planned()):
+        modules = [name for group in groups for name in group.modules]
+        if number not in found or not found[number].is_intact(journal.path.parent, modules):
+            break
+        layers.append(found[number])
+    if len(layers) < len(found):
+        log.warning("%s: damaged from layer %d on: those are factored again", journal.path.parent, len(layers))
+    return layers
+
+
+def _write_layers(
+    calibration: Calibration, first: int, options: Calibrate, run: RunOptions, device: torch.device, journal: Journal
+) -> list[_Layer]:
+    """Write the factors of all layers from the `first` on."""
+    staging = journal.path.parent
+    left = calibration.planned()[first:]
+    if not left:
+        return []
+    written = []
+    memory = int(run.memory)
+    hidden = min(memory // 2, memory - _host_bytes(calibration, device))
+    buffers = Buffers(memory - hidden - resident_bytes(calibration))
+    workers = batches_at_once(calibration, device, memory - hidden)
+    layers = calibration.layers(device, hidden, HiddenStates([staging], first), workers)
+    with Progress(sum(map(len, left)), run.quiet, unit="module") as progress:
+        for number, groups in enumerate(layers, first):
+            _factor(groups, options.percdamp, device, buffers)
+            saved, failed = _save(groups, staging / _file(number), options.percdamp, device)
+            written.append(_Layer(number=number, groups=saved, reverted=failed))
+            journal.record("layer", **written[-1].model_dump(mode="json"))
+            with clear_errors(staging):
+                journal.commit()
+            progress.done(str(number), sum(len(group.modules) for group in groups))
+            groups.clear()
+    return written
+
+
+def _file(number: int) -> str:
+    return f"factors-{number:05d}.safetensors"
+
+
+def _index(calibration: Calibration, options: Calibrate, layers: Sequence[_Layer]) -> FactorIndex:
+    return FactorIndex(
+        safeshard=version("safeshard"), torch=torch.__version__, aligned=_model_input(calibration.aligned),
+        sample=sample_weights(calibration.aligned),
+        calibration=calibration.inputs()["calibration"],
+        options=_decisive(options),
+        layers=tuple(layer.groups for layer in layers),
+        reverted={name: why for layer in layers for name, why in layer.reverted.items()},
+    )  # fmt: skip
+
+
+def _factor(groups: Sequence[Group], percdamp: float, device: torch.device, buffers: Buffers) -> None:
+    """Factor a layer's Grams side by side, each single-threaded: the same bytes as in a job's own calibration."""
+    by_name = {group.modules[0]: group for group in groups}
+
+    def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
+        by_name[step.name].factor(percdamp, loaded, device)
+
+    steps = [_step(group) if device.type == "cpu" else Step(group.modules[0]) for group in groups]
+    run_steps(steps, compute, buffers=buffers, clock=Clock(), workers=workers_for(device))
+
+
+def _save(
+    groups: Sequence[Group], file: Path, percdamp: float, device: torch.device
+) -> tuple[tuple[SavedGroup, ...], dict[str, str]]:
+    """Write a layer's factors; return their places, and the modules without one."""
+    tensors: dict[str, Tensor] = {}
+    saved: list[SavedGroup] = []
+    failed: dict[str, str] = {}
+    for group in groups:
+        factor, name = group.factor(percdamp, {}, device), group.modules[0]
+        if isinstance(factor, str):
+            failed |= dict.fromkeys(group.modules, factor)
+            continue
+        u = tensors[name] = factor.u.cpu()
+        saved.append(
+            SavedGroup(
+                modules=group.modules, file=file.name, tensor=name, damping=factor.damping, blake3=hash_factor(u)
+            )
+        )
+    with clear_errors(file.parent):
+        save_file(tensors, file, {"format": "pt"})
+        sync_path(file)
+        sync_path(file.parent)
+    return tuple(saved), failed
+
+
+def _model_input(aligned: Checkpoint) -> Input:
+    files = tuple(file.entry for file in aligned.files)
+    return Input(source=aligned.source.spec, revision=aligned.source.revision, files=files)

@@ -1,0 +1,158 @@
+"""Bounded streaming: readers fill buffers ahead of the workers, never beyond a byte budget.
+
+A step's tensors are read into one buffer; a worker computes with views of it and gives it back. Buffers are reused, so
+steady state allocates nothing. With a CUDA device they are pinned, so that copies from them overlap with the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from safeshard.manifests.errors import RunError
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.inputs.read import GRAIN, TORCH_DTYPES, Read, Step, aligned
+
+
+class Buffers:
+    """Reusable host buffers under a byte limit; counts what is in use."""
+
+    def __init__(self, limit: int, pinned: bool = False) -> None:
+        self.limit, self.pinned = limit, pinned
+        self.used = self.peak = 0
+        self._free: list[Tensor] = []
+        self._changed = threading.Condition()
+
+    def take(self, step: Step) -> Tensor:
+        """A buffer for a step's reads, after waiting until its whole cost fits the limit."""
+        cost = step.cost
+        with self._changed:
+            if cost > self.limit:
+                raise RunError(
+                    f"{step.name} needs {cost} bytes of host memory, --memory is {self.limit}", "raise --memory"
+                )
+            self._changed.wait_for(lambda: self.used + cost <= self.limit)
+            size = aligned(step.nbytes, GRAIN)
+            largest = min(2 * size, size + self.limit - self.used - cost)
+            fits = [b for b in self._free if size <= b.numel() <= largest]
+            buffer = min(fits, key=Tensor.numel, default=None)
+            self._free = [b for b in self._free if b is not buffer]
+            self.used += cost + (0 if buffer is None else buffer.numel() - size)
+            self._trim(self.limit - self.used)
+            if buffer is None:
+                buffer = _allocate(size, self.pinned)
+            self.peak = max(self.peak, self.used + sum(map(Tensor.numel, self._free)))
+            return buffer
+
+    def give(self, step: Step, buffer: Tensor) -> None:
+        """Return a step's buffer."""
+        with self._changed:
+            self.used -= step.cost + buffer.numel() - aligned(step.nbytes, GRAIN)
+            self._free.append(buffer)
+            self._trim(self.used)  # large tensors are few: their buffers must not outlive them
+            self._changed.notify_all()
+
+    def _trim(self, room: int) -> None:
+        while self._free and sum(map(Tensor.numel, self._free)) > max(room, 0):
+            self._free.pop(0)
+
+
+def run_steps(
+    steps: Iterable[Step],
+    compute: Callable[[Step, Mapping[Hashable, Tensor]], None],
+    *,
+    buffers: Buffers,
+    clock: Clock,
+    workers: int,
+    readers: int = 2,
+    device: torch.device | None = None,
+    done: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Read and compute all steps. Steps start in order and may end in any.
+
+    On a CUDA device each worker has a stream of its own: while one computes, others copy, hash and write.
+
+    The first exception of any thread is raised after the steps in flight have ended.
+    """
+    failures: list[BaseException] = []
+    slots = threading.BoundedSemaphore(workers + 2 * readers)  # reading further ahead would only fill memory
+
+    def work(step: Step, buffer: Tensor) -> None:
+        try:
+            if not failures:
+                start = time.perf_counter()
+                compute(step, _views(step, buffer))
+                if not step.strips:  # whose reading is not computing
+                    clock.add("compute", start)
+                done(step)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            buffers.give(step, buffer)
+            slots.release()
+
+    def fetch(step: Step, buffer: Tensor) -> None:
+        try:
+            start = time.perf_counter()
+            view = buffer.numpy().data
+            for read, offset in _places(step):
+                read.source.readinto(read.ref.file, read.ref.offset, view[offset : offset + read.ref.nbytes])
+            clock.add("read", start, sum(r.ref.nbytes for r in step.reads.values()))
+        except BaseException as error:
+            failures.append(error)
+        computing.submit(work, step, buffer)
+
+    threads = torch.get_num_threads()  # MKL's part of that setting is the process's, whichever thread sets it
+    with (
+        ThreadPoolExecutor(workers, "worker", initializer=_start_worker, initargs=(device,)) as computing,
+        ThreadPoolExecutor(readers, "reader") as reading,
+    ):
+        try:
+            for step in steps:
+                slots.acquire()
+                if failures:
+                    break
+                reading.submit(fetch, step, buffers.take(step))
+        except BaseException as error:
+            failures.append(error)
+        reading.shutdown()  # readers hand their steps to the workers, so they end first
+    torch.set_num_threads(threads)
+    if failures:
+        raise failures[0]
+
+
+def _start_worker(device: torch.device | None) -> None:
+    torch.set_num_threads(1)
+    if device is not None and device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+def _allocate(size: int, pinned: bool) -> Tensor:
+    """A host buffer; of huge pages where it is not pinned and the system has them: copying and reading it go faster."""
+    if pinned or not size or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a hint, which a kernel may not know
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping for as long as it lives
+
+
+def _places(step: Step) -> Iterable[tuple[Read, int]]:
+    offset = 0
+    for read in step.reads.values():
+        yield read, offset
+        offset += aligned(read.ref.nbytes)
+
+
+def _views(step: Step, buffer: Tensor) -> dict[Hashable, Tensor]:
+    return {
+        read.key: buffer[offset : offset + read.ref.nbytes].view(TORCH_DTYPES[read.ref.dtype]).view(read.ref.shape)
+        for read, offset in _places(step)
+    }

@@ -1,0 +1,31 @@
+"""The order of tensors' names: layers by number, parts of a decoder as they run."""
+
+from __future__ import annotations
+
+# Parts of decoder names in the order they run, for people who read lists; other names follow alphabetically.
+_RUNS = {
+    part: place
+    for place, part in enumerate(
+        (
+            *("model", "transformer", "embed_tokens", "wte", "wpe", "layers", "h", "input_layernorm", "ln_1"),
+            *("self_attn", "attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "o_proj"),
+            *("post_attention_layernorm", "ln_2", "mlp", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "down_proj"),
+            *("c_proj", "norm", "ln_f", "lm_head"),
+        )
+    )
+}
+
+
+def layer_of(name: str) -> int | None:
+    """The first number in a dotted name: the layer (`model.layers.3.mlp.up_proj` -> 3), None outside of layers."""
+    return next((int(part) for part in name.split(".") if _is_number(part)), None)
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key for dotted names: numbers as numbers, and what decoders commonly hold in the order it runs."""
+    return tuple((0, int(p), "") if _is_number(p) else (1, _RUNS.get(p, len(_RUNS)), p) for p in name.split("."))
+
+
+def _is_number(part: str) -> bool:
+    """Whether a part of a name counts layers or experts; what is longer than any count is plain text."""
+    return part.isascii() and part.isdecimal() and len(part) < 10

@@ -1,0 +1,283 @@
+"""Writing an output so that it is there whole or not at all.
+
+Everything is written in `OUT.partial`, beside OUT: safetensors files under a `.part` name, header first, each tensor
+at its own offset in any order. When all are complete they are synced; the small files and the manifest follow; then
+do the safetensors files get their names, and one rename of the folder publishes the output. What a journal calls
+finished is hashed again before an interrupted run goes on from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from safeshard.manifests.hashing import hash_tensor_region
+from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.disk import (
+    allocate,
+    clear_errors,
+    copy_range,
+    start_writeback,
+    sync_path,
+    write_all,
+    write_file,
+)
+from safeshard.streamer.inputs.read import TORCH_DTYPES
+from safeshard.streamer.plan.job_plan import Copy, OutputFile
+from safeshard.streamer.plan.places import staging_of
+from safeshard.streamer.write import staging
+from safeshard.streamer.write.finite import NotFiniteError, all_finite, check_copy
+
+COMMIT_SECONDS = 5.0  # of work that a power cut may undo
+CHUNK_BYTES = 1 << 22
+PIECE = 1 << 18  # elements written at a time: they pass the check, the hash and the disk in a core's cache
+log = logging.getLogger(__name__)
+
+
+class Writer:
+    """One job's output under way. Thread-safe.
+
+    Attributes:
+        hashes: output tensor -> BLAKE3 of its bytes, for all tensors written so far.
+        bytes_written: by this process.
+        clock: the seconds of hashing and of syncing.
+    """
+
+    def __init__(self, output: Path, files: list[OutputFile], fingerprint: dict[str, Any], overwrite: bool) -> None:
+        self.output = output.absolute()
+        self.staging = staging_of(self.output)
+        self.files, self.bytes_written = files, 0
+        self.clock = Clock()
+        self._ended = False
+        self.hashes: dict[str, str] = {}
+        self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
+        self._fds: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._committed = time.monotonic()
+        with clear_errors(self.staging):
+            self.journal = staging.open_journal(self.staging, self.output, fingerprint, overwrite)
+        try:
+            recorded = dict(self.journal.sound("tensor", _name_and_hash))
+            with clear_errors(self.staging):
+                self.journal.sign()
+                for spill in self.staging.glob("hidden-states-*"):  # of a run killed before it could unname it
+                    spill.unlink()
+                staging.unname(self.staging, self._names)
+                for file in files:
+                    self._open(file)
+                sync_path(self.staging)
+                self.hashes = self._intact(recorded)
+        except BaseException:
+            self.close_files()
+            self.journal.close()
+            raise
+
+    @property
+    def _names(self) -> list[str]:
+        return [file.name for file in self.files]
+
+    def _open(self, file: OutputFile) -> None:
+        part = staging.part_of(self.staging, file.name)
+        fd = self._fds[file.name] = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if os.fstat(fd).st_size != file.nbytes:
+            allocate(fd, file.nbytes)
+        write_all(fd, memoryview(file.header), 0)
+        self.bytes_written += len(file.header)
+
+    def _intact(self, recorded: dict[str, str]) -> dict[str, str]:
+        """Of the tensors that the journal calls finished, those whose bytes are there; the others are done again."""
+
+        def is_there(name: str) -> bool:
+            file, ref = self._places[name]
+            return self._hash_region(self._fds[file], ref) == recorded[name]
+
+        names = [name for name in recorded if name in self._places]
+        with ThreadPoolExecutor(2) as pool:
+            intact = {
+                name: recorded[name] for name, there in zip(names, pool.map(is_there, names), strict=True) if there
+            }
+        if lost := recorded.keys() - intact.keys():
+            log.warning("%s: %d finished tensors are damaged and are written again", self.staging, len(lost))
+        return intact
+
+    def place(self, name: str) -> TensorRef:
+        """Where an output tensor goes: its dtype, shape, offset."""
+        return self._places[name][1]
+
+    def write(self, name: str, tensor: Tensor | Iterable[Tensor]) -> None:
+        """Write a tensor, or pieces of it in row-major order (any device, any float dtype), cast to the planned dtype.
+
+        Raises:
+            NotFiniteError: it holds NaN or infinity, or a value that the planned dtype cannot hold.
+            RunError: the disk is full, or writing failed.
+        """
+        if isinstance(tensor, Tensor):
+            assert tuple(tensor.shape) == self.place(name).shape, f"{name}: shape {tuple(tensor.shape)}"
+            if tensor.is_cuda:  # in one copy
+                tensor = tensor.to(TORCH_DTYPES[self.place(name).dtype]).cpu()
+            tensor = torch.split(tensor.reshape(-1), PIECE)
+        under_way = self.begin(name)
+        for piece in tensor:
+            under_way.add(piece)
+        under_way.finish()
+
+    def begin(self, name: str) -> TensorWrite:
+        """Begin to write a tensor piece by piece; it counts once it is finished."""
+        return TensorWrite(self, name)
+
+    def copy(self, copy: Copy) -> None:
+        """Take over a tensor's bytes, through the kernel where the input is a local file.
+
+        Raises:
+            NotFiniteError: it holds NaN or infinity.
+            RunError: reading or writing failed.
+        """
+        file, ref = self._places[copy.name]
+        fd = self._fds[file]
+        path = copy.source.local_path(copy.ref.file)
+        with clear_errors(self.output):
+            if path is None or not copy_range(path, fd, copy.ref.offset, ref):
+                buffer = bytearray(min(CHUNK_BYTES, ref.nbytes))
+                for begin in range(0, ref.nbytes, CHUNK_BYTES):
+                    view = memoryview(buffer)[: min(CHUNK_BYTES, ref.nbytes - begin)]
+                    copy.source.readinto(copy.ref.file, copy.ref.offset + begin, view)
+                    write_all(fd, view, ref.offset + begin)
+            digest = self._hash_region(fd, ref, partial(check_copy, copy))
+        self._finished(copy.name, digest, ref.nbytes)
+
+    def record(self, kind: str, **payload: Any) -> None:
+        """Note something in the journal; durable with the next commit."""
+        self.journal.record(kind, **payload)
+        if time.monotonic() - self._committed > COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make all that was written and noted so far durable."""
+        self._committed = time.monotonic()
+        with clear_errors(self.output):
+            self.journal.commit(sync=self._sync)
+
+    def complete(self) -> None:
+        """Sync the safetensors files. All tensors must be written."""
+        missing = self._places.keys() - self.hashes.keys()
+        assert not missing, f"tensors not written: {sorted(missing)[:3]}"
+        self.commit()
+        with clear_errors(self.output):
+            self._sync()
+            self.close_files()
+            staging.clear(self.staging, self._names)
+
+    def add_file(self, name: str, data: bytes) -> None:
+        """Write one small file, synced."""
+        with clear_errors(self.output):
+            write_file(self.staging / name, data)
+        self.bytes_written += len(data)
+
+    def publish(self, overwrite: bool) -> None:
+        """Give the finished folder its name. The manifest must be in place."""
+        with clear_errors(self.output):
+            staging.publish(self.staging, self.output, self._names, overwrite)
+        self.journal.close()
+        self._ended = True
+
+    def abandon(self) -> None:
+        """Release everything; what was finished stays for a resume, and where nothing was, no trace is left."""
+        if self._ended:
+            return
+        self._ended = True
+        try:
+            if self.staging.exists():
+                self.commit()
+        finally:
+            self.close_files()
+            begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine"))
+            if not begun and self.staging.exists():
+                self._remove()
+            self.journal.close()
+
+    def discard(self) -> None:
+        """Remove what was written, finished or not."""
+        self._ended = True
+        self.close_files()
+        self._remove()
+        self.journal.close()
+
+    def _remove(self) -> None:
+        with clear_errors(self.staging):
+            staging.remove(self.staging, self.output)
+
+    def close_files(self) -> None:
+        """Release the safetensors files."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _sync(self) -> None:
+        start = time.perf_counter()
+        for fd in self._fds.values():
+            os.fsync(fd)
+        self.clock.add("sync", start)
+
+    def _hash_region(self, fd: int, ref: TensorRef, check: Callable[[memoryview], None] | None = None) -> str:
+        start = time.perf_counter()
+        with clear_errors(self.output / ref.file):
+            digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
+        self.clock.add("hash", start)
+        return digest
+
+    def _finished(self, name: str, digest: str, nbytes: int) -> None:
+        with self._lock:
+            self.hashes[name] = digest
+            self.bytes_written += nbytes
+        self.record("tensor", name=name, blake3=digest)
+
+
+class TensorWrite:
+    """One output tensor on its way to the disk: each piece is checked, hashed and written while it is in cache."""
+
+    def __init__(self, writer: Writer, name: str) -> None:
+        self._writer, self._name = writer, name
+        file, self._ref = writer._places[name]
+        self._fd, self._offset, self._hash = writer._fds[file], self._ref.offset, blake3()
+
+    def add(self, piece: Tensor) -> None:
+        """Write what follows in row-major order; raises as `Writer.write` does."""
+        output = self._writer.output
+        host = piece.to("cpu", TORCH_DTYPES[self._ref.dtype]).contiguous()
+        if not all_finite(host):
+            problem = "is not finite" if not bool(torch.isfinite(piece).all()) else f"does not fit {self._ref.dtype}"
+            remedy = "check the inputs, or choose another --dtype"
+            raise NotFiniteError(f"{output}: the new {self._name} {problem}", remedy)
+        data = host.reshape(-1).view(torch.uint8).numpy().data
+        with clear_errors(output):
+            write_all(self._fd, data, self._offset)
+        start = time.perf_counter()
+        self._hash.update(data)
+        self._writer.clock.add("hash", start)
+        self._offset += len(data)
+
+    def finish(self) -> None:
+        """Note the tensor as written. All its pieces must be."""
+        assert self._offset == self._ref.offset + self._ref.nbytes, f"{self._name}: pieces of another size"
+        start_writeback(self._fd, self._ref.offset, self._ref.nbytes)
+        self._writer._finished(self._name, self._hash.hexdigest(), self._ref.nbytes)
+
+
+def _name_and_hash(record: dict[str, Any]) -> tuple[str, str]:
+    """What the journal notes of a finished tensor."""
+    name, digest = record["name"], record["blake3"]
+    if not isinstance(name, str) or not isinstance(digest, str):
+        raise TypeError
+    return name, digest
