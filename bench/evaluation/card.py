@@ -1,0 +1,57 @@
+"""Figures in the model card of an output of safeshard, as the Hub reads them, and `verify` stays content."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from safeshard.bench.evaluation.figures import TITLES, markdown
+from safeshard.manifests.evaluation import Evaluation
+from safeshard.manifests.hashing import hash_bytes
+from safeshard.manifests.schema import MANIFEST_NAME, load
+from safeshard.streamer.disk import replace_file
+
+CARD = "README.md"
+BEGIN, END = "<!-- safeshard: evaluation -->", "<!-- safeshard: end of evaluation -->"
+NOTE = "Figures of a suite of prompts, with what they depend on. They say nothing about other prompts."
+
+
+def write(output: Path, evaluation: Evaluation, name: str) -> None:
+    """Put the figures of model `name` into the card in place of earlier ones, and seal the manifest with it.
+
+    Between the two replacements `verify` reports the card; doing it again mends that.
+    """
+    manifest = load(output)
+    mine = evaluation.model_copy(update={"figures": tuple(evaluation.of(name))})
+    data = with_figures((output / CARD).read_text(encoding="utf-8"), mine, name).encode()
+    entries = [
+        entry.model_copy(update={"size": len(data), "blake3": hash_bytes(data)}) if entry.name == CARD else entry
+        for entry in manifest.files
+    ]
+    sealed = manifest.model_copy(update={"files": tuple(entries)}).sealed()
+    replace_file(output / CARD, data)
+    replace_file(output / MANIFEST_NAME, sealed.to_json().encode())
+
+
+def with_figures(text: str, evaluation: Evaluation, name: str) -> str:
+    """A card's text with the figures: `model-index` in its front matter, and a section at its end."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    card: Any = ModelCard(re.sub(rf"\n*{re.escape(BEGIN)}.*?{re.escape(END)}\n*", "\n", text, flags=re.DOTALL))
+    card.data.model_name = name
+    card.data.eval_results = [
+        EvalResult(
+            task_type="text-generation", dataset_type=figure.part, dataset_name=figure.source,
+            metric_type=figure.measure, metric_name=TITLES[figure.measure], metric_value=round(figure.value, 4),
+            metric_args={
+                "low": round(figure.low, 4), "high": round(figure.high, 4), "prompts": figure.prompts,
+                "ungraded": figure.ungraded, "grader": figure.grader, "sampling": figure.sampling,
+                "max_tokens": figure.max_tokens,
+            },
+        )
+        for figure in evaluation.figures
+        if figure.value is not None
+    ]  # fmt: skip
+    section = f"\n{BEGIN}\n## Evaluation: {evaluation.suite}\n\n{markdown(evaluation)}\n{NOTE}\n{END}\n"
+    return str(card).rstrip("\n") + "\n" + section
