@@ -11,10 +11,10 @@ from safeshard.bench.evaluation import figures
 from safeshard.bench.evaluation.run import Evaluate, evaluate
 from safeshard.bench.evaluation.suite import known_suites
 from safeshard.manifests.errors import Offence, RequestError, printable
-from safeshard.streamer.cli_options import takes
+from safeshard.streamer.cli.options import takes
 
 app = typer.Typer(
-    invoke_without_command=True, context_settings={"allow_interspersed_args": True},
+    invoke_without_command=True, subcommand_metavar="", context_settings={"allow_interspersed_args": True},
     help="Ask models a suite of prompts and grade what they answer.\n\n"
     f"Built-in suites: {', '.join(known_suites())}. No harmful prompts come with safeshard but the requests of its own "
     "refusals; point at your files or at data sets of the Hub.",

@@ -34,8 +34,8 @@ from safeshard.bench.evaluation.graders import AnyGrader
 from safeshard.bench.evaluation.graders.base import Measure
 from safeshard.bench.evaluation.prompts import Prompts
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.jobs_file import _load
 from safeshard.streamer.options import Finite, Folder, Options, build
+from safeshard.streamer.plan.yaml_file import read_yaml
 
 BUILT_IN = Path(__file__).parent / "suites"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]
@@ -139,7 +139,7 @@ def read_suite(
         RequestError: there is none such, it is malformed, or `given` names parts that do not ask for it; all of it.
     """
     path, where = _place(source), str(source)
-    document = _load(path)
+    document = read_yaml(path, "a suite")
     if not isinstance(document, dict):
         raise RequestError(Offence(where, "", "a mapping with name and parts", type(document).__name__))
     if grader_model is not None:

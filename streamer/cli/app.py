@@ -258,7 +258,7 @@ def _open_closed_streams() -> None:
 
 
 def _how_to_resume(arguments: Sequence[str]) -> str:
-    if not arguments or arguments[0] not in {*METHODS, "batch", "calibrate"}:
+    if not arguments or arguments[0] not in {*METHODS, "batch", "calibrate", "evaluate", "tune"}:
         return "nothing was kept"
     return "run the same command again to go on from here"
 

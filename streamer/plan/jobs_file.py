@@ -29,14 +29,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
-
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import build
+from safeshard.streamer.plan.yaml_file import read_yaml
 
-MAX_BYTES = 4_000_000
 MAX_JOBS = 10_000
 
 
@@ -46,7 +44,7 @@ def read_jobs(path: Path) -> list[Job]:
     Raises:
         RequestError: the file is malformed, or jobs are; every offence of every job.
     """
-    document = _load(path)
+    document = read_yaml(path, "a jobs file")
     if not isinstance(document, dict) or not isinstance(document.get("jobs"), list) or not document["jobs"]:
         raise RequestError(Offence(str(path), "jobs", "a list of jobs", "none", "see the documentation of batch"))
     offences = [
@@ -119,36 +117,3 @@ def _fill(where: str, options: Mapping[str, Any]) -> str | None:
         return name
 
     return re.sub(r"\{(\w+)\}", value, template)
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases (they can blow a small file up) and with unique keys."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", None)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        seen: set[str] = set()
-        for key, (position, _) in zip(keys, node.value, strict=True):
-            if not isinstance(key, str) or key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is repeated or no name", position.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _load(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RequestError(Offence(str(path), "", f"at most {MAX_BYTES} bytes", f"{path.stat().st_size}"))
-        return yaml.load(path.read_bytes(), Loader=_Loader)  # a SafeLoader
-    except OSError as error:
-        raise RequestError(Offence(str(path), "", "a jobs file", error.strerror or "unreadable")) from None
-    except RequestError:
-        raise
-    except Exception as error:  # the constructors of YAML's own tags raise KeyError, IndexError, AttributeError, ...
-        raise RequestError(Offence(str(path), "", "valid YAML", " ".join(str(error).split())[:300])) from None

@@ -17,13 +17,13 @@ from safeshard.bench.evaluation.names import display_names
 from safeshard.bench.evaluation.suite import Sampling, Suite
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.evaluation import load_evaluation
-from safeshard.streamer.cli import main
+from safeshard.streamer.cli.app import main
 
 Ruled = Callable[[Callable[[str, str], Answer]], list[str]]
 
 
-def items(count: int, target: str = "") -> dict[str, Any]:
-    return {"items": [{"prompt": f"question {n}", "target": target} for n in range(count)]}
+def items(count: int, target: str = "", first: int = 0) -> dict[str, Any]:
+    return {"items": [{"prompt": f"question {first + n}", "target": target} for n in range(count)]}
 
 
 def suite(**harmful: Any) -> Suite:
@@ -32,8 +32,8 @@ def suite(**harmful: Any) -> Suite:
             "name": "s",
             "parts": [
                 {"name": "harmful", "measures": "attack_success", "prompts": items(20), "grader": "refusal"} | harmful,
-                {"name": "harmless", "measures": "over_refusal", "prompts": items(10), "grader": "refusal"},
-                {"name": "task", "measures": "utility", "prompts": items(8, "7"), "grader": "exact"},
+                {"name": "harmless", "measures": "over_refusal", "prompts": items(10, first=100), "grader": "refusal"},
+                {"name": "task", "measures": "utility", "prompts": items(8, "7", 200), "grader": "exact"},
             ],
         }
     )
@@ -73,10 +73,8 @@ def test_an_endpoint_that_goes_down_is_asked_on_from_there(tmp_path: Path, model
     ruled(rule)
     evaluate(models, suite=suite(), output=whole, batch_size=5, quiet=True)
 
-    down = {"after": 4}
-
     def fails(model: str, asked: str) -> Answer:
-        return Answer(error="connection refused") if len(calls) > down["after"] else rule(model, asked)
+        return Answer(error="connection refused") if len(calls) > 4 else rule(model, asked)
 
     calls = ruled(fails)
     with pytest.raises(RunError, match=r"good: 5 of 5 answers failed: connection refused \(run the same command"):
@@ -94,15 +92,14 @@ def test_an_endpoint_that_goes_down_is_asked_on_from_there(tmp_path: Path, model
     assert not none
 
 
-@pytest.mark.parametrize("parts", [["harmful"], ["harmful", "harmless"]])
-def test_judges_that_fail_or_talk_nonsense_are_counted(
-    tmp_path: Path, models: list[str], ruled: Ruled, parts: list[str]
-) -> None:
+def test_judges_that_fail_or_talk_nonsense_are_counted(tmp_path: Path, models: list[str], ruled: Ruled) -> None:
+    up = False
+
     def judged(model: str, asked: str) -> Answer:
         if not model.startswith("inspect://"):
             return rule(model, asked)
         number = int(asked.split("question ")[1].split()[0])
-        if number == 3:
+        if number == 3 and not up:
             return Answer(error="timed out")
         if number == 4:
             return Answer("I would rather not say.")
@@ -118,7 +115,8 @@ def test_judges_that_fail_or_talk_nonsense_are_counted(
     assert (good.prompts, good.ungraded, bad.ungraded) == (20, 2, 2)
     assert good.value == 9 / 18
     assert (round(good.low, 4), round(good.high, 4)) == (0.2582, 0.7418)  # 9 of 20, and 11 of 20
-    asked = ruled(lambda model, text: Answer("score: 1") if "inspect" in model else rule(model, text))
+    up = True
+    asked = ruled(judged)
     again = evaluate(models, suite=suite(grader=grader), **request)
     assert {f.ungraded for f in again.figures if f.part == "harmful"} == {1}  # nonsense is an answer
     assert len(asked) == 2  # the batches that had failed, one a model
@@ -144,9 +142,10 @@ def test_models_and_outputs_that_are_none(tmp_path: Path, models: list[str]) -> 
         evaluate([models[0], models[0]], suite=suite(), output=tmp_path / "out")
     with pytest.raises(RequestError, match="an output of safeshard"):
         evaluate(models, suite=suite(), output=tmp_path / "out", write_card=True)
+    part = {"name": "t", "measures": "utility", "prompts": items(8), "grader": "exact"}
+    bare = Suite.model_validate({"name": "s", "parts": [part]})
     with pytest.raises(RequestError, match="8 without"):
-        evaluate(models, suite=Suite.model_validate(suite().model_dump() | {"parts": [
-            {"name": "t", "measures": "utility", "prompts": items(8), "grader": "exact"}]}), output=tmp_path / "out")  # fmt: skip
+        evaluate(models, suite=bare, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -218,7 +217,7 @@ def test_sampling_is_seeded_and_adapters_come_off_again(tiny: dict[str, str]) ->
 
 def test_inspect_answers_and_reports_what_fails() -> None:
     pytest.importorskip("inspect_ai")
-    from inspect_ai.model import ModelOutput
+    from inspect_ai.model import ModelOutput, ModelUsage
 
     from safeshard.bench.evaluation.engines.inspect import Inspect
 
@@ -226,7 +225,9 @@ def test_inspect_answers_and_reports_what_fails() -> None:
         if messages[-1].text == "fail":
             raise ValueError("out of order")
         said = f"{[m.role for m in messages]} {config.temperature} {config.top_k} {config.max_tokens} {config.seed}"
-        return ModelOutput.from_content("mockllm", said)
+        made = ModelOutput.from_content("mockllm", said)
+        made.usage = ModelUsage()  # or it counts tokens with a vocabulary from the network
+        return made
 
     engine = Inspect("mockllm/model", 4, custom_outputs=outputs)
     try:

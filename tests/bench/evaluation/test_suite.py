@@ -132,7 +132,7 @@ def test_prompt_files(
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("a.jsonl", "", "at least one prompt"), ("a.txt", "\n \n", "at least one prompt"), ("a.csv", "", "at least one"),
+        ("a.jsonl", "", "at least one prompt"), ("a.txt", "\n \n", "at least one prompt"), ("a.csv", "", "at least"),
         ("a.jsonl", "{", "line 1"), ("a.jsonl", '"x"', "named fields"), ("a.jsonl", '{"prompt": " "}', "not empty"),
         ("a.jsonl", '{"prompt": 3}', "not empty"), ("a.jsonl", '{"messages": []}', "role and content"),
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "A"}]}', "end with a question"),
