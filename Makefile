@@ -38,6 +38,7 @@ check: .venv/installed
 	cd .venv/typing && ../bin/lint-imports --config ../../pyproject.toml
 
 fix: .venv/installed
+	$(BIN)/python tests/stubs.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

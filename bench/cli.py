@@ -1,4 +1,4 @@
-"""`safeshard bench`: make models, measure, append rows to bench/results."""
+"""Make synthetic models and measure; rows go to bench/results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _known_shape(name: str) -> str:
     return name
 
 
-app = typer.Typer(no_args_is_help=True, help="Make synthetic models and measure.\n\nRows go to bench/results.")
+app = typer.Typer(no_args_is_help=True, help=__doc__)
 Folder = Annotated[Path, typer.Option("--folder", help="where the models lie; they are made once and kept")]
 Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES), callback=_known_shape)]
 Layers = Annotated[

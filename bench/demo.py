@@ -1,4 +1,4 @@
-"""`make demo`: a toy alignment experiment, from nothing to a table of what each defence keeps and what it costs."""
+"""Train toy models, defend them, show what that kept and cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli.app import main
 
 MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence fill
-app = typer.Typer(invoke_without_command=True, help="Train toy models, defend them, judge them.")
+app = typer.Typer(invoke_without_command=True, help=__doc__)
 NEXT = """\
 Next, on your own models:
 

@@ -6,7 +6,7 @@ Results come as row tiles, in order, so that each is checked, hashed and written
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -62,6 +62,17 @@ def add(aligned: Tensor, delta: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Tiles of aligned + delta (fp32), as `dtype`."""
     for rows in tiles(aligned.shape[0]):
         yield (aligned[rows].float() + delta[rows]).to(dtype)
+
+
+def stacked(tiles: Iterable[Tensor]) -> Tensor:
+    """Row tiles, one below the other."""
+    return torch.cat(list(tiles))
+
+
+def where(mask: Tensor, tuned: Tensor, new: Iterator[Tensor], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tiles of `new`, with `tuned` to the bit (as `dtype`) where `mask` is set."""
+    for rows, tile in zip(tiles(tuned.shape[0]), new, strict=True):
+        yield torch.where(mask[rows], tuned[rows].to(dtype), tile)
 
 
 def interpolate(aligned: Tensor, tuned: Tensor, factor: float, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -1,33 +1,42 @@
-"""The public functions: the commands, callable."""
+"""The public functions: the commands, callable.
+
+Their keywords are the fields of the options. `api.pyi`, which type checkers and editors read, spells them out; it is
+made of this file by `python tests/stubs.py`, which `make fix` runs.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.render import render
-from safeshard.manifests.report import page
 from safeshard.manifests.schema import Manifest, load
-from safeshard.manifests.verify import Finding
-from safeshard.manifests.verify import verify as verify_output
-from safeshard.streamer.disk import replace_file
+from safeshard.streamer.disk import check_file, replace_file
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions, build, expanded, fields_of
-from safeshard.streamer.plan.jobs_file import read_jobs
-from safeshard.streamer.recheck.inputs import check_inputs, input_places
-from safeshard.streamer.recheck.recompute import recompute as recompute_modules
-from safeshard.streamer.run.runner import Result, run
-from safeshard.streamer.run.save_factors import Factors, run_calibrate
 
+if TYPE_CHECKING:  # what computes is imported where it is called: the command line's help need not wait for torch
+    from safeshard.manifests.verify import Finding
+    from safeshard.streamer.run.runner import Result
+    from safeshard.streamer.run.save_factors import Factors
+
+__all__ = [
+    "batch",
+    "calibrate",
+    "inspect",
+    "report",
+    "safedelta",
+    "safelora",
+    "safemerge",
+    "scale",
+    "score",
+    "verify",
+]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -45,14 +54,10 @@ def _takes(*models: type[Options]) -> Callable[[F], F]:
             )
             for name, field in fields_of(*models).items()
         }
-        given = get_type_hints(function)
-        own = {
-            name: parameter.replace(annotation=given[name])
-            for name, parameter in signature(function).parameters.items()
-            if parameter.kind is not Parameter.VAR_KEYWORD
-        }
+        given = signature(function)
+        own = {name: p for name, p in given.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
         parameters = sorted((keywords | own).values(), key=lambda p: p.kind)
-        function.__signature__ = Signature(parameters, return_annotation=given["return"])  # type: ignore[attr-defined]
+        function.__signature__ = Signature(parameters, return_annotation=given.return_annotation)  # type: ignore[attr-defined]
         return function
 
     return with_signature
@@ -93,8 +98,10 @@ def calibrate(**options: Any) -> Factors:
     """Save the factors that Safe Delta jobs share.
 
     Returns their folder, and the modules of the aligned model that have none.
-    Keywords are the fields of `safeshard.streamer.save_factors.Calibrate` and of `RunOptions`.
+    Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.
     """
+    from safeshard.streamer.run.save_factors import run_calibrate
+
     job_options, run_options = _split(options)
     return run_calibrate(build(Calibrate, job_options), run_options)
 
@@ -126,55 +133,20 @@ def score(
         output: a .csv or .json file for the table.
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
+    from safeshard.streamer.run.runner import run
+
     table = Path(expanded(output)) if output is not None else None
     if table is not None:
-        _check_file(table, (".csv", ".json"), overwrite)
+        check_file(table, (".csv", ".json"), overwrite)
     job_options, run_options = _split(options)
     sources = [{"adapter": s} for s in _listed(adapter)] + [{"finetuned": s} for s in _listed(finetuned)]
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
     results = run(jobs, run_options)
     if table is not None and not run_options.dry_run:
+        from safeshard.streamer.run.score_table import score_table
+
         replace_file(table, score_table(results, table.suffix).encode(errors="backslashreplace"))
     return results
-
-
-def _check_file(file: Path, suffixes: Sequence[str], overwrite: bool) -> None:
-    """Refuse a file that could not be written once all is computed."""
-    if file.suffix not in suffixes:
-        expected = f"a {' or '.join(suffixes)} file"
-        raise RequestError(Offence("--output", str(file), expected, file.suffix or "no suffix"))
-    try:
-        exists = file.exists()
-        if exists and not overwrite and not file.is_dir():
-            remedy = "choose another, or --overwrite"
-            raise RequestError(Offence("--output", str(file), "a file that does not exist", "it exists", remedy))
-        place = file if exists else next(p for p in file.absolute().parents if p.exists())
-        got = "" if os.access(place, os.W_OK) else f"no right to write to {place}"
-        if exists == place.is_dir():  # a folder to replace, or a file to write below
-            got = f"{place} is a {'folder' if exists else 'file'}"
-    except OSError as error:
-        got = error.strerror or "an unreadable place"
-    if got:
-        raise RequestError(Offence("--output", str(file), "a file that can be written", got, "choose another"))
-
-
-def score_table(results: Sequence[Result], suffix: str) -> str:
-    """Scores as CSV (columns source, module, cosine) or as JSON ({source: {module: cosine}})."""
-    cosines = {str(r.job.adapter or r.job.finetuned): r.cosines for r in results}
-    if suffix == ".json":
-        return json.dumps(cosines, indent=2) + "\n"
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["source", "module", "cosine"])
-    rows.writerows(
-        (_plain_cell(source), _plain_cell(name), c) for source, scores in cosines.items() for name, c in scores.items()
-    )
-    return text.getvalue()
-
-
-def _plain_cell(text: str) -> str:
-    """A name that spreadsheets do not take for a formula: they show what follows an apostrophe as text."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 @_takes(RunOptions)
@@ -187,6 +159,9 @@ def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
         jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
         options: the fields of `RunOptions`.
     """
+    from safeshard.streamer.plan.jobs_file import read_jobs
+    from safeshard.streamer.run.runner import run
+
     return run(read_jobs(Path(jobs)), build(RunOptions, options), skip_finished=True)
 
 
@@ -195,6 +170,8 @@ def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: 
 
     A table of layers and modules, and a summary.
     """
+    from safeshard.manifests.render import render
+
     return render(load(Path(output)), width=width, color=color)
 
 
@@ -221,6 +198,8 @@ def verify(
         RequestError: no manifest, a URL that the manifest alone names, or inputs to recompute from that changed.
         RunError: recomputing failed underway.
     """
+    from safeshard.manifests.verify import verify as verify_output
+
     if recompute < 0:
         raise RequestError(Offence("--recompute", "", "a number from 0 on", str(recompute)))
     findings = verify_output(Path(output))
@@ -230,12 +209,18 @@ def verify(
         manifest = load(Path(output))
     except RequestError:  # a manifest that cannot be read is among the findings
         return findings
+    from safeshard.streamer.recheck.inputs import check_inputs, input_places
+
     places = input_places(manifest, {role: os.fspath(place) for role, place in (sources or {}).items()})
     changed = check_inputs(manifest, places, note)
     if changed and recompute:
         remedy = "restore the input, or name it: --source ROLE=PLACE"
         raise RequestError([Offence(f.file, f.problem, f.expected, f.got, remedy) for f in changed])
-    return [*findings, *changed, *(recompute_modules(manifest, places, recompute, seed, note) if recompute else [])]
+    if not recompute:
+        return [*findings, *changed]
+    from safeshard.streamer.recheck.recompute import recompute as recompute_modules
+
+    return [*findings, *changed, *recompute_modules(manifest, places, recompute, seed, note)]
 
 
 def report(
@@ -254,11 +239,13 @@ def report(
             `report.html` in the current folder for several.
         overwrite: replace an existing file.
     """
+    from safeshard.manifests.report import page
+
     outputs = [Path(output)] if isinstance(output, str | os.PathLike) else [Path(each) for each in output]
     if not outputs:
         raise RequestError(Offence("report", expected="an output", got="none"))
     place = Path(file) if file is not None else _report_file(outputs)
-    _check_file(place, [".html"], overwrite)
+    check_file(place, [".html"], overwrite)
     _check_outside(place, outputs)
     offences: list[Offence] = []
 
@@ -272,13 +259,7 @@ def report(
     text = page(readable())
     if offences:
         raise RequestError(offences)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(place)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    replace_file(place, text.encode())
     return place
 
 
@@ -300,6 +281,8 @@ def _check_outside(file: Path, outputs: Sequence[Path]) -> None:
 
 
 def _run_one(method: str, options: Mapping[str, Any]) -> Result:
+    from safeshard.streamer.run.runner import run
+
     job_options, run_options = _split(options)
     return run([build(METHODS[method], job_options)], run_options)[0]
 

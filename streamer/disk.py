@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from safeshard.manifests.errors import RunError
+from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.safetensors_header import TensorRef
 
 
@@ -104,3 +104,23 @@ def sync_path(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def check_file(file: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+    """Refuse a file that could not be written once all is computed."""
+    if file.suffix not in suffixes:
+        expected = f"a {' or '.join(suffixes)} file"
+        raise RequestError(Offence("--output", str(file), expected, file.suffix or "no suffix"))
+    try:
+        exists = file.exists()
+        if exists and not overwrite and not file.is_dir():
+            remedy = "choose another, or --overwrite"
+            raise RequestError(Offence("--output", str(file), "a file that does not exist", "it exists", remedy))
+        place = file if exists else next(p for p in file.absolute().parents if p.exists())
+        got = "" if os.access(place, os.W_OK) else f"no right to write to {place}"
+        if exists == place.is_dir():  # a folder to replace, or a file to write below
+            got = f"{place} is a {'folder' if exists else 'file'}"
+    except OSError as error:
+        got = error.strerror or "an unreadable place"
+    if got:
+        raise RequestError(Offence("--output", str(file), "a file that can be written", got, "choose another"))

@@ -1,4 +1,4 @@
-"""`safeshard evaluate`."""
+"""Ask models a suite of prompts and grade their answers."""
 
 from __future__ import annotations
 

@@ -23,7 +23,6 @@ from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
-from safeshard.streamer.calibration.skeleton import read_config
 from safeshard.streamer.extras import require_transformers
 
 BUILT_IN = Path(__file__).with_name("data") / "refusals.jsonl"
@@ -190,6 +189,8 @@ def _text(value: dict[str, Any], key: str) -> str:
 
 
 def _tokenize(source: str, records: list[_Record], folder: Path, max_tokens: int) -> list[list[int]]:
+    from safeshard.streamer.calibration.skeleton import read_config  # with torch, which `verify` does without
+
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
     renderer = _Renderer(folder)
     tokens, offences = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
 import io
 import json
@@ -12,7 +13,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -204,10 +207,19 @@ def _print_json(value: Any) -> None:
 
 
 def _mount(argv: Sequence[str]) -> None:
-    """Add the command groups that other packages register (bench, demo), where one is asked for, or help."""
+    """Add the command groups that other packages register (bench, demo): loaded where one is asked for, else listed."""
     for entry in entry_points(group="safeshard.commands"):
-        if not argv or argv[0] in (entry.name, "--help"):
+        if argv and argv[0] == entry.name:
             app.add_typer(entry.load(), name=entry.name)
+        elif not argv or argv[0] == "--help":
+            app.command(entry.name, help=_first_line(entry.module))(lambda: None)
+
+
+def _first_line(module: str) -> str:
+    """The first line of a module's docstring, without importing it: bench would bring torch."""
+    found = find_spec(module)
+    source = found.loader.get_source(module) if found and isinstance(found.loader, SourceFileLoader) else None
+    return (ast.get_docstring(ast.parse(source or "")) or "").partition("\n")[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.errors import printable
-from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.progress import human
-from safeshard.streamer.run.calibrated import arithmetic_bytes, planned_steps
-from safeshard.streamer.run.runner import Result
-from safeshard.streamer.run.save_factors import Factors
-from safeshard.streamer.run.steps import JobRun, module_steps, workers_for
+
+if TYPE_CHECKING:
+    from safeshard.streamer.plan.job_plan import JobPlan
+    from safeshard.streamer.run.runner import Result
+    from safeshard.streamer.run.save_factors import Factors
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -44,6 +44,9 @@ def summary(results: Sequence[Result]) -> str:
 def plan(plans: Sequence[JobPlan], memory: int) -> str:
     """What a dry run says: bytes to read and write, modules, and the memory it takes, of `memory` bytes allowed."""
     import torch
+
+    from safeshard.streamer.run.calibrated import arithmetic_bytes, planned_steps
+    from safeshard.streamer.run.steps import JobRun, module_steps, workers_for
 
     runs = [JobRun(p) for p in plans]
     steps = [*module_steps(runs), *planned_steps(runs)]

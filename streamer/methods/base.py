@@ -10,18 +10,21 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from safeshard.kernels.factor import Factor
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.options import Dtype, Folder, Options, Place
+
+if TYPE_CHECKING:  # nobody waits for torch to read a method's options
+    import torch
+    from torch import Tensor
+
+    from safeshard.kernels.factor import Factor
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
 NEAR = 1e-6  # a cosine this close to the threshold is marked in the manifest: another device could decide otherwise
@@ -145,6 +148,8 @@ class Job(Options):
 
     def dense_dtype(self, aligned: Tensor) -> torch.dtype:
         """The dtype that a full checkpoint's weight is written in."""
+        import torch
+
         return getattr(torch, self.dtype) if self.dtype else aligned.dtype
 
     def edit(self, module: Module) -> Edit:
@@ -176,5 +181,7 @@ def random_key(seed: int, *names: str) -> int:
 
 def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Zero rows of A and columns of B up to `rank`; the product stays the same."""
+    from torch.nn.functional import pad
+
     extra = rank - a.shape[0]
-    return torch.nn.functional.pad(a, (0, 0, 0, extra)), torch.nn.functional.pad(b, (0, extra))
+    return pad(a, (0, 0, 0, extra)), pad(b, (0, extra))

@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from safeshard.kernels import merge
-from safeshard.kernels.compensation import LoraCompensated, Scores, groups_to_adapter, safe_delta_dense, safe_delta_lora
-from safeshard.kernels.dense import add, tiles
-from safeshard.kernels.factor import Factor
+from safeshard import kernels
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
@@ -22,6 +17,13 @@ from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module, pad_rank, unit_scaling_config
 from safeshard.streamer.methods.calibrate import Calibrated
 from safeshard.streamer.options import Finite, Place
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from safeshard.kernels.compensation import LoraCompensated, Scores
+    from safeshard.kernels.factor import Factor
 
 
 class SafeDelta(Job, Calibrated):
@@ -113,27 +115,28 @@ class SafeDelta(Job, Calibrated):
             result = self._lora(pair.a.float(), b, factor)
             if result.scores.selected_fraction == 0:
                 return Edit("selected", {"weight": module.aligned}, _fields(result.scores, factor))
-            delta = torch.cat([b[start:stop] @ m for start, stop, m in result.groups])
-            return Edit("selected", {"weight": add(module.aligned, delta, dtype)}, _fields(result.scores, factor))
+            delta = kernels.dense.stacked(b[start:stop] @ m for start, stop, m in result.groups)
+            return Edit(
+                "selected", {"weight": kernels.dense.add(module.aligned, delta, dtype)}, _fields(result.scores, factor)
+            )
         return self._dense(module, factor, module.aligned, dtype)
 
     def _dense(self, module: Module, factor: Factor, aligned: Tensor, dtype: torch.dtype) -> Edit:
         tuned = module.finetuned
         delta = _product(tuned) if isinstance(tuned, Lora) else (tuned.float() - aligned.float()).contiguous()
-        result = safe_delta_dense(
+        result = kernels.compensation.safe_delta_dense(
             delta, factor, self.strength, selection=self.selection, block_size=self.block_size,
             sub_block=self.sub_block, compensate=self.compensate,
         )  # fmt: skip
         if result.scores.selected_fraction == 0:  # to the bit, where adding zero would turn -0 into 0
             return Edit("selected", {"weight": aligned}, _fields(result.scores, factor))
-        new = add(aligned, result.delta, dtype)
-        if isinstance(tuned, Tensor):  # to the bit, where adding the delta back may round otherwise
-            rows = tiles(len(aligned))
-            new = (torch.where(result.mask[r], tuned[r].to(dtype), tile) for r, tile in zip(rows, new, strict=True))
+        new = kernels.dense.add(aligned, result.delta, dtype)
+        if not isinstance(tuned, Lora):  # to the bit, where adding the delta back may round otherwise
+            new = kernels.dense.where(result.mask, tuned, new, dtype)
         return Edit("selected", {"weight": new}, _fields(result.scores, factor))
 
     def _lora(self, a: Tensor, b: Tensor, factor: Factor) -> LoraCompensated:
-        return safe_delta_lora(
+        return kernels.compensation.safe_delta_lora(
             a,
             b,
             factor,
@@ -148,9 +151,9 @@ class SafeDelta(Job, Calibrated):
         a, b = module.finetuned.a.float(), module.finetuned.b.float() * module.finetuned.scaling
         result = self._lora(a, b, factor)
         fields = _fields(result.scores, factor) | {"rank": len(a) * len(result.groups)}
-        new_a, new_b = groups_to_adapter(result.groups, b)
+        new_a, new_b = kernels.compensation.groups_to_adapter(result.groups, b)
         if self.rank is not None:
-            new_a, new_b, lost = merge.truncate(new_a, new_b, self.rank)
+            new_a, new_b, lost = kernels.merge.truncate(new_a, new_b, self.rank)
             fields |= {"rank": self.rank, "lost_fraction": float(lost)}
         new_a, new_b = self._padded(module.finetuned, new_a, new_b)
         return Edit("selected", {"a": new_a, "b": new_b}, fields)
@@ -173,7 +176,9 @@ class SafeDelta(Job, Calibrated):
             return Edit(decision, {"weight": aligned}, fields)
         dtype = self.dense_dtype(aligned)
         return Edit(
-            decision, {"weight": add(aligned, _product(pair), dtype) if isinstance(pair, Lora) else pair}, fields
+            decision,
+            {"weight": kernels.dense.add(aligned, _product(pair), dtype) if isinstance(pair, Lora) else pair},
+            fields,
         )
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from safeshard.kernels.dense import add
+from safeshard import kernels
 from safeshard.streamer.inputs.adapter import LoraModule
-from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Module
+from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module
 from safeshard.streamer.options import Finite
 
 
@@ -59,13 +58,13 @@ class SafeLora(GatedJob):
         if self.threshold is not None:
             project = module.cosine <= self.threshold
             fields = {"threshold": self.threshold, "near_threshold": abs(module.cosine - self.threshold) <= NEAR}
-        dense = isinstance(module.finetuned, Tensor)
+        dense = not isinstance(module.finetuned, Lora)
         if not project:
-            kept = module.finetuned if isinstance(module.finetuned, Tensor) else module.finetuned.b
+            kept = module.finetuned.b if isinstance(module.finetuned, Lora) else module.finetuned
             return Edit("kept", {"weight" if dense else "b": kept}, fields)
         assert module.projected is not None
         if not dense:
             return Edit("projected", {"b": module.projected}, fields)
         assert module.aligned is not None
-        new = add(module.aligned, module.projected, self.dense_dtype(module.aligned))
+        new = kernels.dense.add(module.aligned, module.projected, self.dense_dtype(module.aligned))
         return Edit("projected", {"weight": new}, fields)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from safeshard.kernels import merge
-from safeshard.kernels.dense import add_deltas, add_low_rank_delta
+from safeshard import kernels
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
@@ -26,6 +24,9 @@ from safeshard.streamer.methods.base import (
     unit_scaling_config,
 )  # fmt: skip
 from safeshard.streamer.options import Finite, Place
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Combine = Literal["linear", "dare_linear", "exact", "svd"]
 
@@ -103,9 +104,9 @@ class SafeMerge(GatedJob):
         if merged:
             fields["weights"] = self.weights
         decision: Decision = "merged" if merged else "kept"
-        if isinstance(module.finetuned, Tensor):
+        if not isinstance(module.finetuned, Lora):
             return Edit(decision, {"weight": self._dense(module, fields) if merged else module.finetuned}, fields)
-        assert not isinstance(module.safe, Tensor)
+        assert module.safe is None or isinstance(module.safe, Lora)
         a, b = self._merge(module, fields) if merged else self._keep(module.finetuned, module.safe)
         return Edit(decision, {"a": a, "b": b}, fields | {"rank": a.shape[0]})
 
@@ -115,10 +116,10 @@ class SafeMerge(GatedJob):
             "dare_linear",
         ):  # PEFT's merge of one adapter: the root of its scaling on each side
             sign, root = _signed_root(finetuned.scaling)
-            return merge.linear([finetuned.a], [sign * root]), merge.linear([finetuned.b], [root])
+            return kernels.merge.linear([finetuned.a], [sign * root]), kernels.merge.linear([finetuned.b], [root])
         rank = finetuned.a.shape[0] + (safe.a.shape[0] if safe and self.combine == "exact" else 0)
         return pad_rank(
-            finetuned.a.float(), merge.linear([finetuned.b], [finetuned.scaling]), max(rank, self.rank or 0)
+            finetuned.a.float(), kernels.merge.linear([finetuned.b], [finetuned.scaling]), max(rank, self.rank or 0)
         )
 
     def _merge(self, module: Module, fields: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -129,34 +130,37 @@ class SafeMerge(GatedJob):
             roots = [_signed_root(w) for w in weights]
             a = self._sum(module.name, "a", [p.a for p in pairs], [sign * root for sign, root in roots])
             return a, self._sum(module.name, "b", [p.b for p in pairs], [root for _, root in roots])
-        a, b = merge.concatenate([(p.a, p.b) for p in pairs], weights)
+        a, b = kernels.merge.concatenate([(p.a, p.b) for p in pairs], weights)
         if self.combine == "exact":
             return a, b
-        a, b, lost = merge.truncate(a, b, self.rank or module.finetuned.a.shape[0])
+        a, b, lost = kernels.merge.truncate(a, b, self.rank or module.finetuned.a.shape[0])
         fields["lost_fraction"] = float(lost)
         return a, b
 
     def _sum(self, name: str, side: str, tensors: list[Tensor], weights: list[float]) -> Tensor:
         if self.combine == "linear":
-            return merge.linear(tensors, weights)
+            return kernels.merge.linear(tensors, weights)
         assert self.density is not None
         keys = [random_key(self.seed, name, role, side) for role in ("finetuned", "safe")[: len(tensors)]]
-        return merge.dare_linear(tensors, weights, self.density, keys)
+        return kernels.merge.dare_linear(tensors, weights, self.density, keys)
 
     def _dense(self, module: Module, fields: dict[str, Any]) -> Iterator[Tensor]:
         assert module.aligned is not None
-        assert isinstance(module.finetuned, Tensor)
-        assert isinstance(module.safe, Tensor)
+        assert not isinstance(module.finetuned, Lora)
+        assert module.safe is not None
+        assert not isinstance(module.safe, Lora)
         tensors, dtype = [module.finetuned, module.safe], self.dense_dtype(module.aligned)
         if self.combine == "svd":
             assert self.rank is not None
-            new, fields["lost_fraction"] = add_low_rank_delta(module.aligned, tensors, self.weights, self.rank, dtype)
+            new, fields["lost_fraction"] = kernels.dense.add_low_rank_delta(
+                module.aligned, tensors, self.weights, self.rank, dtype
+            )
             return new
 
         def key(index: int, row: int) -> int:
             return random_key(self.seed, module.name, ("finetuned", "safe")[index], "weight", str(row))
 
-        return add_deltas(module.aligned, tensors, self.weights, dtype, self.density, key)
+        return kernels.dense.add_deltas(module.aligned, tensors, self.weights, dtype, self.density, key)
 
 
 def _signed_root(value: float) -> tuple[float, float]:

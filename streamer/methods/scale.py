@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
-from safeshard.kernels import merge
-from safeshard.kernels.dense import interpolate
+from safeshard import kernels
 from safeshard.streamer.inputs.adapter import LoraModule
-from safeshard.streamer.methods.base import Edit, Job, Module
+from safeshard.streamer.methods.base import Edit, Job, Lora, Module
 from safeshard.streamer.options import Finite
 
 
@@ -28,8 +26,10 @@ class Scale(Job):
         return {"b": module.rank}
 
     def edit(self, module: Module) -> Edit:
-        if not isinstance(module.finetuned, Tensor):
-            return Edit("scaled", {"b": merge.linear([module.finetuned.b], [self.factor])})
+        if isinstance(module.finetuned, Lora):
+            return Edit("scaled", {"b": kernels.merge.linear([module.finetuned.b], [self.factor])})
         assert module.aligned is not None
         dtype = self.dense_dtype(module.aligned)
-        return Edit("scaled", {"weight": interpolate(module.aligned, module.finetuned, self.factor, dtype)})
+        return Edit(
+            "scaled", {"weight": kernels.dense.interpolate(module.aligned, module.finetuned, self.factor, dtype)}
+        )

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import resource
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -37,7 +38,7 @@ from safeshard.streamer.write.writer import Writer
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What came of a job: its plan, its manifest (None for a score or a dry run), and each module's cosine.
 
@@ -54,6 +55,13 @@ class Result:
     def output(self) -> Path:
         """The folder that was written."""
         return self.job.output
+
+    def __repr__(self) -> str:
+        decisions = Counter(entry.decision for entry in self.manifest.modules) if self.manifest else Counter[str]()
+        shown = ", ".join(f"{count} {decision}" for decision, count in decisions.most_common())
+        outcome = shown or (f"{len(self.cosines)} cosines" if self.cosines else "nothing written")
+        output = str(self.output) if self.job.writes_model else None
+        return f"Result({self.job.method!r}, output={output!r}, {len(self.plan.modules)} modules: {outcome})"
 
 
 def plan_jobs(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[JobPlan]:

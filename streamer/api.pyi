@@ -1,0 +1,228 @@
+"""The public functions: the commands, callable. Made by tests/stubs.py from the options; do not edit."""
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Literal
+
+from safeshard.manifests.verify import Finding
+from safeshard.streamer.run.runner import Result
+from safeshard.streamer.run.save_factors import Factors
+
+def batch(
+    jobs: str | PathLike[str],
+    *,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> list[Result]:
+    """Run the jobs of a YAML file in one pass.
+
+    A checkpoint that jobs share is read once.
+
+    Args:
+        jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
+        options: the fields of `RunOptions`.
+    """
+
+def calibrate(
+    *,
+    aligned: str | PathLike[str],
+    output: str | PathLike[str],
+    calibration: str | PathLike[str] | None = None,
+    samples: int = 128,
+    max_tokens: int = 512,
+    seed: int = 0,
+    percdamp: float = 0.01,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Factors:
+    """Save the factors that Safe Delta jobs share.
+
+    Returns their folder, and the modules of the aligned model that have none.
+    Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.
+    """
+
+def inspect(
+    output: str | PathLike[str],
+    *,
+    width: int | None = None,
+    color: bool = False,
+) -> str:
+    """Show the decisions of a finished output.
+
+    A table of layers and modules, and a summary.
+    """
+
+def report(
+    output: str | PathLike[str] | Sequence[str | PathLike[str]],
+    *,
+    file: str | PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a page about finished outputs.
+
+    One HTML file that needs nothing else, whatever the number of outputs. Returns where it is.
+
+    Args:
+        output: a finished output, or several.
+        file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output,
+            `report.html` in the current folder for several.
+        overwrite: replace an existing file.
+    """
+
+def safedelta(
+    *,
+    aligned: str | PathLike[str],
+    output: str | PathLike[str],
+    calibration: str | PathLike[str] | None = None,
+    samples: int = 128,
+    max_tokens: int = 512,
+    seed: int = 0,
+    percdamp: float = 0.01,
+    adapter: str | PathLike[str] | None = None,
+    finetuned: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    factors: str | PathLike[str] | None = None,
+    strength: float = 0.1,
+    selection: Literal["block", "row"] = "block",
+    block_size: int = 2048,
+    sub_block: int = 4,
+    compensate: bool = True,
+    rest: Literal["aligned", "finetuned"] = "aligned",
+    output_format: Literal["adapter", "checkpoint"] | None = None,
+    rank: int | None = None,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Safe Delta: keep what a safety budget allows.
+
+    The rest of the fine-tuned delta is reverted, and compensated (arXiv 2505.12038).
+    Keywords are the fields of `safeshard.streamer.methods.safedelta.SafeDelta` and of `RunOptions`.
+    """
+
+def safelora(
+    *,
+    aligned: str | PathLike[str],
+    output: str | PathLike[str],
+    unaligned: str | PathLike[str],
+    adapter: str | PathLike[str] | None = None,
+    finetuned: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    threshold: float | None = None,
+    num_layers: int | None = None,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """SafeLoRA: project onto the alignment subspace.
+
+    A fine-tuned delta is projected where it points elsewhere (arXiv 2405.16833).
+    Keywords are the fields of `safeshard.streamer.methods.safelora.SafeLora` and of `RunOptions`.
+    """
+
+def safemerge(
+    *,
+    aligned: str | PathLike[str],
+    output: str | PathLike[str],
+    unaligned: str | PathLike[str],
+    adapter: str | PathLike[str] | None = None,
+    finetuned: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    safe_adapter: str | PathLike[str] | None = None,
+    safe: str | PathLike[str] | None = None,
+    threshold: float = 0.35,
+    weights: tuple[float, float] = (0.8, 0.2),
+    combine: Literal["linear", "dare_linear", "exact", "svd"] = "linear",
+    density: float | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """SafeMERGE: merge with a safe model, by a gate.
+
+    A fine-tuned delta is merged with a safe one where it left the alignment subspace (arXiv 2503.17239).
+    Keywords are the fields of `safeshard.streamer.methods.safemerge.SafeMerge` and of `RunOptions`.
+    """
+
+def scale(
+    *,
+    aligned: str | PathLike[str],
+    output: str | PathLike[str],
+    factor: float,
+    adapter: str | PathLike[str] | None = None,
+    finetuned: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """Shrink a fine-tuned delta: the baseline.
+
+    Keywords are the fields of `safeshard.streamer.methods.scale.Scale` and of `RunOptions`.
+    """
+
+def score(
+    *,
+    aligned: str | PathLike[str],
+    unaligned: str | PathLike[str],
+    adapter: str | Sequence[str] = (),
+    finetuned: str | Sequence[str] = (),
+    output: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> list[Result]:
+    """Measure how far fine-tuned models strayed.
+
+    Cosines of one or many fine-tuned models in one pass over `aligned` and `unaligned`; writes no model.
+
+    Args:
+        adapter, finetuned: one source or several of each.
+        output: a .csv or .json file for the table.
+        options: `aligned`, `unaligned`, and the fields of `RunOptions`.
+    """
+
+def verify(
+    output: str | PathLike[str],
+    *,
+    inputs: bool = False,
+    recompute: int = 0,
+    seed: int = 0,
+    sources: Mapping[str, str | PathLike[str]] | None = None,
+    note: Callable[[str], None] = ...,
+) -> list[Finding]:
+    """Hash a finished output again.
+
+    Returns what differs from its manifest.
+
+    Args:
+        inputs: look at the inputs too: are they what was read?
+        recompute: how many modules, chosen by `seed`, to compute again from the inputs. Those that changed are refused.
+        sources: role -> place of inputs that have moved, and of those that lie at a URL.
+        note: receives what is worth knowing and is no difference: what was recomputed, what could not be compared.
+
+    Raises:
+        RequestError: no manifest, a URL that the manifest alone names, or inputs to recompute from that changed.
+        RunError: recomputing failed underway.
+    """
