@@ -37,11 +37,13 @@ class Factor:
         u: I x I fp32, upper triangular, zeros below the diagonal.
         damping: the fraction of the mean diagonal that was added to the diagonal.
         attempts: every such fraction tried, in order; the last is `damping`.
+        added: what was added to the Gram's diagonal, I values, fp64; None of a factor that does not say.
     """
 
     u: torch.Tensor
     damping: float
     attempts: tuple[float, ...]
+    added: torch.Tensor | None = None
 
     @cached_property
     def cost(self) -> torch.Tensor:
@@ -55,11 +57,22 @@ def _halves(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return matrix[:mid, :mid], matrix[:mid, mid:], matrix[mid:, mid:]
 
 
-def _copy_upper(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def copy_upper(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle, a panel of rows at a time: the whole at once takes four times as long to transpose."""
     for lo in range(0, len(source), LEAF):
         target[lo : lo + LEAF, lo:].copy_(source[lo : lo + LEAF, lo:])
     return target
+
+
+def cholesky_(h: torch.Tensor) -> bool:
+    """Replace H by R, upper triangular with H = R R^T, in place; False where H is not positive definite.
+
+    Args:
+        h: I x I, column-major; only the upper triangle is read and written.
+    """
+    failures: list[torch.Tensor] = []
+    _factor_(h, failures)
+    return not torch.stack(failures).any()
 
 
 def _factor_(h: torch.Tensor, failures: list[torch.Tensor]) -> None:
@@ -153,13 +166,12 @@ def safety_factor(gram: torch.Tensor, percdamp: float = 0.01, *, ladder: tuple[f
     work = torch.empty_like(gram, memory_format=torch.contiguous_format).T  # column-major, as LAPACK and cuSOLVER want
     for rung in ladder:
         attempts.append(percdamp * rung)
-        _copy_upper(gram, work).diagonal().copy_(diagonal + attempts[-1] * diagonal.mean())
-        failures: list[torch.Tensor] = []
-        _factor_(work, failures)
-        if not torch.stack(failures).any():
+        damped = diagonal + attempts[-1] * diagonal.mean()
+        copy_upper(gram, work).diagonal().copy_(damped)
+        if cholesky_(work):
             _invert_(work)
-            u = _copy_upper(work, torch.empty_like(work.T)).triu_()
-            return Factor(u, attempts[-1], tuple(attempts))
+            u = copy_upper(work, torch.empty_like(work.T)).triu_()
+            return Factor(u, attempts[-1], tuple(attempts), damped - gram.diagonal().double())
     if not gram.triu().isfinite().all():
         raise NonFiniteGramError("entries above the diagonal are not finite")
     raise NotPositiveDefiniteError(f"not positive definite with damping {', '.join(f'{a:g}' for a in attempts)}")
