@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import torch
 
+from safeshard.kernels.backend import upload
 from safeshard.kernels.row_compensation import CHUNK
 from safeshard.kernels.selection import BlockSelection
 
@@ -22,7 +23,7 @@ def _drop_within_sub_blocks(spread: torch.Tensor, kept: torch.Tensor, width: int
     """Zero what the kept columns of a chunk (rows of `spread`) would do to others of their own sub-block."""
     columns = torch.arange(width, device=spread.device)
     same = (kept // sub_block)[:, None] == (columns // sub_block)[None, :]
-    same[columns[: len(kept)], kept] = False
+    same &= kept[:, None] != columns[None, :]
     spread[:, :width].masked_fill_(same, 0)
 
 
@@ -32,9 +33,9 @@ def _solve(tri: torch.Tensor, rhs: torch.Tensor, head: int, absent: int | None) 
         return torch.linalg.solve_triangular(tri, rhs, upper=True, left=False)
     leading = torch.linalg.solve_triangular(tri, rhs[:head], upper=True, left=False)
     tri, rhs = tri.clone(), rhs[head:]
-    tri[:, absent] = 0
-    tri[absent, absent] = 1
-    rhs[:, absent] = 0
+    tri[:, absent].zero_()
+    tri[absent, absent].fill_(1)
+    rhs[:, absent].zero_()
     return torch.cat([leading, torch.linalg.solve_triangular(tri, rhs, upper=True, left=False)])
 
 
@@ -63,24 +64,25 @@ def compensate_columns(
     taken = selection.taken.clone()
     if head:
         taken[boundary] = True
+    columns = taken.nonzero().flatten()  # on the CPU, where the selection is: nothing here waits for a device
+    whole, index = upload(selection.taken.nonzero().flatten(), device), upload(columns, device)
     block, errors = change[:, start:stop], []
     chunk = CHUNK // sub_block * sub_block
     for lo in range(0, n, chunk):
-        kept = taken[lo : lo + chunk].nonzero().flatten()
-        if len(kept) == 0:
+        first, last = torch.searchsorted(columns, torch.tensor([lo, lo + chunk])).tolist()
+        if first == last:
             continue
-        index = (lo + kept).to(device)
-        spread = u[:, start + lo : stop].index_select(0, start + index)
-        _drop_within_sub_blocks(spread, kept.to(device), min(chunk, n - lo), sub_block)
-        tri = spread.index_select(1, kept.to(device))
-        error = block.index_select(1, index).sub_(target.index_select(1, index))
+        own = index[first:last]
+        spread = u[:, start + lo : stop].index_select(0, start + own)
+        _drop_within_sub_blocks(spread, own - lo, min(chunk, n - lo), sub_block)
+        tri = spread.index_select(1, own - lo)
+        error = block.index_select(1, own).sub_(target.index_select(1, own))
         partial = head > 0 and lo <= boundary < lo + chunk
-        error = _solve(tri, error, head, int((kept < boundary - lo).sum()) if partial else None)
+        error = _solve(tri, error, head, int((columns[first:last] < boundary).sum()) if partial else None)
         block[:, lo:].addmm_(error, spread, alpha=-1)
         errors.append(error)
-    whole = selection.taken.nonzero().flatten().to(device)
     block.index_copy_(1, whole, target.index_select(1, whole))
-    block[:head, boundary] = target[:head, boundary]
+    block[:head, boundary].copy_(target[:head, boundary])
     if errors and stop < change.shape[1]:
-        rest = u[:, stop:].index_select(0, start + taken.nonzero().flatten().to(device))
+        rest = u[:, stop:].index_select(0, start + index)
         change[:, stop:].addmm_(torch.cat(errors, 1), rest, alpha=-1)

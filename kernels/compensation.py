@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from safeshard.kernels.backend import Backend
+from safeshard.kernels.backend import Backend, upload
 from safeshard.kernels.column_compensation import compensate_columns
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.row_compensation import CHUNK, compensate_rows
@@ -97,9 +97,12 @@ def _scores(selections: list[BlockSelection], size: int) -> Scores:
     )
 
 
-def selection_mask(selections: list[BlockSelection], rows: int) -> torch.Tensor:
-    """The entries that consecutive blocks keep: rows x I booleans, on the CPU."""
-    return torch.cat([s.mask(rows) for s in selections], 1)
+def selection_mask(selections: list[BlockSelection], rows: int, device: torch.device | None = None) -> torch.Tensor:
+    """The entries that consecutive blocks keep: rows x I booleans, on `device` (the CPU by default)."""
+    mask = upload(torch.cat([s.taken for s in selections]), device or torch.device("cpu")).repeat(rows, 1)
+    for block, own in zip(selections, mask.split([len(s.taken) for s in selections], dim=1), strict=True):
+        own[: block.head, block.boundary].fill_(True)
+    return mask
 
 
 def _dense_block(
@@ -120,14 +123,15 @@ def _dense_block(
         selection = select_block(cost, loss, boundary_loss, rows, strength)
         compensate_columns(change, target, factor.u, start, selection, selection.head, sub_block)
         selections.append(selection)
-    mask = selection_mask(selections, rows).to(delta.device)
+    mask = selection_mask(selections, rows, delta.device)
     return Compensated(change, mask, _scores(selections, delta.numel()))
 
 
 def _dense_row(
     delta: torch.Tensor, factor: Factor, strength: float, block_size: int, sub_block: int, backend: Backend
 ) -> Compensated:
-    change, masks, budget, loss = torch.zeros_like(delta), [], 0.0, 0.0
+    change, masks, budget = torch.zeros_like(delta), [], 0.0
+    loss = torch.zeros((), dtype=torch.float64, device=delta.device)
     for start in range(0, delta.shape[1], block_size):
         own = slice(start, start + block_size)
         kept, block_budget, block_loss = select_rows(delta[:, own], change[:, own], factor.cost[own], strength)
@@ -135,7 +139,8 @@ def _dense_row(
         masks.append(kept)
         budget, loss = budget + block_budget, loss + block_loss
     mask = torch.cat(masks, 1)
-    return Compensated(change, mask, Scores(int(mask.count_nonzero()) / mask.numel(), budget, loss))
+    kept, spent = torch.stack([mask.count_nonzero().double(), loss]).tolist()  # one wait
+    return Compensated(change, mask, Scores(kept / mask.numel(), budget, spent))
 
 
 def safe_delta_dense(
@@ -248,7 +253,7 @@ def safe_delta_lora(
         groups = [LoraGroup(lo, hi, m) for (lo, hi, _), m in zip(groups, torch.split(stacked, rank), strict=True)]
         selections.append(selection)
     if not compensate:
-        kept = [torch.cat([s.columns(lo) for s in selections]).to(a.device) for lo, _, _ in groups]
+        kept = [upload(torch.cat([s.columns(lo) for s in selections]), a.device) for lo, _, _ in groups]
         groups = [LoraGroup(lo, hi, a * k) for (lo, hi, _), k in zip(groups, kept, strict=True)]
     return LoraCompensated(groups, selections, _scores(selections, len(b) * width))
 

@@ -19,7 +19,8 @@ cosine = 5 / sqrt(17 * 2).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,15 +28,17 @@ import triton.language as tl
 from torch import Tensor
 
 from safeshard.kernels import projection
-from safeshard.kernels.backend import Backend, resolve
+from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
 from safeshard.kernels.projection import WEIGHT_DTYPES
 
 # Columns of a full delta that are projected at a time.
 DENSE_COLUMNS = 1024
 
-# Triton: rows of one product, rows of one program, and the tile of a Gram matrix that a program owns.
+# Triton: rows of one product, rows of one program, the tile of a Gram matrix that a program owns, and how many entries
+# of the Gram matrices are multiplied at a time.
 BLOCK_N, CHUNK_N, BLOCK_R = 64, 1024, 16
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+BLOCK_SUM = 512
+LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 class Gate(NamedTuple):
@@ -49,48 +52,75 @@ class Gate(NamedTuple):
 
 @triton.jit
 def _inner_kernel(
-    x_ptr,  # n x r, fp32, strided
-    y_ptr,  # n x r, fp32, strided
-    partial_ptr,  # chunks x r x r, fp64, contiguous
+    x_ptr,  # n x R, fp32, strided
+    y_ptr,  # n x R, fp32, strided
+    first_ptr,  # members, int64: where a member's r columns begin
+    out_ptr,  # chunks x ... x members x r x r, fp64
     n,
     r,
-    chunk,  # rows of a program, a multiple of BLOCK_N
     x_stride_n,
     x_stride_r,
     y_stride_n,
     y_stride_r,
+    out_stride,  # of a chunk
+    CHUNK: tl.constexpr,  # rows of a program, a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """partial[c] = x[c]^T y[c] over the c-th chunk of rows.
+    """out[c, member] = x[c]^T y[c] over the c-th chunk of rows and a member's columns.
 
-    Grid: (tiles of r, tiles of r, chunks). Each block of rows is multiplied in fp32 ("ieee") and added in fp64.
+    Grid: (tiles of r x tiles of r, members, chunks). Each block of rows is multiplied in fp32 ("ieee") and added in
+    fp64.
     """
-    tile_x, tile_y, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    cols_x = tile_x * BLOCK_R + tl.arange(0, BLOCK_R)
-    cols_y = tile_y * BLOCK_R + tl.arange(0, BLOCK_R)
+    tiles = tl.cdiv(r, BLOCK_R)
+    member, part = tl.program_id(1), tl.program_id(2)
+    cols_x = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols_y = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.load(first_ptr + member)
+    x_cols, y_cols = (first + cols_x) * x_stride_r, (first + cols_y) * y_stride_r
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float64)
-    for start in range(part * chunk, tl.minimum((part + 1) * chunk, n), BLOCK_N):
+    for start in range(part * CHUNK, tl.minimum((part + 1) * CHUNK, n), BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         rows_long = rows.to(tl.int64)
-        x_offsets = rows_long[None, :] * x_stride_n + cols_x.to(tl.int64)[:, None] * x_stride_r
-        y_offsets = rows_long[:, None] * y_stride_n + cols_y.to(tl.int64)[None, :] * y_stride_r
+        x_offsets = rows_long[None, :] * x_stride_n + x_cols[:, None]
+        y_offsets = rows_long[:, None] * y_stride_n + y_cols[None, :]
         x = tl.load(x_ptr + x_offsets, (rows < n)[None, :] & (cols_x < r)[:, None], 0.0)
         y = tl.load(y_ptr + y_offsets, (rows < n)[:, None] & (cols_y < r)[None, :], 0.0)
         acc += tl.dot(x, y, input_precision="ieee").to(tl.float64)
-    out = (part.to(tl.int64) * r + cols_x[:, None]) * r + cols_y[None, :]
-    tl.store(partial_ptr + out, acc, (cols_x < r)[:, None] & (cols_y < r)[None, :])
+    out = part.to(tl.int64) * out_stride + (member.to(tl.int64) * r + cols_x[:, None]) * r + cols_y[None, :]
+    tl.store(out_ptr + out, acc, (cols_x < r)[:, None] & (cols_y < r)[None, :])
 
 
-def _inner_triton(x: Tensor, y: Tensor) -> Tensor:
-    """x^T y (r x r, fp64) of two n x r fp32 tensors."""
-    n, r = x.shape
-    chunks, tiles = triton.cdiv(n, CHUNK_N), triton.cdiv(r, BLOCK_R)
-    partial = x.new_empty((chunks, r, r), dtype=torch.float64)
-    _inner_kernel[(tiles, tiles, chunks)](
-        x, y, partial, n, r, CHUNK_N, *x.stride(), *y.stride(), BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, **LAUNCH
-    )
-    return partial.sum(0)
+@triton.jit
+def _sums_kernel(
+    aa_ptr,  # members x size, fp64: A A^T
+    b_ptr,  # 3 x members x size, fp64: B^T B, B^T Z, Z^T Z
+    out_ptr,  # 3 x members, fp64
+    size,  # r x r
+    BLOCK: tl.constexpr,
+):
+    """out[i, member] = sum(b[i, member] * aa[member]). Grid: (members, 3)."""
+    member, which = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    place = which * tl.num_programs(0) + member
+    acc = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, size, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        aa = tl.load(aa_ptr + member * size + entry, entry < size, 0.0)
+        acc += aa * tl.load(b_ptr + place * size + entry, entry < size, 0.0)
+    tl.store(out_ptr + place, tl.sum(acc))
+
+
+def _inner_triton(pairs: Sequence[tuple[Tensor, Tensor]], first: Tensor, r: int) -> Tensor:
+    """x^T y of each pair (n x R fp32) over each member's r columns, from `first` on: pairs x members x r x r, fp64."""
+    n, tiles = len(pairs[0][0]), blocks(r, BLOCK_R)
+    chunks = max(1, blocks(n, CHUNK_N))
+    out = torch.empty((chunks, len(pairs), len(first), r, r), dtype=torch.float64, device=first.device)
+    for index, (x, y) in enumerate(pairs):
+        launch(
+            _inner_kernel, (tiles * tiles, len(first), chunks), x, y, first, out[:, index], n, r, *x.stride(),
+            *y.stride(), out.stride(0), CHUNK=CHUNK_N, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, **LAUNCH,
+        )  # fmt: skip
+    return out.sum(0)
 
 
 def _inner_torch(x: Tensor, y: Tensor) -> Tensor:
@@ -137,15 +167,46 @@ def lora_gate(
             raise ValueError(
                 f"A must be {b.shape[1]} x {aligned.shape[1]} and of {WEIGHT_DTYPES}, got {tuple(a.shape)}, {a.dtype}"
             )
-    implementation = resolve(backend, aligned, unaligned, *factors, *(a for a, _ in adapters))
-    products, squared_norm = projection.project(aligned, unaligned, factors, backend=implementation)
-    inner = _inner_triton if implementation == "triton" else _inner_torch
+    if resolve(backend, aligned, unaligned, *factors, *(a for a, _ in adapters)) == "triton":
+        return _gates_triton(aligned, unaligned, adapters)
+    return _gates_torch(aligned, unaligned, adapters)
+
+
+def _gates_triton(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> list[Gate]:
+    """All deltas as one wide A and B, whose Gram matrices are formed in a few launches for each rank."""
+    ranks = [b.shape[1] for _, b in adapters]
+    firsts = list(accumulate(ranks, initial=0))
+    members: dict[int, list[int]] = {}
+    for index, rank in enumerate(ranks):
+        members.setdefault(rank, []).append(index)
+    order = [index for group in members.values() for index in group]
+    a, b = torch.cat([a for a, _ in adapters]).float().T, projection.side_by_side([b for _, b in adapters])
+    z, squared_norm = projection.project_wide(aligned, unaligned, b)
+    places = upload(torch.tensor([firsts[index] for index in order]), a.device).split(list(map(len, members.values())))
+    sums = [_group_sums(a, b, z, first, rank) for rank, first in zip(members, places, strict=True)]
+    delta_squares, dots, projected_squares = torch.cat(sums, dim=1)
+    cosines = _cosine(dots, projected_squares, delta_squares, squared_norm).unbind()
+    projected = _over_norm(z, squared_norm).split(ranks, dim=1)
+    at = {index: place for place, index in enumerate(order)}
+    return [Gate(cosines[at[index]], projected[index]) for index in range(len(adapters))]
+
+
+def _group_sums(a: Tensor, b: Tensor, z: Tensor, first: Tensor, rank: int) -> Tensor:
+    """|D|^2, <P D, D> |V|_F and |P D|^2 |V|_F^2 of each delta of a rank: 3 x members, fp64."""
+    gram_a, grams = _inner_triton([(a, a)], first, rank), _inner_triton([(b, b), (b, z), (z, z)], first, rank)
+    out = torch.empty((3, len(first)), dtype=torch.float64, device=a.device)
+    launch(_sums_kernel, (len(first), 3), gram_a, grams, out, rank * rank, BLOCK=BLOCK_SUM, **LAUNCH)
+    return out
+
+
+def _gates_torch(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> list[Gate]:
+    products, squared_norm = projection.project(aligned, unaligned, [b for _, b in adapters], backend="torch")
     gates = []
     for (a, b), z in zip(adapters, products, strict=True):
         a, b = a.float(), b.float()
-        gram_a = inner(a.T, a.T)
+        gram_a = _inner_torch(a.T, a.T)
         rank, both = len(gram_a), torch.cat((b, z), dim=1)
-        gram = inner(both, both)  # of [B Z]: one product, for thin ones cost more to start than to compute
+        gram = _inner_torch(both, both)  # of [B Z]: one product, for thin ones cost more to start than to compute
         delta_square, dot = (gram[:rank, :rank] * gram_a).sum(), (gram[:rank, rank:] * gram_a).sum()
         projected_square = (gram[rank:, rank:] * gram_a).sum()
         gates.append(Gate(_cosine(dot, projected_square, delta_square, squared_norm), _over_norm(z, squared_norm)))
@@ -210,14 +271,3 @@ def dense_gate(
             projected[:, strip] = _over_norm(product, squared_norm)
     cosine = _cosine(dot, projected_square, delta_square, squared_norm)
     return Gate(cosine, projected)
-
-
-def _compile_case(contiguous: str, other: str) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-    """One launch with n x r operands whose `contiguous` axis has stride 1."""
-    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "partial_ptr": "*fp64", "n": "i32", "r": "i32", "chunk": "i32"}
-    signature |= {f"x_stride_{other}": "i32", f"y_stride_{other}": "i32"}
-    constexprs = {f"x_stride_{contiguous}": 1, f"y_stride_{contiguous}": 1, "BLOCK_N": BLOCK_N, "BLOCK_R": BLOCK_R}
-    return _inner_kernel, signature, constexprs, LAUNCH
-
-
-COMPILE_CASES = [_compile_case("r", "n"), _compile_case("n", "r")]

@@ -9,55 +9,74 @@ until `symmetrize` mirrors it, once, for those who want the whole matrix.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
-from safeshard.kernels.backend import Backend, resolve
+from safeshard.kernels.backend import Backend, blocks, launch, resolve, target
 
 PANEL = 512  # columns a product of the torch implementation covers; narrower ones save work below the diagonal
 SLAB = 2048  # rows converted to fp32 at a time
+VECTOR = 16  # values; the compiler loads 128 bits at a time where strides and widths are known multiples of it
 
-_SIGNATURE = {"gram_ptr": "*fp32", "n": "i32", "size": "i32", "stride_x": "i64", "stride_gram": "i64"}
+GROUP = 8  # rows of tiles that programs pass through together, so that the columns they share stay in the L2 cache
 
 
-def _tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Launch settings by operand type: fp32 products run without tensor cores and want smaller tiles.
+def tile(architecture: GPUTarget, dtype: torch.dtype, *, whole: bool) -> dict[str, Any]:
+    """How to launch by device and operand type.
 
-    Tiles of 128 x 128 spill registers where the row stride is not known to be a multiple of 16 bytes.
+    Wide tiles read each input less often. fp32 products run without tensor cores and want small ones, and so does a
+    Gram whose rows are not `whole` vectors: it is added to value by value, and wide tiles have no registers for that.
     """
+    nvidia = architecture.backend == "cuda"
     if dtype == torch.float32:
-        return {"BLOCK_I": 64, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_I": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        edge, inner, warps, stages = 64 if nvidia or architecture.warp_size == 64 else 32, 16, 4, 2
+    elif nvidia and whole:
+        edge, inner, warps, stages = 128, 64, 8, 3
+    else:
+        edge, inner, warps, stages = 64, 64, 4, 3 if nvidia else 2
+    return {"BLOCK_I": edge, "BLOCK_N": inner, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _gram_kernel(
-    x_ptr,  # (n, size) bf16, fp16 or fp32
+    x_ptr,  # (n, width) bf16, fp16 or fp32; columns from `size` on are not used
     gram_ptr,  # (size, size) fp32, upper tiles are added to
     n,
+    width,
     size,
     stride_x,
     stride_gram,
+    GROUP: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Grid (tiles, tiles); one program owns one BLOCK_I x BLOCK_I tile on or above the diagonal. fp32 accumulation."""
-    if tl.program_id(0) > tl.program_id(1):
+    """Grid (tiles x tiles,); one program owns one BLOCK_I x BLOCK_I tile on or above the diagonal. fp32 accumulation.
+
+    Programs go down GROUP rows of tiles, then to the next column. Those below the diagonal end at once.
+    """
+    tiles = tl.cdiv(size, BLOCK_I)
+    band, rest = tl.program_id(0) // (GROUP * tiles), tl.program_id(0) % (GROUP * tiles)
+    height = tl.minimum(tiles - band * GROUP, GROUP)
+    tile_row, tile_col = band * GROUP + rest % height, rest // height
+    if tile_row > tile_col:
         return
-    row = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
-    col = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
+    row = (tile_row * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
+    col = (tile_col * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
     acc = tl.zeros((BLOCK_I, BLOCK_I), dtype=tl.float32)
     for begin in range(0, n, BLOCK_N):
         token = begin + tl.arange(0, BLOCK_N).to(tl.int64)
         left = tl.load(
             x_ptr + token[:, None] * stride_x + row[None, :],
-            mask=(token < n)[:, None] & (row < size)[None, :],
+            mask=(token < n)[:, None] & (row < width)[None, :],
             other=0.0,
         )
         right = tl.load(
             x_ptr + token[:, None] * stride_x + col[None, :],
-            mask=(token < n)[:, None] & (col < size)[None, :],
+            mask=(token < n)[:, None] & (col < width)[None, :],
             other=0.0,
         )
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
@@ -66,24 +85,19 @@ def _gram_kernel(
     tl.store(place, tl.load(place, mask=inside) + acc, mask=inside)
 
 
-COMPILE_CASES = [
-    (
-        _gram_kernel,
-        {"x_ptr": pointer, **_SIGNATURE},
-        {k: v for k, v in _tiles(dtype).items() if k.startswith("BLOCK")},
-        {k: v for k, v in _tiles(dtype).items() if k.startswith("num")},
-    )
-    for pointer, dtype in (("*bf16", torch.bfloat16), ("*fp16", torch.float16), ("*fp32", torch.float32))
-]
-
-
 def _accumulate_triton(gram: torch.Tensor, x: torch.Tensor) -> None:
     if x.dtype == torch.bfloat16 and not isinstance(_gram_kernel, triton.JITFunction):
         x = x.float()  # Triton's interpreter multiplies the bit patterns of bf16 operands
-    n, size = x.shape
-    settings = _tiles(x.dtype)
-    tiles = triton.cdiv(size, settings["BLOCK_I"])
-    _gram_kernel[(tiles, tiles)](x, gram, n, size, x.stride(0), gram.stride(0), **settings)
+    size = len(gram)
+    if x.stride(1) != 1 or x.stride(0) % VECTOR or size % VECTOR or x.storage_offset() % VECTOR:
+        # Rows that begin anywhere would be loaded value by value; a copy whose rows begin at whole vectors is not.
+        x = torch.nn.functional.pad(x, (0, -size % VECTOR)).contiguous()
+    settings = tile(target(x.device), x.dtype, whole=gram.stride(0) % VECTOR == 0 and size % VECTOR == 0)
+    tiles = blocks(size, settings["BLOCK_I"])
+    launch(
+        _gram_kernel, (tiles * tiles,), x, gram, len(x), x.shape[1], size, x.stride(0), gram.stride(0),
+        GROUP=GROUP, **settings,
+    )  # fmt: skip
 
 
 def _accumulate_torch(gram: torch.Tensor, x: torch.Tensor) -> None:
@@ -119,7 +133,7 @@ def accumulate(gram: torch.Tensor, x: torch.Tensor, *, backend: Backend = "auto"
     if gram.stride(1) != 1:
         raise ValueError("gram must have contiguous rows")
     if resolve(backend, gram, x) == "triton":
-        _accumulate_triton(gram, x if x.stride(1) == 1 else x.contiguous())
+        _accumulate_triton(gram, x)
     else:
         _accumulate_torch(gram, x)
 

@@ -12,14 +12,13 @@ Example: linear([[1, 2], [3, 4]], [0.5, 2]) = [6.5, 9].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from safeshard.kernels.backend import Backend, resolve
+from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
 from safeshard.kernels.philox import philox_words
 
 # torch: counters (four entries each) worked on at a time; their temporaries stay in cache.
@@ -33,15 +32,15 @@ BLOCK = 256
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "threshold"])
 def _accumulate_kernel(
     x_ptr,  # n, bf16/fp16/fp32, contiguous
     out_ptr,  # n, fp32, contiguous
     n,
-    weight_ptr,  # 1, fp32
-    key_ptr,  # 1, int64: the key's 64 bits
+    weight,
+    key: tl.int64,  # its 64 bits, signed
     density,
-    threshold,  # int64: a word below it keeps its entry
+    threshold: tl.int64,  # a word below it keeps its entry
     FIRST: tl.constexpr,
     DROP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -57,36 +56,27 @@ def _accumulate_kernel(
     if DROP:
         zero = tl.zeros((BLOCK,), tl.uint32)
         low, high = (counter & 0xFFFFFFFF).to(tl.uint32), (counter >> 32).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox(tl.load(key_ptr), low, high, zero, zero)
+        w0, w1, w2, w3 = tl.philox(key.to(tl.int64), low, high, zero, zero)
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
         x = tl.where(words.to(tl.int64) < threshold, tl.div_rn(x, density), 0.0)
     out = tl.zeros((4 * BLOCK,), tl.float32)
     if not FIRST:
         out = tl.load(out_ptr + entry, mask, 0.0)
-    tl.store(out_ptr + entry, out + tl.load(weight_ptr) * x, mask)
+    tl.store(out_ptr + entry, out + weight * x, mask)
 
 
-def _accumulate_triton(out: Tensor, x: Tensor, weight: Tensor, density: float, key: int, *, first: bool) -> None:
+def _accumulate_triton(out: Tensor, x: Tensor, weight: float, density: float, key: int, *, first: bool) -> None:
     n = x.numel()
     signed = key - (1 << 64) if key >> 63 else key
-    _accumulate_kernel[(triton.cdiv(n, 4 * BLOCK),)](
-        x.contiguous(),
-        out,
-        n,
-        weight,
-        torch.tensor(signed, device=x.device),
-        density,
-        _threshold(density),
-        FIRST=first,
-        DROP=density < 1,
-        BLOCK=BLOCK,
-        **LAUNCH,
-    )
+    launch(
+        _accumulate_kernel, (blocks(n, 4 * BLOCK),), x.contiguous(), out, n, weight, signed, density,
+        _threshold(density), FIRST=first, DROP=density < 1, BLOCK=BLOCK, **LAUNCH,
+    )  # fmt: skip
 
 
 def _accumulate_torch(out: Tensor, x: Tensor, weight: Tensor, density: float, key: int) -> None:
     # As a tensor on the device: there, torch turns the division by a Python number into a product with its inverse.
-    divisor = torch.tensor(density, dtype=torch.float32, device=x.device)
+    divisor = upload(torch.tensor(density, dtype=torch.float32), x.device)
     flat, result = x.reshape(-1), out.view(-1)
     for start in range(0, len(flat), 4 * COUNTERS):
         part = slice(start, min(start + 4 * COUNTERS, len(flat)))
@@ -113,15 +103,16 @@ def _weighted_sum(
         raise ValueError(f"tensors must have one shape, got {sorted({tuple(tensor.shape) for tensor in tensors})}")
     if not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], got {density}")
-    implementation = resolve(backend, *tensors)
+    if resolve(backend, *tensors) == "triton":
+        out = torch.empty(tensors[0].shape, device=tensors[0].device)
+        for i, (tensor, number, key) in enumerate(zip(tensors, weights, keys, strict=True)):
+            _accumulate_triton(out, tensor, number, density, key, first=i == 0)
+        return out
     # From zero, as torch sums: a sum of negative zeros is then a positive one.
     out = torch.zeros(tensors[0].shape, device=tensors[0].device)
-    rounded = torch.tensor(weights, dtype=torch.float32, device=out.device)
-    for i, (tensor, weight, key) in enumerate(zip(tensors, rounded, keys, strict=True)):
-        if implementation == "triton":
-            _accumulate_triton(out, tensor, weight, density, key, first=i == 0)
-        else:
-            _accumulate_torch(out, tensor, weight, density, key)
+    rounded = upload(torch.tensor(weights, dtype=torch.float32), out.device)
+    for tensor, weight, key in zip(tensors, rounded, keys, strict=True):
+        _accumulate_torch(out, tensor, weight, density, key)
     return out
 
 
@@ -261,17 +252,3 @@ def truncate_dense(delta: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _lost(cut: Tensor, total: Tensor) -> Tensor:
     """sqrt(cut / total) of squared norms, 0 where the total is."""
     return torch.where(total == 0, 0.0, cut / total).sqrt()
-
-
-def _compile_case(x: str, *, first: bool, drop: bool) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-    signature = {"x_ptr": x, "out_ptr": "*fp32", "n": "i32", "weight_ptr": "*fp32", "key_ptr": "*i64"}
-    signature |= {"density": "fp32", "threshold": "i64"}
-    return _accumulate_kernel, signature, {"FIRST": first, "DROP": drop, "BLOCK": BLOCK}, LAUNCH
-
-
-COMPILE_CASES = [
-    _compile_case("*bf16", first=True, drop=False),
-    _compile_case("*fp32", first=False, drop=False),
-    _compile_case("*fp32", first=True, drop=True),
-    _compile_case("*bf16", first=False, drop=True),
-]

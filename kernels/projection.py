@@ -19,8 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 
-from safeshard.kernels.backend import Backend, resolve
+from safeshard.kernels.backend import Backend, blocks, launch, resolve, target
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -33,13 +34,36 @@ MIN_TILE_ROWS = 64
 # as one by one at rank 16, where that changes no bit.
 LANES, STACK = 16, 128
 
-# Triton: the tile of one program (WIDE_R columns where there are more than BLOCK_R), and how many programs a launch
-# aims at through splits of the summed axis. The split depends on V's shape alone, so that neither the device nor the
-# other adapters of a batch change the result.
-BLOCK_M, BLOCK_K, BLOCK_R, WIDE_R = 64, 32, 16, 32
+# Triton: rows and summed columns of one program's tile, and how many programs a launch aims at through splits of the
+# summed axis. The split depends on V's shape alone, so that neither the device nor the other adapters of a batch change
+# the result.
+BLOCK_M, BLOCK_K = 64, 32
 TARGET_PROGRAMS = 512
 MAX_SPLITS = 16
-LAUNCH = {BLOCK_R: {"num_warps": 4, "enable_fp_fusion": True}, WIDE_R: {"num_warps": 8, "enable_fp_fusion": True}}
+
+
+def tile(architecture: GPUTarget, dtype: torch.dtype, r: int) -> dict[str, Any]:
+    """How to launch the product of weights with an X of `r` columns: the tile's columns, precision, compiler's options.
+
+    A wide tile converts and splits each entry of V once for more columns. It is as wide as registers allow, and its one
+    group of four warps shares all of it: eight give both halves the whole work. An element's order of sums is the
+    same for all.
+    """
+    nvidia = architecture.backend == "cuda"
+    if nvidia:
+        widest = 128 if architecture.arch in (90, 100, 103) else 64
+    else:
+        widest = 64 if architecture.warp_size == 64 else 32
+    if dtype == torch.float32:  # twice the registers for what is loaded ahead
+        widest //= 2
+    return {
+        "BLOCK_R": min(max(16, triton.next_power_of_2(r)), widest),
+        # A product is three TF32 products on NVIDIA's tensor cores, together as exact as one in fp32; AMD has none.
+        "PRECISION": "tf32x3" if nvidia else "ieee",
+        "num_warps": 4,
+        "num_stages": 3 if nvidia else 2,
+        "enable_fp_fusion": True,
+    }
 
 
 class Projection(NamedTuple):
@@ -67,6 +91,7 @@ def _product_kernel(
     unaligned_stride_m,
     unaligned_stride_k,
     NORM: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -74,8 +99,7 @@ def _product_kernel(
     """partial[split] = (aligned - unaligned)[:, split] x[split]; with NORM also the sum of the squared differences.
 
     Grid: (tiles of R, tiles of M, splits of K). Programs of one tile of V are neighbours, so that all but the first
-    find it in the L2 cache. Differences and sums are fp32, squares end in fp64. A product is three TF32 products on the
-    tensor cores, together as exact as one in fp32 ("tf32x3").
+    find it in the L2 cache. Differences and sums are fp32, squares end in fp64.
     """
     tile_r, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -93,7 +117,7 @@ def _product_kernel(
         v = tl.load(aligned_ptr + aligned_offsets, mask, 0.0).to(tl.float32)
         v -= tl.load(unaligned_ptr + unaligned_offsets, mask, 0.0).to(tl.float32)
         x = tl.load(x_ptr + inner_long[:, None] * r + cols[None, :], (inner < k)[:, None] & col_mask, 0.0)
-        acc = tl.dot(v, x, acc, input_precision="tf32x3")
+        acc = tl.dot(v, x, acc, input_precision=PRECISION)
         if NORM:
             squares += v * v
     out = (split.to(tl.int64) * m + rows_long) * r + cols[None, :]
@@ -102,48 +126,55 @@ def _product_kernel(
         tl.store(squares_ptr + split * tl.num_programs(1) + tile_m, tl.sum(squares.to(tl.float64)))
 
 
+def splits_of(m: int, k: int) -> tuple[int, int]:
+    """Into how many pieces a product of M x K sums its K axis, and a piece's length (a multiple of BLOCK_K)."""
+    steps = blocks(k, BLOCK_K)
+    splits = max(1, min(blocks(TARGET_PROGRAMS, max(1, blocks(m, BLOCK_M))), steps, MAX_SPLITS))
+    return splits, blocks(steps, splits) * BLOCK_K
+
+
 def _product_triton(aligned: Tensor, unaligned: Tensor, x: Tensor, *, norm: bool) -> tuple[Tensor, Tensor]:
-    """(aligned - unaligned) x for M x K operands and a contiguous fp32 x (K x R), and, with norm, the squared norm."""
+    """(aligned - unaligned) x for M x K operands and a contiguous fp32 x (K x R), and, with norm, the partial sums of
+    the squared norm."""
     (m, k), r = aligned.shape, x.shape[1]
-    tiles_m = triton.cdiv(m, BLOCK_M)
-    splits = min(triton.cdiv(TARGET_PROGRAMS, tiles_m), triton.cdiv(k, BLOCK_K), MAX_SPLITS)
-    chunk = triton.cdiv(triton.cdiv(k, BLOCK_K), splits) * BLOCK_K
+    tiles_m, (splits, chunk) = blocks(m, BLOCK_M), splits_of(m, k)
+    settings = tile(target(x.device), torch.promote_types(aligned.dtype, unaligned.dtype), r)
     partial = x.new_empty((splits, m, r))
-    squares = torch.zeros((splits, tiles_m), dtype=torch.float64, device=x.device)
-    block_r = BLOCK_R if r <= BLOCK_R else WIDE_R
-    _product_kernel[(triton.cdiv(r, block_r), tiles_m, splits)](
-        aligned,
-        unaligned,
-        x,
-        partial,
-        squares,
-        m,
-        k,
-        r,
-        chunk,
-        *aligned.stride(),
-        *unaligned.stride(),
-        NORM=norm,
-        BLOCK_M=BLOCK_M,
-        BLOCK_K=BLOCK_K,
-        BLOCK_R=block_r,
-        **LAUNCH[block_r],
-    )
-    return partial.sum(0), squares.sum()
+    squares = x.new_empty((splits, tiles_m) if norm else (1,), dtype=torch.float64)
+    strides = (*aligned.stride(), *unaligned.stride())
+    # One column of programs at least, for the norm.
+    grid = (max(1, blocks(r, settings["BLOCK_R"])), tiles_m, splits)
+    launch(
+        _product_kernel, grid, aligned, unaligned, x, partial, squares, m, k, r, chunk, *strides,
+        NORM=norm, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, **settings,
+    )  # fmt: skip
+    return partial.sum(0), squares
+
+
+def project_wide(aligned: Tensor, unaligned: Tensor, wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Triton: V (V^T B) for one contiguous fp32 B (O x R) of all factors side by side, and |V|_F^2 (0-d fp64).
+
+    Two launches. A column's bits do not depend on the others.
+    """
+    y, squares = _product_triton(aligned.T, unaligned.T, wide, norm=True)
+    z, _ = _product_triton(aligned, unaligned, y, norm=False)
+    return z, squares.sum()
 
 
 def _project_triton(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Projection:
-    """Two launches over all factors as one wide B."""
-    wide = torch.cat([factor.float() for factor in factors], dim=1)
-    y, squared_norm = _product_triton(aligned.T, unaligned.T, wide, norm=True)
-    z, _ = _product_triton(aligned, unaligned, y, norm=False)
+    z, squared_norm = project_wide(aligned, unaligned, side_by_side(factors))
     return Projection(list(z.split([factor.shape[1] for factor in factors], dim=1)), squared_norm)
+
+
+def side_by_side(factors: Sequence[Tensor]) -> Tensor:
+    """All factors as one contiguous fp32 matrix, O x (r_1 + r_2 + ...), in one or two launches."""
+    return torch.cat(list(factors), dim=1).float().contiguous()
 
 
 def _row_tiles(aligned: Tensor, unaligned: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, V[rows] in fp32) over all rows; the tensor is overwritten by the next step."""
     rows, cols = aligned.shape
-    step = min(rows, _tile_rows(cols))
+    step = max(1, min(rows, _tile_rows(cols)))
     buffer = aligned.new_empty((step, cols), dtype=torch.float32)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
@@ -152,7 +183,7 @@ def _row_tiles(aligned: Tensor, unaligned: Tensor) -> Iterator[tuple[slice, Tens
 
 
 def _tile_rows(cols: int) -> int:
-    return max(MIN_TILE_ROWS, TILE_ELEMENTS // cols)
+    return max(MIN_TILE_ROWS, TILE_ELEMENTS // max(1, cols))
 
 
 def _squared_norm(tile: Tensor) -> Tensor:
@@ -199,7 +230,7 @@ def _groups(factors: Sequence[Tensor], rows: int, cols: int) -> list[list[Tensor
 
     `rows` and `cols` are those of the tensor that `_row_tiles` cuts.
     """
-    step = min(rows, _tile_rows(cols))
+    step = max(1, min(rows, _tile_rows(cols)))
     shapes = {step, rows % step or step}
     limit = STACK if len(factors) > 1 and all(_stackable(shape, cols) for shape in shapes) else LANES
     groups: list[list[Tensor]] = []
@@ -276,22 +307,3 @@ def check_operands(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]
     for tensor in (aligned, unaligned, *factors):
         if tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"tensors must be bfloat16, float16 or float32, got {tensor.dtype}")
-
-
-def _compile_case(weight: str, norm: bool, block_r: int) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]:
-    """One launch on row-major weights: the first (norm) reads them transposed, so its M axis is the contiguous one."""
-    contiguous, other = ("m", "k") if norm else ("k", "m")
-    signature = {"aligned_ptr": weight, "unaligned_ptr": weight, "x_ptr": "*fp32", "partial_ptr": "*fp32"}
-    signature |= {"squares_ptr": "*fp64", "m": "i32", "k": "i32", "r": "i32", "chunk": "i32"}
-    signature |= {f"aligned_stride_{other}": "i32", f"unaligned_stride_{other}": "i32"}
-    constexprs: dict[str, Any] = {f"aligned_stride_{contiguous}": 1, f"unaligned_stride_{contiguous}": 1}
-    constexprs |= {"NORM": norm, "BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K, "BLOCK_R": block_r}
-    return _product_kernel, signature, constexprs, LAUNCH[block_r]
-
-
-COMPILE_CASES = [
-    _compile_case(weight, norm, block_r)
-    for weight in ("*bf16", "*fp16", "*fp32")
-    for norm in (True, False)
-    for block_r in (BLOCK_R, WIDE_R)
-]

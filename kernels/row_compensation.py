@@ -12,17 +12,16 @@ to the columns after it is one matrix product. Shapes: X and D are O x I, U is I
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
-from safeshard.kernels.backend import Backend, resolve
+from safeshard.kernels.backend import Backend, blocks, launch, resolve
 
 CHUNK = 128  # columns of a chunk; also the largest sub-block
 
 _BLOCK_R = 16
+_LAUNCH = {"CHUNK": CHUNK, "BLOCK_R": _BLOCK_R, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -57,7 +56,9 @@ def _row_chunk_kernel(
         later = (col < width) & (col // sub_block > j // sub_block)
         spread = tl.load(u_row + col, mask=later, other=0.0)
         here = (col == j)[None, :]
-        e = tl.sum(tl.where(here & kept, change - delta, 0.0), axis=1) / tl.load(u_row + j)
+        # div_rn is the exact quotient; "/" is an approximation on a device.
+        e = tl.sum(tl.where(here & kept, change - delta, 0.0), axis=1)
+        e = tl.div_rn(e, tl.load(u_row + j))
         change -= e[:, None] * spread[None, :]
         error = tl.where(here, e[:, None], error)
         u_row += stride_u
@@ -65,38 +66,13 @@ def _row_chunk_kernel(
     tl.store(error_ptr + row[:, None] * stride_error + col[None, :], error, mask=inside)
 
 
-COMPILE_CASES: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]] = [
-    (
-        _row_chunk_kernel,
-        {
-            "change_ptr": "*fp32",
-            "delta_ptr": "*fp32",
-            "kept_ptr": "*i1",
-            "u_ptr": "*fp32",
-            "error_ptr": "*fp32",
-            "rows": "i32",
-            "width": "i32",
-            "sub_block": "i32",
-            "stride_change": "i64",
-            "stride_delta": "i64",
-            "stride_kept": "i64",
-            "stride_u": "i64",
-            "stride_error": "i64",
-        },
-        {"CHUNK": CHUNK, "BLOCK_R": _BLOCK_R},
-        {},
-    )
-]
-
-
 def _chunk_triton(
     change: torch.Tensor, delta: torch.Tensor, kept: torch.Tensor, u: torch.Tensor, error: torch.Tensor, sub_block: int
 ) -> None:
     rows, width = change.shape
     strides = (change.stride(0), delta.stride(0), kept.stride(0), u.stride(0), error.stride(0))
-    _row_chunk_kernel[(triton.cdiv(rows, _BLOCK_R),)](
-        change, delta, kept, u, error, rows, width, sub_block, *strides, CHUNK=CHUNK, BLOCK_R=_BLOCK_R
-    )
+    grid = (blocks(rows, _BLOCK_R),)
+    launch(_row_chunk_kernel, grid, change, delta, kept, u, error, rows, width, sub_block, *strides, **_LAUNCH)
 
 
 def _chunk_torch(

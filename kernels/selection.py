@@ -12,20 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from safeshard.kernels.backend import Backend, resolve
+from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
 
 EXCLUDED = 0.15  # share of a block's entries, the costliest, that is never kept
 REFERENCE_ROWS = 4096  # the budget is stated for a layer of this many rows
-ROW_TILE = 64  # rows the torch implementations hold in fp64 at a time
+ROW_TILE = 64  # rows the torch implementations hold in fp64 at a time on a CPU, in its cache
+DEVICE_ROW_TILE = 2048  # and on a device, where launches cost more than memory
 
-_LOSS_BLOCKS = {"BLOCK_R": 32, "BLOCK_C": 64}
 _SLAB = 512  # rows one program of the Triton kernel sums
+_LAUNCH = {"SLAB": _SLAB, "BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def select_block(
     Args:
         cost: n values 1 / U_jj^2, fp64, CPU.
         column_loss: n losses, each of a column over all rows, fp64, CPU.
-        boundary_loss: gives the losses of column j by row: `rows` values, fp64, any device. Called at most once.
+        boundary_loss: gives the losses of column j by row: `rows` values, fp64, any device. Called at most once. They
+            are added up on the CPU: a device's running sum differs from run to run.
         rows: O.
         strength: s >= 0.
 
@@ -99,7 +100,7 @@ def select_block(
     if whole == n:
         return BlockSelection(taken, 0, 0, rows * n, budget, loss)
     boundary = int(order[whole])
-    partial = loss + torch.cumsum(boundary_loss(boundary), 0)
+    partial = loss + torch.cumsum(boundary_loss(boundary).cpu(), 0)
     head = min(int((partial <= budget).sum()), candidates - whole * rows)
     return BlockSelection(
         taken, boundary, head, whole * rows + head, budget, float(partial[head - 1]) if head else loss
@@ -108,7 +109,7 @@ def select_block(
 
 def select_rows(
     delta: torch.Tensor, change: torch.Tensor, cost: torch.Tensor, strength: float
-) -> tuple[torch.Tensor, float, float]:
+) -> tuple[torch.Tensor, float, torch.Tensor]:
     """Select within each row of one block (`selection="row"`): every row has the block's budget divided by its rows.
 
     Columns go in the same order as in `select_block`; the int(0.15 * n) costliest are never kept. Strength 0 keeps
@@ -120,23 +121,29 @@ def select_rows(
         strength: s >= 0.
 
     Returns:
-        The mask (O x n booleans, on the device of `delta`), the budget and the loss, both over all rows.
+        The mask (O x n booleans), the budget and the loss (0-d fp64), both over all rows; the tensors are on the device
+        of `delta`.
     """
     rows, n = delta.shape
     budget = float(cost.mean()) * (strength / 2) / REFERENCE_ROWS
     mask = torch.zeros(rows, n, dtype=torch.bool, device=delta.device)
     loss = torch.zeros((), dtype=torch.float64, device=delta.device)
     if budget == 0:
-        return mask, 0.0, 0.0
-    order = torch.argsort(cost, stable=True)[: n - int(EXCLUDED * n)].to(delta.device)
-    price = cost.to(delta.device)[order]
-    for lo in range(0, rows, ROW_TILE):
-        tile = slice(lo, lo + ROW_TILE)
+        return mask, 0.0, loss
+    cheapest = torch.argsort(cost, stable=True)[: n - int(EXCLUDED * n)]
+    order, price = upload(cheapest, delta.device), upload(cost[cheapest], delta.device)
+    step = _row_tile(delta.device)
+    for lo in range(0, rows, step):
+        tile = slice(lo, lo + step)
         losses = (delta[tile] - change[tile])[:, order].double().square_().mul_(price)
         kept = losses.cumsum(1) <= budget
         loss += losses.masked_fill_(~kept, 0).sum(1).sum()  # by rows first: the same bits on any number of threads
         mask[tile] = mask[tile].index_copy_(1, order, kept)
-    return mask, budget * rows, float(loss)
+    return mask, budget * rows, loss
+
+
+def _row_tile(device: torch.device) -> int:
+    return ROW_TILE if device.type == "cpu" else DEVICE_ROW_TILE
 
 
 @triton.jit
@@ -166,38 +173,19 @@ def _column_squares_kernel(
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * n + col, acc, mask=col < n)
 
 
-COMPILE_CASES: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]] = [
-    (
-        _column_squares_kernel,
-        {
-            "delta_ptr": "*fp32",
-            "change_ptr": "*fp32",
-            "sums_ptr": "*fp64",
-            "rows": "i32",
-            "n": "i32",
-            "stride_delta": "i64",
-            "stride_change": "i64",
-        },
-        {"SLAB": _SLAB, **_LOSS_BLOCKS},
-        {},
-    )
-]
-
-
 def _column_squares_triton(delta: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     rows, n = delta.shape
-    slabs = triton.cdiv(rows, _SLAB)
+    slabs = blocks(rows, _SLAB)
     sums = torch.empty(slabs, n, dtype=torch.float64, device=delta.device)
-    grid = (triton.cdiv(n, _LOSS_BLOCKS["BLOCK_C"]), slabs)
-    _column_squares_kernel[grid](
-        delta, change, sums, rows, n, delta.stride(0), change.stride(0), SLAB=_SLAB, **_LOSS_BLOCKS
-    )
+    grid = (blocks(n, _LAUNCH["BLOCK_C"]), slabs)
+    launch(_column_squares_kernel, grid, delta, change, sums, rows, n, delta.stride(0), change.stride(0), **_LAUNCH)
     return sums.sum(0)
 
 
 def _column_squares_torch(delta: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     sums = torch.zeros(delta.shape[1], dtype=torch.float64, device=delta.device)
-    for tile, written in zip(torch.split(delta, ROW_TILE), torch.split(change, ROW_TILE), strict=True):
+    step = _row_tile(delta.device)
+    for tile, written in zip(torch.split(delta, step), torch.split(change, step), strict=True):
         sums += (tile - written).double().square_().sum(0)
     return sums
 
