@@ -1,6 +1,6 @@
 """What a launch compiles to for a device that is not here: registers, memory, and the instructions of the binary.
 
-A launch is specialised as Triton specialises it: an integer 1 becomes a constant, and multiples of 16 are known as such,
+A launch is specialised as Triton does it: an integer 1 becomes a constant, and multiples of 16 are known as such,
 as tensors are, which torch aligns.
 """
 
