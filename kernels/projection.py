@@ -237,7 +237,7 @@ def _groups(factors: Sequence[Tensor], rows: int, cols: int) -> list[list[Tensor
     room = 0
     for factor in factors:
         padded = torch.nn.functional.pad(factor.float(), (0, -factor.shape[1] % LANES))
-        if padded.shape[1] > room:
+        if not groups or padded.shape[1] > room:
             groups.append([])
             room = limit
         groups[-1].append(padded)

@@ -138,7 +138,7 @@ def select_rows(
         losses = (delta[tile] - change[tile])[:, order].double().square_().mul_(price)
         kept = losses.cumsum(1) <= budget
         loss += losses.masked_fill_(~kept, 0).sum(1).sum()  # by rows first: the same bits on any number of threads
-        mask[tile] = mask[tile].index_copy_(1, order, kept)
+        mask[tile].index_copy_(1, order, kept)
     return mask, budget * rows, loss
 
 

@@ -1,4 +1,4 @@
-"""`x[...]` for tensors that claim a device which this build of torch does not know: its own asks that device."""
+"""`x[...]`, `~x` and such for tensors on a device that this build of torch does not know: its own ask that device."""
 
 from __future__ import annotations
 
@@ -14,12 +14,26 @@ class Indexing(TorchFunctionMode):
     """Inside, indexing is made of views by select, slice and unsqueeze, and of `aten.index` where a tensor indexes."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (args and isinstance(args[0], Tensor) and args[0].is_cuda):
+            return func(*args, **(kwargs or {}))
         if func is Tensor.__getitem__:
             return _part(*args)
         if func is Tensor.__setitem__:
+            assert not any(isinstance(own, Tensor) for own in (args[1] if isinstance(args[1], tuple) else args[1:2]))
             part = _part(*args[:2])
-            return part.copy_(args[2]) if isinstance(args[2], Tensor) else part.fill_(args[2])
+            return _copy(part, args[2]) if isinstance(args[2], Tensor) else part.fill_(args[2])
+        if func is Tensor.copy_:
+            return _copy(*args, **(kwargs or {}))
+        if func is Tensor.__invert__:
+            return torch.bitwise_not(args[0])
+        if func is Tensor.tolist:
+            return func(args[0].cpu())
         return func(*args, **(kwargs or {}))
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():  # which asks the device, too
+        return torch.ops.aten.copy_.default(target, source, non_blocking)
 
 
 def _part(x: Tensor, key: Any) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from indexing import Indexing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from safeshard.kernels import backend
@@ -108,6 +110,9 @@ def device(architecture: GPUTarget) -> Iterator[list[Launch]]:
     def run(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **settings: Any) -> None:
         recorded.append(Launch(kernel, grid, args, settings, current[-1]))
 
+    def interpreted(kernel: Any, grid: tuple[int, ...]) -> Any:
+        return partial(run, kernel, grid=grid, warmup=False)
+
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(Indexing())
@@ -116,6 +121,7 @@ def device(architecture: GPUTarget) -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch.object(torch.version, "hip", "7.0" if architecture.backend == "hip" else None))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda self: self))
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(InterpretedFunction, "__getitem__", interpreted))
         stack.callback(backend.target.cache_clear)
         backend.target.cache_clear()
         yield recorded

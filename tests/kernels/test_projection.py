@@ -148,6 +148,18 @@ def test_torch_never_holds_the_difference_as_a_whole(transposed: bool) -> None:
     assert largest.elements <= TILE_ELEMENTS
 
 
+@pytest.mark.parametrize(("rows", "cols", "rank"), [(0, 5, 2), (5, 0, 2), (0, 0, 1), (5, 4, 0)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_nothing_projects_to_nothing(
+    backend: Backend, device: str, rows: int, cols: int, rank: int, transposed: bool
+) -> None:
+    aligned, unaligned = weights(8, rows, cols, transposed=transposed, device=device)
+    projected, squared_norm = project(aligned, unaligned, factors(9, rows, [rank, 1], device), backend=backend)
+    assert [tuple(z.shape) for z in projected] == [(rows, rank), (rows, 1)]
+    assert all((z == 0).all() for z in projected) or rank == 0
+    assert squared_norm.item() == pytest.approx((aligned.double() - unaligned.double()).square().sum().item())
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, under the interpreter
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_not_finite_reaches_the_outputs(backend: Backend, device: str, value: float) -> None:

@@ -1,0 +1,182 @@
+"""A device that is not there: its tensors say that they are on "cuda:1" and lie on the CPU; what is asked is counted.
+
+Inside `stand_in()` torch and the kernels run as on a device, in torch's own arithmetic and Triton's interpreter.
+Counted are launches (of kernels, and of torch's operations but for views) and waits: reading a value, copying to the
+host without pinned memory or `non_blocking`, copying from pageable memory, sizes that depend on values, synchronize().
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from indexing import Indexing
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from triton.runtime.interpreter import InterpretedFunction
+
+from safeshard.kernels import backend
+
+DEVICE = torch.device("cuda:1")
+aten = torch.ops.aten
+ASKING = {
+    aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.is_nonzero.default,
+    aten.masked_select.default, aten._linalg_check_errors.default, aten._unique2.default,
+}  # fmt: skip
+EMPTY = {aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.empty_like.default}
+COPIES = {aten._to_copy.default, aten.copy_.default}
+
+
+class OnDevice(Tensor):
+    """A tensor of the stand-in device; `held` has its values."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls: type[OnDevice], held: Tensor) -> OnDevice:
+        own = Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=DEVICE,
+        )
+        own.held = held
+        return own
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} outside of stand_in()")
+
+
+class Device(TorchDispatchMode):
+    """What the stand-in has counted.
+
+    Attributes:
+        waits: where the host waited for the device: the innermost lines of the project, or the operation.
+        launches: names of kernels and operations, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.launches: list[str] = []
+        self._pinned: set[int] = set()
+        self._held: list[Tensor] = []  # so that no other memory comes to lie where pinned memory lay
+
+    def wait(self, what: object) -> None:
+        own = [f for f in traceback.extract_stack() if "safeshard" in f.filename or "/kernels/" in f.filename]
+        place = next((f for f in reversed(own) if "/tests/" not in f.filename), None)
+        self.waits.append(f"{what} at {place.filename}:{place.lineno}" if place else str(what))
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        self._held.append(tensor)
+        self._pinned.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._pinned
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, OnDevice)]
+        device, pin = kwargs.get("device"), kwargs.pop("pin_memory", None)
+        to_device = bool(device is not None and torch.device(device).type == "cuda")
+        if to_device:
+            kwargs["device"] = torch.device("cpu")
+        on_device = to_device or (bool(given) and (device is None or to_device))
+        if func in COPIES:
+            on_device = self._copy(func, args, kwargs, to_device, device)
+        elif given or to_device:
+            if func in ASKING or (
+                func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+            ):
+                self.wait(func)
+            elif not func.is_view and func not in EMPTY:
+                self.launches.append(str(func))
+        known = {id(x.held): x for x in given}
+        args, kwargs = tree_map(lambda x: x.held if isinstance(x, OnDevice) else x, (args, kwargs))
+        result = func(*args, **kwargs)
+
+        def wrapped(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            if id(x) in known:
+                return known[id(x)]
+            if pin or (given and not on_device):
+                self.pin(x)
+            return OnDevice(x) if on_device else x
+
+        return tree_map(wrapped, result)
+
+    def _copy(self, func: Any, args: Any, kwargs: dict[str, Any], to_device: bool, device: Any) -> bool:
+        """Count a copy; return whether its result is on the device."""
+        if func is aten.copy_.default:
+            target, source = args[0], args[1]
+            there, here = isinstance(target, OnDevice), isinstance(source, OnDevice)
+            blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
+            pinned = self.is_pinned(source if there else target) if there != here else True
+        else:
+            source = args[0]
+            here = isinstance(source, OnDevice)
+            there = to_device or (here and device is None)
+            blocking, pinned = not kwargs.get("non_blocking", False), here or self.is_pinned(source)
+        if there == here:
+            if here:
+                self.launches.append(str(func))
+        elif (blocking or not pinned) and source.numel():
+            self.wait(f"copy {'up' if there else 'down'}")
+        return there
+
+    def launch(self, kernel: InterpretedFunction, grid: Any) -> Callable[..., None]:
+        def run(*args: Any, **settings: Any) -> None:
+            self.launches.append(kernel.fn.__name__)
+            args, settings = tree_map(lambda x: x.held if isinstance(x, OnDevice) else x, (args, settings))
+            with torch.utils._python_dispatch._disable_current_modes():
+                launch(kernel, grid)(*args, **settings)
+
+        launch = _GETITEM
+        return run
+
+
+_GETITEM = InterpretedFunction.__getitem__
+
+
+@contextmanager
+def stand_in() -> Iterator[Device]:
+    """Inside, "cuda" is the stand-in device, for this thread."""
+    device = Device()
+
+    @contextmanager
+    def guard(_: object) -> Iterator[None]:
+        yield
+
+    stream = SimpleNamespace(synchronize=lambda: device.wait("synchronize"), wait_event=lambda _: None)
+    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: device.wait("event"))
+    with ExitStack() as stack:
+        properties = SimpleNamespace(major=9, minor=0)
+        for name, value in {
+            "get_device_properties": lambda _: properties, "device": guard, "current_stream": lambda *_: stream,
+            "empty_cache": lambda: None, "synchronize": lambda *_: device.wait("synchronize"),
+            "Event": lambda *_, **__: event, "_lazy_init": lambda: None,
+        }.items():  # fmt: skip
+            stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda own: device.pin(own.clone())))
+        stack.enter_context(
+            mock.patch.object(InterpretedFunction, "__getitem__", lambda own, grid: device.launch(own, grid))
+        )
+        stack.callback(backend.target.cache_clear)
+        backend.target.cache_clear()
+        stack.enter_context(Indexing())
+        stack.enter_context(device)
+        yield device
