@@ -151,8 +151,8 @@ class SavedFactors:
 def sample_weights(aligned: Checkpoint) -> str:
     """BLAKE3 of samples of every linear of the first layer, and of one linear of each further layer, in turn."""
     layers: dict[int | None, list[TensorRef]] = {}
-    for name, ref in aligned.linears.items():
-        layers.setdefault(layer_of(name), []).append(ref)
+    for name, stored in aligned.linears.items():
+        layers.setdefault(layer_of(name), []).append(stored.ref)
     chosen = [
         ref for number, refs in enumerate(layers.values()) for ref in ([refs[number % len(refs)]] if number else refs)
     ]
@@ -161,11 +161,7 @@ def sample_weights(aligned: Checkpoint) -> str:
 
 def _width(group: SavedGroup, aligned: Checkpoint) -> int:
     """Input features of a group's linears; 0 where the model has no such linear, or they differ."""
-    widths = {
-        ref.shape[0 if aligned.is_transposed(name) else 1]
-        for name in group.modules
-        if (ref := aligned.linears.get(name)) is not None
-    }
+    widths = {stored.shape[1] for name in group.modules if (stored := aligned.linears.get(name)) is not None}
     return widths.pop() if len(widths) == 1 else 0
 
 

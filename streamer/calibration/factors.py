@@ -109,8 +109,7 @@ class Calibration:
 
     def _shape(self, module: str) -> tuple[int, int]:
         """(O, I) of a linear."""
-        shape = self.aligned.linears[module].shape
-        return (shape[1], shape[0]) if self.aligned.is_transposed(module) else (shape[0], shape[1])
+        return self.aligned.linears[module].shape
 
     def _forward_bytes(self, shapes: Mapping[str, Sequence[int]], tokens: int) -> int:
         """The weights of a layer, or of the embeddings, and the inputs and outputs of a layer's linears for a batch."""

@@ -197,7 +197,7 @@ class _Matching:
     def _check_shapes(self, name: str, module: LoraModule) -> None:
         weight = self.base.weight(name)
         assert weight is not None
-        outputs, inputs = weight.shape[::-1] if self.base.is_transposed(name) else weight.shape
+        outputs, inputs = weight.shape
         for ref, shape in ((module.a, (module.rank, inputs)), (module.b, (outputs, module.rank))):
             if ref.dtype not in FLOATS:
                 self._refuse(ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype")

@@ -10,7 +10,9 @@ from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import Header, TensorRef
+from safeshard.streamer.inputs.codecs import FORMATS, Refused
 from safeshard.streamer.inputs.headers import file_header, read_headers
+from safeshard.streamer.inputs.layouts import Modules, Stored, plain
 from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
 
@@ -21,10 +23,6 @@ FLOATS = ("BF16", "F16", "F32")
 # Buffers that old transformers releases saved and new ones do not; they are recomputed and carry no training.
 BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-# What GPTQ, AWQ, HQQ, compressed-tensors, fp8, bitsandbytes and quanto store beside a weight or in its place.
-_QUANTISED = re.compile(
-    r"(?P<module>.+)\.(qweight|W_q|weight_packed|weight_scale|weight_scale_inv|SCB|weight\.(absmax|quant_map|_data))"
-)
 
 
 class Checkpoint:
@@ -42,15 +40,15 @@ class Checkpoint:
         self.tensors: dict[str, TensorRef] = {name: ref for h in headers.values() for name, ref in h.tensors.items()}
         self.files = [file_header(source, name, header) for name, header in sorted(headers.items())]
 
-    def weight(self, module: str) -> TensorRef | None:
+    def weight(self, module: str) -> Stored | None:
         """The weight of a module; an output head that shares the embedding's weight is found there."""
-        ref = self.tensors.get(module + ".weight")
-        if ref is None and self.tied and module.rpartition(".")[2] == "lm_head":
+        found = self.modules.find(module)
+        if found is None and self.tied and module.rpartition(".")[2] == "lm_head":
             embeddings = [
                 ref for name, ref in self.tensors.items() if re.search(r"(^|\.)(embed_tokens|wte)\.weight$", name)
             ]
-            return embeddings[0] if len(embeddings) == 1 else None
-        return ref
+            return plain(embeddings[0]) if len(embeddings) == 1 else None
+        return found
 
     @property
     def tied(self) -> bool:
@@ -61,21 +59,28 @@ class Checkpoint:
         return bool(said) and "lm_head.weight" not in self.tensors
 
     @cached_property
-    def linears(self) -> dict[str, TensorRef]:
-        """Weights of the decoder's linear layers: 2-D `.weight` tensors inside a numbered layer, in model order.
+    def modules(self) -> Modules:
+        """Every linear by its module's name, however it is stored."""
+        return Modules(self.tensors, self.config, self.stores_transposed)
 
-        One without elements is not among them: there is nothing to treat.
-        """
-        refs = {
-            name.removesuffix(".weight"): ref
-            for name, ref in self.tensors.items()
-            if name.endswith(".weight") and len(ref.shape) == 2 and ref.nbytes and layer_of(name) is not None
-        }
-        return dict(sorted(refs.items(), key=lambda item: natural(item[0])))
+    @cached_property
+    def linears(self) -> dict[str, Stored]:
+        """Weights of the decoder's linear layers, those of experts too, in model order."""
+        found = {name: self.modules.find(name) for name in self.modules.names}
+        return {name: stored for name, stored in found.items() if stored is not None}
 
-    def is_transposed(self, module: str) -> bool:
-        """Whether a module's weight is stored in x out: true of decoder linears of a model that `stores_transposed`."""
-        return self.stores_transposed and module in self.linears
+    @cached_property
+    def encoded_tensors(self) -> frozenset[str]:
+        """The tensors of quantised weights: their values and scales."""
+        return frozenset(ref.name for found in self.modules.encodings.values() for ref in found.refs.values())
+
+    @cached_property
+    def beside_encoded(self) -> frozenset[str]:
+        """What lies beside a quantised weight for its own sake: its shape, scales of activations and caches."""
+        modules = self.modules.encodings
+        beside = (name for name in self.tensors if name.rpartition(".")[0] in modules and not name.endswith(".bias"))
+        caches = (name for name in self.tensors if modules and name.endswith((".k_scale", ".v_scale")))
+        return frozenset([*beside, *caches]) - self.encoded_tensors
 
     @cached_property
     def stores_transposed(self) -> bool:
@@ -85,49 +90,35 @@ class Checkpoint:
         """
         votes = [
             bias.shape == ref.shape[1:]
-            for module, ref in self.linears.items()
-            if (bias := self.tensors.get(module + ".bias")) and ref.shape[0] != ref.shape[1]
+            for name, ref in self.tensors.items()
+            if name.endswith(".weight") and len(ref.shape) == 2 and ref.nbytes and layer_of(name) is not None
+            if (bias := self.tensors.get(name.removesuffix("weight") + "bias")) and ref.shape[0] != ref.shape[1]
         ]
         return bool(votes) and all(votes)
 
     def treatable(self, modules: Iterable[str]) -> Iterator[Offence]:
-        """Offences of modules that no method can treat: quantised, fused or of another dtype."""
+        """Offences of modules that no method can treat: of a format that is not read, or of another dtype."""
         for module in modules:
-            ref = self.weight(module)
-            if module in self._quantised:
-                yield self._quantised_offence(module)
-            elif ref is not None and ref.dtype not in FLOATS:
-                yield self.offence(
-                    ref.name, "BF16, F16 or F32", ref.dtype, "dequantise or convert the checkpoint first"
-                )
-            elif ref is not None and (len(ref.shape) != 2 or not ref.nbytes):
+            found = self.weight(module)
+            ref = self.tensors.get(f"{module}.weight")
+            if found is None and (why := self.modules.reason(module)) is not None:
+                yield self._refused(why)
+            elif found is not None and found.dtype not in FLOATS:
+                remedy = "dequantise or convert the checkpoint first"
+                yield self.offence(found.name, "BF16, F16 or F32", found.dtype, remedy)
+            elif (found is not None and not found.numel) or (found is None and ref is not None):
+                shape = ref.shape if ref is not None else ()
                 expected, remedy = "a 2-D weight with elements", "leave the module out of the adapter"
-                yield self.offence(ref.name, expected, str(list(ref.shape)), remedy)
+                yield self.offence(f"{module}.weight", expected, str(list(shape)), remedy)
 
     def untreatable_tensors(self) -> Iterator[Offence]:
         """Offences of tensors that would be left out when every decoder linear is treated."""
-        for module in sorted(self._quantised.keys() - self.linears.keys(), key=natural):
-            yield self._quantised_offence(module)
-        for name, ref in sorted(self.tensors.items(), key=lambda item: natural(item[0])):
-            plain = name.endswith(".weight") and len(ref.shape) == 2
-            if "expert" in name and len(ref.shape) > 1 and layer_of(name) is not None and not plain:
-                got, remedy = f"fused {list(ref.shape)}", "split the experts"
-                yield self.offence(name, "experts as separate 2-D .weight tensors", got, remedy)
+        for name in sorted(self.modules.refused, key=natural):
+            yield self._refused(self.modules.refused[name])
 
-    @cached_property
-    def _quantised(self) -> dict[str, str]:
-        """Module -> a tensor that shows its weight to be quantised."""
-        return {
-            match["module"]: name
-            for name in sorted(self.tensors, reverse=True)
-            if (match := _QUANTISED.fullmatch(name))
-        }
-
-    def _quantised_offence(self, module: str) -> Offence:
-        config = self.config.get("quantization_config")
-        method = config.get("quant_method", "") if isinstance(config, dict) else ""
-        got = f"quantised weights ({method})" if method else "quantised weights"
-        return self.offence(self._quantised[module], "BF16, F16 or F32 weights", got, "use the original checkpoint")
+    def _refused(self, why: Refused) -> Offence:
+        expected = f"weights in BF16, F16 or F32, or quantised as {', '.join(FORMATS)}"
+        return self.offence(why.tensor, expected, why.got, why.remedy)
 
     def offence(self, tensor: str, expected: str, got: str, remedy: str) -> Offence:
         """An offence about one of this checkpoint's tensors."""

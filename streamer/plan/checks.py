@@ -10,6 +10,7 @@ from safeshard.streamer.inputs.checkpoint import BUFFERS, FLOATS, Checkpoint
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.outputs import counterpart
 from safeshard.streamer.plan.side_files import MAX_SIDE_BYTES, SIDE_FILES
+from safeshard.streamer.plan.storage import module_offences, moved
 from safeshard.streamer.tensor_names import natural
 
 
@@ -23,6 +24,7 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
             if other.source.identity == aligned.source.identity:
                 yield Offence(other.source.spec, "", "another checkpoint than --aligned", "the same", f"check --{role}")
             yield from _shape_offences(aligned, other)
+            yield from module_offences(aligned, other)
     modules = list(finetuned.modules) if isinstance(finetuned, Adapter) else list(aligned.linears)
     for checkpoint in (c for c in plan.inputs.values() if isinstance(c, Checkpoint)):
         yield from checkpoint.treatable(
@@ -45,7 +47,7 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
     if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint:
         for module in finetuned.modules:
             weight = aligned.weight(module)
-            if weight is not None and weight.name != f"{module}.weight":
+            if weight is not None and weight.name != f"{module}.weight" and module not in aligned.linears:
                 got, remedy = f"it shares {weight.name}", "write an adapter, or untie the weights"
                 yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
     yield from plan.job.check(finetuned, safe)
@@ -64,9 +66,10 @@ def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:
 
 
 def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
+    elsewhere, _ = moved(aligned, other)
     for name, ref in aligned.tensors.items():
         theirs = counterpart(other, name)
-        if theirs is None or theirs.shape == ref.shape:
+        if theirs is None or theirs.shape == ref.shape or name in elsewhere:
             continue
         remedy = "use checkpoints of one architecture"
         if theirs.shape[1:] == ref.shape[1:] and ("embed" in name or "wte" in name or "lm_head" in name):
@@ -79,7 +82,7 @@ def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]
 def _dtype_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]:
     """Offences of tensors beside the linears whose numbers cannot take the aligned tensor's dtype."""
     floats = (*FLOATS, "F64")
-    linears = {ref.name for ref in aligned.linears.values()}
+    linears = {name for stored in aligned.linears.values() for name in stored.names} | aligned.encoded_tensors
     for name, ref in aligned.tensors.items():
         theirs = counterpart(tuned, name)
         if theirs is None or theirs.dtype == ref.dtype or name in linears or BUFFERS.fullmatch(name):
@@ -91,10 +94,11 @@ def _dtype_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]
 
 def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
     remedy = "use checkpoints of one architecture"
-    for name in sorted(aligned.tensors.keys() - other.tensors.keys(), key=natural):
+    ours, theirs = moved(aligned, other)
+    for name in sorted(aligned.tensors.keys() - other.tensors.keys() - ours, key=natural):
         if not BUFFERS.fullmatch(name) and not (other.tied and name == "lm_head.weight"):
             yield other.offence(name, f"every tensor of {aligned.source.spec}", "missing", remedy)
-    for name in sorted(other.tensors.keys() - aligned.tensors.keys(), key=natural):
+    for name in sorted(other.tensors.keys() - aligned.tensors.keys() - theirs, key=natural):
         tied = aligned.tied and other.config.get("tie_word_embeddings", True)
         if not BUFFERS.fullmatch(name) and not (tied and name == "lm_head.weight"):
             yield other.offence(name, f"no tensor that {aligned.source.spec} lacks", "an extra tensor", remedy)

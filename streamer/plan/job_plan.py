@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,8 @@ from safeshard.manifests.schema import Fallback, Manifest
 from safeshard.streamer.calibration.groups import FactorSource
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.layouts import Stored
+from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.sources import Source
 
@@ -23,26 +25,49 @@ class Pair:
     source: Source
     lora: LoraModule
 
+    @property
+    def key(self) -> Hashable:
+        """Equal for one place."""
+        return tuple(read.key for read in self.reads())
+
+    def reads(self) -> Iterator[Read]:
+        """What is read of it."""
+        yield Read(self.source, self.lora.a)
+        yield Read(self.source, self.lora.b)
+
 
 @dataclass(frozen=True)
 class Weight:
-    """A checkpoint's tensor; `transposed` where it is stored in x out."""
+    """A checkpoint's weight, wherever it is stored."""
 
     source: Source
-    ref: TensorRef
-    transposed: bool = False
+    stored: Stored
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for one place."""
+        return (self.source.identity, self.stored.key)
+
+    def reads(self) -> Iterator[Read]:
+        """What is read of it."""
+        return (Read(self.source, ref) for ref in self.stored.refs())
 
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One module of one job: what it is computed from, and the output tensor of each part it writes."""
+    """One module of one job: what it is computed from, and where in the output's tensors each part goes."""
 
     name: str
     finetuned: Pair | Weight
     safe: Pair | Weight | None
     aligned: Weight | None
     unaligned: Weight | None
-    writes: Mapping[str, str]
+    writes: Mapping[str, Stored]
+
+    @property
+    def outputs(self) -> set[str]:
+        """The output tensors that it writes to."""
+        return {name for stored in self.writes.values() for name in stored.names}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from safeshard.manifests.safetensors_header import TensorRef, layout
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.adapter import WEIGHTS, Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, SINGLE, Checkpoint
+from safeshard.streamer.inputs.layouts import Stored, plain
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, OutputFile, Pair, Weight
+from safeshard.streamer.plan.storage import encoded_counterparts, moved
 from safeshard.streamer.tensor_names import natural
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -41,9 +43,9 @@ def _pair_modules(plan: JobPlan, adapter: Adapter) -> None:
     for name, lora in adapter.modules.items():
         other = pairs.get(name)
         if job.writes_checkpoint:
-            writes = {"weight": _weight(plan.aligned, name).ref.name}
+            writes = {"weight": _weight(plan.aligned, name).stored}
         else:
-            writes = {part: (lora.a if part == "a" else lora.b).name for part in job.parts(lora, other)}
+            writes = {part: plain(lora.a if part == "a" else lora.b) for part in job.parts(lora, other)}
         plan.modules[name] = ModulePlan(
             name,
             Pair(adapter.source, lora),
@@ -59,20 +61,39 @@ def _weight_modules(plan: JobPlan) -> None:
     assert isinstance(tuned, Checkpoint)
     treated = aligned.linears
     if plan.factors is not None:
-        treated = {name: ref for name, ref in treated.items() if name in plan.factors.modules}
+        treated = {name: stored for name, stored in treated.items() if name in plan.factors.modules}
     elif job.edits_all:
-        floats = {n: r for n, r in aligned.tensors.items() if r.dtype in FLOATS and counterpart(tuned, n)}
-        treated = {n.removesuffix(".weight"): floats[n] for n in sorted(floats, key=natural)}
-        plan.fallbacks += _untreated_floats(plan)
-    for name, ref in treated.items():
+        treated = {name: stored for name, stored in treated.items() if not _alike(stored, tuned.weight(name))}
+        _tensor_modules(plan, tuned, {name for stored in treated.values() for name in stored.names})
+    for name, stored in treated.items():
         plan.modules[name] = ModulePlan(
             name,
-            _tensor(tuned, ref.name),
-            _tensor(safe, ref.name) if isinstance(safe, Checkpoint) else None,
-            _tensor(aligned, ref.name),
-            _tensor(plan.inputs["unaligned"], ref.name) if job.gated else None,
-            {"weight": ref.name},
+            _weight(tuned, name),
+            _weight(safe, name) if isinstance(safe, Checkpoint) else None,
+            Weight(aligned.source, stored),
+            _weight(plan.inputs["unaligned"], name) if job.gated else None,
+            {"weight": stored},
         )
+
+
+def _alike(stored: Stored, other: Stored | None) -> bool:
+    """Whether two weights lie in tensors of one name and form, so that both may be treated element by element."""
+    places = [[(p.name, p.stored, p.view, p.start(), p.codec) for p in each.parts] for each in (stored, other) if each]
+    return places[0] == places[-1] and not stored.encoded and other is not None
+
+
+def _tensor_modules(plan: JobPlan, tuned: Checkpoint, taken: set[str]) -> None:
+    """A module for every float tensor that the fine-tuned checkpoint has too, of any shape."""
+    aligned = plan.aligned
+    left = aligned.encoded_tensors | taken
+    floats = {n: r for n, r in aligned.tensors.items() if r.dtype in FLOATS and n not in left}
+    for tensor in sorted(floats, key=natural):
+        theirs = counterpart(tuned, tensor)
+        if theirs is not None and theirs.name not in tuned.encoded_tensors:
+            name, stored = tensor.removesuffix(".weight"), plain(floats[tensor])
+            places = Weight(tuned.source, plain(theirs)), None, Weight(aligned.source, stored), None
+            plan.modules[name] = ModulePlan(name, *places, {"weight": stored})
+    plan.fallbacks += _untreated_floats(plan)
 
 
 def _adapter_file(plan: JobPlan, adapter: Adapter) -> None:
@@ -105,24 +126,26 @@ def _checkpoint_files(plan: JobPlan) -> None:
     """Shards laid out as the aligned checkpoint's; what no module writes is taken over from where `rest_role` says."""
     job, aligned, tuned = plan.job, plan.aligned, plan.finetuned
     rest = tuned if isinstance(tuned, Checkpoint) and job.rest_role == "finetuned" else aligned
-    written = {name for module in plan.modules.values() for name in module.writes.values()}
+    written = {name for module in plan.modules.values() for name in module.outputs}
+    same = encoded_counterparts(aligned, rest)
     shards: dict[str, list[Named]] = {}
     for name, ref in aligned.tensors.items():
         file = ref.file if len(aligned.files) > 1 else SINGLE
-        shards.setdefault(file, []).append((name, _dtype(job, ref.dtype), ref.shape))
+        encoded = name in aligned.encoded_tensors
+        shards.setdefault(file, []).append((name, ref.dtype if encoded else _dtype(job, ref.dtype), ref.shape))
         if name in written:
             continue
-        theirs = counterpart(rest, name)
+        theirs = same.get(name) if encoded else counterpart(rest, name)
         plan.copies.append(Copy(name, rest.source, theirs) if theirs else Copy(name, aligned.source, ref))
         if theirs is None:
-            why = f"{rest.source.spec} lacks it; it is a buffer"
+            why = f"{rest.source.spec} {'stores it in another format' if encoded else 'lacks it; it is a buffer'}"
             plan.fallbacks.append(
                 Fallback(asked="the fine-tuned tensor", done="the aligned one", why=why, subject=name)
             )
     if isinstance(tuned, Adapter):
         plan.fallbacks += [_left_out(key, "--rest aligned") for key in sorted(tuned.saved)]
     else:
-        extra = sorted(tuned.tensors.keys() - aligned.tensors.keys())
+        extra = sorted(tuned.tensors.keys() - aligned.tensors.keys() - moved(aligned, tuned)[1])
         why = "the aligned checkpoint lacks it; it is a buffer or a tied weight"
         plan.fallbacks += [_left_out(name, why) for name in extra]
     plan.files = [output_file(file, tensors) for file, tensors in sorted(shards.items())]
@@ -130,7 +153,7 @@ def _checkpoint_files(plan: JobPlan) -> None:
 
 def _untreated_floats(plan: JobPlan) -> Iterator[Fallback]:
     for name, ref in sorted(plan.aligned.tensors.items(), key=lambda item: natural(item[0])):
-        if ref.dtype.startswith("F") and ref.dtype not in FLOATS:
+        if ref.dtype.startswith("F") and ref.dtype not in FLOATS and name not in plan.aligned.encoded_tensors:
             yield Fallback(asked=plan.job.title, done="carried over", why=f"its dtype is {ref.dtype}", subject=name)
 
 
@@ -157,21 +180,17 @@ def _adapter_fallbacks(adapter: Adapter, safe: Adapter | None) -> Iterator[Fallb
 
 def _weight(checkpoint: Checkpoint | Adapter, module: str) -> Weight:
     assert isinstance(checkpoint, Checkpoint)
-    ref = checkpoint.weight(module)
-    assert ref is not None
-    return Weight(checkpoint.source, ref, checkpoint.is_transposed(module))
-
-
-def _tensor(checkpoint: Checkpoint | Adapter, name: str) -> Weight:
-    assert isinstance(checkpoint, Checkpoint)
-    ref = counterpart(checkpoint, name)
-    assert ref is not None
-    return Weight(checkpoint.source, ref, checkpoint.is_transposed(name.removesuffix(".weight")))
+    stored = checkpoint.weight(module)
+    assert stored is not None
+    return Weight(checkpoint.source, stored)
 
 
 def counterpart(checkpoint: Checkpoint, name: str) -> TensorRef | None:
     """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding."""
-    return checkpoint.weight("lm_head") if name == "lm_head.weight" else checkpoint.tensors.get(name)
+    if name == "lm_head.weight" and name not in checkpoint.tensors:
+        head = checkpoint.weight("lm_head")
+        return head.ref if head is not None and head.is_tensor else None
+    return checkpoint.tensors.get(name)
 
 
 def _dtype(job: Job, dtype: str) -> str:

@@ -53,7 +53,7 @@ def recompute(manifest: Manifest, places: Mapping[str, str], count: int, seed: i
         chosen = sorted(common, key=lambda name: (random_key(seed, name), name))[:count]
         note(f"recomputed {len(chosen)} of {len(plan.modules)} modules: {', '.join(sorted(chosen))}")
         if chosen:
-            _reduce(plan, chosen)
+            _reduce(plan, _closed(plan, chosen))
             findings += _computed_differences(plan, manifest, note)
     return findings
 
@@ -85,6 +85,12 @@ def _planned_differences(plan: JobPlan, manifest: Manifest) -> Iterator[Finding]
             yield Finding(name, "", problem, headers.get(name) or "no file", ours.get(name, "no file"))
 
 
+def _closed(plan: JobPlan, chosen: Sequence[str]) -> list[str]:
+    """The chosen modules, and those that write into the same tensors: fused experts."""
+    touched = {name for module in chosen for name in plan.modules[module].outputs}
+    return [name for name, module in plan.modules.items() if name in set(chosen) or module.outputs & touched]
+
+
 def _reduce(plan: JobPlan, chosen: Sequence[str]) -> None:
     """Leave of a plan only some modules, and files that hold just their tensors."""
     plan.modules = {name: module for name, module in plan.modules.items() if name in set(chosen)}
@@ -101,7 +107,7 @@ def _tensors(module: ModulePlan, job: Job) -> set[str]:
     """The output tensors of a module: also the A of a pair that the method takes over as it is."""
     pair = module.finetuned
     copied = {pair.lora.a.name, pair.lora.b.name} if isinstance(pair, Pair) and not job.writes_checkpoint else set()
-    return copied | set(module.writes.values())
+    return copied | module.outputs
 
 
 def _computed_differences(plan: JobPlan, manifest: Manifest, note: Note) -> list[Finding]:

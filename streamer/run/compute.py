@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,13 +13,16 @@ from torch import Tensor
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
 from safeshard.manifests.errors import RunError
+from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
+from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan.job_plan import Pair, Weight
 from safeshard.streamer.run.steps import CopyTask, ModuleTask
 from safeshard.streamer.run.strips import compute_strips
+from safeshard.streamer.sources import Source
 from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
 
 UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
@@ -31,6 +34,7 @@ class Inputs:
     def __init__(self, loaded: Mapping[Hashable, Tensor], device: torch.device) -> None:
         self._loaded, self._device = loaded, device
         self._moved: dict[Hashable, Tensor] = {}
+        self._decoded: dict[Hashable, Tensor] = {}
 
     def tensor(self, read: Read) -> Tensor:
         if read.key not in self._moved:
@@ -39,8 +43,23 @@ class Inputs:
 
     def weight(self, place: Weight) -> Tensor:
         """A weight as O x I, whatever its storage."""
-        tensor = self.tensor(Read(place.source, place.ref))
-        return tensor.T if place.transposed else tensor
+        seen = [part.view.of(self.matrix(place.source, part)) for part in place.stored.parts]
+        return seen[0] if len(seen) == 1 else self._once(place.key, lambda: torch.cat(seen))
+
+    def matrix(self, source: Source, part: Part) -> Tensor:
+        """All that lies in a part's region, as it is stored, decoded once."""
+
+        def load(ref: TensorRef) -> Tensor:
+            return self.tensor(Read(source, ref))
+
+        if part.codec is None:
+            return part.matrix(load)
+        return self._once((source.identity, part.block), lambda: part.matrix(load))
+
+    def _once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._decoded:
+            self._decoded[key] = make()
+        return self._decoded[key]
 
     def delta(self, place: Pair | Weight) -> Lora | Tensor:
         """A fine-tuned or safe delta's pair, or weight (O x I)."""
@@ -177,7 +196,7 @@ def _decide(
     edit = job_run.job.edit(_module(task, inputs, gate, cosine, factor))
     start = time.perf_counter()
     try:
-        _write(task, edit.tensors)
+        _write(task, edit.tensors, inputs)
     except NotFiniteError:
         _refuse_not_finite(task, inputs)
         raise
@@ -206,14 +225,17 @@ def _module(
     )
 
 
-def _write(task: ModuleTask, tensors: Mapping[str, Tensor | Iterator[Tensor]]) -> None:
+def _write(task: ModuleTask, tensors: Mapping[str, Tensor | Iterator[Tensor]], inputs: Inputs) -> None:
     writer, plan = task.run.writer, task.plan
     assert writer is not None
-    for part, name in plan.writes.items():
-        tensor = tensors[part]
-        if part == "weight" and plan.aligned is not None and plan.aligned.transposed:
+    for what, stored in plan.writes.items():
+        tensor = tensors[what]
+        if not stored.is_tensor:
+            task.run.assembler.write(plan.name, what, stored, tensor)
+            continue
+        if stored.transposed:
             tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
-        writer.write(name, tensor)
+        writer.write(stored.name, tensor)
 
 
 def _refuse_not_finite(task: ModuleTask, inputs: Inputs) -> None:

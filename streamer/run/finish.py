@@ -89,9 +89,8 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
     plan, job, writer = job_run.plan, job_run.job, job_run.writer
     assert writer is not None
     copied = {copy.name for copy in plan.copies if writer.place(copy.name).dtype == copy.ref.dtype}
-    for module in plan.modules.values():
-        if _untouched(job_run, module):
-            copied.update(module.writes.values())
+    touched = {name for module in plan.modules.values() if not _untouched(job_run, module) for name in module.outputs}
+    copied |= {name for module in plan.modules.values() for name in module.outputs} - touched
     roles = {opened.source.identity: role for role, opened in plan.inputs.items()}
     origins = {copy.name: roles[copy.source.identity] for copy in plan.copies}
     tensors = [
@@ -137,8 +136,11 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
     pair = isinstance(finetuned, Pair)
     if pair and job_run.job.writes_checkpoint:
         return False
-    refs = (finetuned.lora.a, finetuned.lora.b) if isinstance(finetuned, Pair) else (finetuned.ref,)
-    same_dtype = all(writer.place(ref.name).dtype == ref.dtype for ref in refs)
+    if isinstance(finetuned, Pair):
+        same_dtype = all(writer.place(ref.name).dtype == ref.dtype for ref in (finetuned.lora.a, finetuned.lora.b))
+    else:
+        same = {ref.name: ref.dtype for ref in finetuned.stored.refs()}
+        same_dtype = all(same.get(name) == writer.place(name).dtype for name in module.outputs)
     return job_run.entries[module.name]["decision"] == "kept" and same_dtype and not (pair and job_run.job.rescales)
 
 

@@ -146,7 +146,7 @@ def _decided(plan: JobPlan, writer: Writer) -> tuple[dict[str, dict[str, Any]], 
     done = {
         entry.name: entry
         for entry in writer.journal.sound("module", lambda record: ModuleEntry(**record["entry"]))
-        if entry.name in plan.modules and writer.hashes.keys() >= set(plan.modules[entry.name].writes.values())
+        if entry.name in plan.modules and writer.hashes.keys() >= plan.modules[entry.name].outputs
     }
     scored = writer.journal.sound("cosine", lambda r: ModuleEntry(name=r["name"], decision="kept", cosine=r["cosine"]))
     cosines = {entry.name: entry.cosine for entry in (*done.values(), *scored) if entry.name in plan.modules}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
+from safeshard.streamer.run.assemble import Assembler
 from safeshard.streamer.tensor_names import layer_of, natural
 from safeshard.streamer.write.writer import Writer
 
 STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
 DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
+BUNDLE_BYTES = 32 << 20  # of experts that are treated together
+EXPERTS = ".experts."
 DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
 
 
@@ -38,6 +42,12 @@ class JobRun:
     @property
     def job(self) -> Job:
         return self.plan.job
+
+    @cached_property
+    def assembler(self) -> Assembler:
+        """Puts together the output tensors that several modules write to."""
+        assert self.writer is not None
+        return Assembler.of(self.plan, self.writer)
 
     def is_done(self, module: str) -> bool:
         """Whether this pass has nothing left to do for a module."""
@@ -93,18 +103,30 @@ class ModuleTask:
     plan: ModulePlan
 
     def reads(self) -> Iterator[Read]:
-        yield from _reads(self.plan.finetuned)
-        yield from _reads(self.plan.safe)
-        if self.run.needs_gate(self.plan.name) or self.run.job.writes_checkpoint:
-            yield from _reads(self.plan.aligned)
-        if self.run.needs_gate(self.plan.name):
-            yield from _reads(self.plan.unaligned)
+        for place in self.places():
+            yield from place.reads()
+
+    def places(self) -> Iterator[Pair | Weight]:
+        """What it is computed from in this pass."""
+        gated = self.run.needs_gate(self.plan.name)
+        yield self.plan.finetuned
+        if self.plan.safe is not None:
+            yield self.plan.safe
+        if self.plan.aligned is not None and (gated or self.run.job.writes_checkpoint):
+            yield self.plan.aligned
+        if self.plan.unaligned is not None and gated:
+            yield self.plan.unaligned
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it treats tensors of one form element by element."""
+        return self.run.job.edits_all and all(isinstance(p, Weight) and p.stored.is_tensor for p in self.places())
 
     @property
     def gate_key(self) -> tuple[Hashable, ...]:
         """Equal for tasks with one gate: aligned, unaligned and fine-tuned tensors."""
         places = (self.plan.aligned, self.plan.unaligned, self.plan.finetuned)
-        return tuple(tuple(read.key for read in _reads(place)) for place in places)
+        return tuple(place.key if place else None for place in places)
 
 
 @dataclass(frozen=True)
@@ -121,24 +143,78 @@ class CopyTask:
 
 
 def module_steps(runs: Sequence[JobRun]) -> list[Step]:
-    """Steps for all modules that are not done, a step a module, layer by layer."""
-    runs_of: dict[str, list[JobRun]] = {}
+    """Steps for all modules that are not done, layer by layer: a step a module, but for small or entangled experts."""
+    tasks_of: dict[str, list[ModuleTask]] = {}
     for job_run in runs:
-        for name in job_run.plan.modules:
-            if not job_run.has_factor(name):
-                runs_of.setdefault(name, []).append(job_run)
-    steps = [module_step(name, [(r, name) for r in runs_of[name]]) for name in sorted(runs_of, key=_order)]
-    return [step for step in steps if step.tasks]
+        for name, module in job_run.plan.modules.items():
+            if not job_run.has_factor(name) and not job_run.is_done(name):
+                tasks_of.setdefault(name, []).append(ModuleTask(job_run, module))
+    steps = []
+    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=_order)}):
+        tasks = [task for name in names for task in tasks_of[name]]
+        whole = all(task.elementwise for task in tasks)  # else all of them, so that each tensor is read once
+        steps.append((_elementwise if whole else _together)(names[0], tasks))
+    return steps
+
+
+def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]]) -> Iterator[list[str]]:
+    """Names of modules to treat in one step, in the order given.
+
+    Modules that see one region (gate and up of an expert, where both lie in a block) are never parted, so that it is
+    read once; experts are treated several at a time, as long as they are small.
+    """
+    bundle: list[str] = []
+    path, blocks, nbytes = "", set[Hashable](), 0
+    for name, tasks in tasks_of.items():
+        seen = {block for task in tasks for block in _shared_blocks(task)}
+        size = sum({read.key: read.ref.nbytes for task in tasks for read in task.reads()}.values())
+        experts = name.partition(EXPERTS)[0] if EXPERTS in name else name
+        if bundle and not seen & blocks and (experts != path or nbytes + size > BUNDLE_BYTES):
+            yield bundle
+            bundle, blocks, nbytes = [], set(), 0
+        path, blocks, nbytes = experts, blocks | seen, nbytes + size * (not seen & blocks)
+        bundle.append(name)
+    if bundle:
+        yield bundle
+
+
+def _shared_blocks(task: ModuleTask) -> Iterator[Hashable]:
+    """The regions of weights of which a module sees only a part."""
+    for place in task.places():
+        if isinstance(place, Weight):
+            for part in place.stored.parts:
+                if part.view.rows or part.view.columns:
+                    yield (place.source.identity, part.block)
 
 
 def module_step(name: str, wanted: Iterable[tuple[JobRun, str]]) -> Step:
     """One step for modules of jobs that share tensors; what is done is left out."""
-    tasks = [ModuleTask(r, r.plan.modules[m]) for r, m in wanted if m in r.plan.modules and not r.is_done(m)]
-    if tasks and all(t.run.job.edits_all and isinstance(t.plan.finetuned, Weight) for t in tasks):
-        return _elementwise(name, tasks)
+    return _together(
+        name, [ModuleTask(r, r.plan.modules[m]) for r, m in wanted if m in r.plan.modules and not r.is_done(m)]
+    )
+
+
+def _together(name: str, tasks: Sequence[ModuleTask]) -> Step:
     step = Step(name, {read.key: read for task in tasks for read in task.reads()}, [*tasks])
-    step.scratch = STRIP_BYTES + max(map(_scratch, tasks), default=0) + sum(map(_projected, tasks))
+    step.scratch = STRIP_BYTES + max(map(_scratch, tasks), default=0) + sum(map(_projected, tasks)) + _held(tasks)
     return step
+
+
+def _held(tasks: Sequence[ModuleTask]) -> int:
+    """Host bytes of decoded regions, of stacked parts, and of output regions that several modules share."""
+    decoded: dict[Hashable, int] = {}
+    for task in tasks:
+        for place in task.places():
+            if isinstance(place, Weight):
+                for part in place.stored.parts:
+                    if part.codec is not None:
+                        decoded[place.source.identity, part.block] = 4 * part.stored[0] * part.stored[1]
+                if len(place.stored.parts) > 1:
+                    decoded[place.key] = 4 * place.stored.numel
+        for stored in task.plan.writes.values():
+            for part in stored.parts if not stored.is_tensor else ():
+                decoded[id(task.run), part.block] = 4 * part.stored[0] * part.stored[1]
+    return sum(decoded.values())
 
 
 def _elementwise(name: str, tasks: Sequence[ModuleTask | CopyTask]) -> Step:
@@ -175,14 +251,6 @@ def _order(name: str) -> tuple[float, Any]:
     return (float("inf") if layer is None else layer, natural(name))
 
 
-def _reads(place: Pair | Weight | None) -> Iterator[Read]:
-    if isinstance(place, Pair):
-        yield Read(place.source, place.lora.a)
-        yield Read(place.source, place.lora.b)
-    elif place is not None:
-        yield Read(place.source, place.ref)
-
-
 def _projected(task: ModuleTask) -> int:
     """Host bytes of a gate's fp32 copies of B, of V^T B, and of the projected B, which is held until the step ends."""
     finetuned = task.plan.finetuned
@@ -198,10 +266,11 @@ def _scratch(task: ModuleTask) -> int:
     if job.writes_checkpoint:
         weight = task.plan.aligned or finetuned
         assert isinstance(weight, Weight)
-        rows, columns = weight.ref.shape[:: -1 if weight.transposed else 1] if len(weight.ref.shape) == 2 else (1, 0)
-        whole = job.dense_scratch + 4 * weight.transposed  # a weight stored in x out is put together from its tiles
+        rows, columns = weight.stored.shape
+        # A weight stored in x out is put together from its tiles.
+        whole = job.dense_scratch + 4 * weight.stored.transposed
         tiles = 4 * 4 * min(rows, ROWS) * columns
-        return whole * weight.ref.numel + tiles + (_gate_scratch(weight) if job.gated else 0)
+        return whole * weight.stored.numel + tiles + (_gate_scratch(weight) if job.gated else 0)
     if isinstance(finetuned, Weight):
         return _gate_scratch(finetuned)
     return 3 * 4 * (finetuned.lora.a.shape[1] + finetuned.lora.b.shape[0]) * _written_rank(task)
@@ -209,7 +278,7 @@ def _scratch(task: ModuleTask) -> int:
 
 def _gate_scratch(weight: Weight) -> int:
     """Of a full delta's gate: some columns of it and of its products, and V V^T where that is the smaller way."""
-    rows, columns = weight.ref.shape[:: -1 if weight.transposed else 1]
+    rows, columns = weight.stored.shape
     return 4 * rows * (4 * min(columns, DENSE_COLUMNS) + (rows if rows < columns else 0))
 
 

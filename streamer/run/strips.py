@@ -72,7 +72,7 @@ def _length(reads: Collection[Read], device: torch.device) -> int:
 
 def _begin(task: ModuleTask | CopyTask) -> TensorWrite:
     assert task.run.writer is not None
-    (name,) = [task.copy.name] if isinstance(task, CopyTask) else task.plan.writes.values()
+    (name,) = [task.copy.name] if isinstance(task, CopyTask) else task.plan.outputs
     return task.run.writer.begin(name)
 
 
@@ -102,7 +102,7 @@ def _edit(
         aligned, tuned = task.plan.aligned, task.plan.finetuned
         assert isinstance(aligned, Weight)
         assert isinstance(tuned, Weight)
-        base, theirs = (strip[Read(place.source, place.ref).key] for place in (aligned, tuned))
+        base, theirs = (strip[next(place.reads()).key] for place in (aligned, tuned))
         edit = edits[id(task)] = task.run.job.edit(Module(task.plan.name, finetuned=theirs, aligned=base))
         pieces = edit.tensors["weight"]
     for piece in pieces:

@@ -13,7 +13,7 @@ from safeshard.streamer.plan.job_plan import Copy
 
 _EXPONENTS = {  # the integer type of a dtype's size, and the bits that are all set in NaN and infinity alone
     torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
+    torch.float32: (torch.int32, 0x7F800000), torch.float8_e4m3fn: (torch.uint8, 0x7F),
 }  # fmt: skip
 
 

@@ -62,6 +62,7 @@ class Writer:
         self.clock = Clock()
         self._ended = False
         self.hashes: dict[str, str] = {}
+        self._regions: dict[str, int] = {}  # of a tensor that is written region by region, the bytes written
         self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
         self._fds: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -125,17 +126,19 @@ class Writer:
         """
         if isinstance(tensor, Tensor):
             assert tuple(tensor.shape) == self.place(name).shape, f"{name}: shape {tuple(tensor.shape)}"
-            if tensor.is_cuda:  # in one copy
-                tensor = tensor.to(TORCH_DTYPES[self.place(name).dtype]).cpu()
-            tensor = torch.split(tensor.reshape(-1), PIECE)
+            tensor = [tensor]
         under_way = self.begin(name)
         for piece in tensor:
-            under_way.add(piece)
+            under_way.add_tensor(piece)
         under_way.finish()
 
-    def begin(self, name: str) -> TensorWrite:
-        """Begin to write a tensor piece by piece; it counts once it is finished."""
-        return TensorWrite(self, name)
+    def begin(self, name: str, start: int = 0, count: int | None = None) -> TensorWrite:
+        """Begin to write a tensor piece by piece; it counts once it is finished.
+
+        With `count` it is a region of so many elements from the `start`-th on; the tensor counts once all of its
+        regions are finished.
+        """
+        return TensorWrite(self, name, start, count)
 
     def copy(self, copy: Copy) -> None:
         """Take over a tensor's bytes, through the kernel where the input is a local file.
@@ -237,6 +240,15 @@ class Writer:
         self.clock.add("hash", start)
         return digest
 
+    def _finished_region(self, name: str, nbytes: int) -> None:
+        """Note a region as written; of a tensor whose regions all are, take the hash: they come in any order."""
+        file, ref = self._places[name]
+        with self._lock:
+            self._regions[name] = self._regions.get(name, 0) + nbytes
+            complete = self._regions[name] == ref.nbytes
+        if complete:
+            self._finished(name, self._hash_region(self._fds[file], ref), ref.nbytes)
+
     def _finished(self, name: str, digest: str, nbytes: int) -> None:
         with self._lock:
             self.hashes[name] = digest
@@ -245,12 +257,24 @@ class Writer:
 
 
 class TensorWrite:
-    """One output tensor on its way to the disk: each piece is checked, hashed and written while it is in cache."""
+    """One output tensor on its way to the disk, or a region of one of `count` elements from the `start`-th on.
 
-    def __init__(self, writer: Writer, name: str) -> None:
+    Each piece is checked, hashed and written while it is in cache.
+    """
+
+    def __init__(self, writer: Writer, name: str, start: int = 0, count: int | None = None) -> None:
         self._writer, self._name = writer, name
         file, self._ref = writer._places[name]
-        self._fd, self._offset, self._hash = writer._fds[file], self._ref.offset, blake3()
+        self._begin = self._ref.offset + start * self._ref.item_bytes
+        self._nbytes = self._ref.nbytes if count is None else count * self._ref.item_bytes
+        self._fd, self._offset, self._hash = writer._fds[file], self._begin, blake3()
+
+    def add_tensor(self, tensor: Tensor) -> None:
+        """Write a tensor of any size; raises as `Writer.write` does."""
+        if tensor.is_cuda:  # in one copy
+            tensor = tensor.to(TORCH_DTYPES[self._ref.dtype]).cpu()
+        for piece in torch.split(tensor.reshape(-1), PIECE):
+            self.add(piece)
 
     def add(self, piece: Tensor) -> None:
         """Write what follows in row-major order; raises as `Writer.write` does."""
@@ -264,15 +288,19 @@ class TensorWrite:
         with clear_errors(output):
             write_all(self._fd, data, self._offset)
         start = time.perf_counter()
-        self._hash.update(data)
+        if self._nbytes == self._ref.nbytes:  # a region's would be of no use
+            self._hash.update(data)
         self._writer.clock.add("hash", start)
         self._offset += len(data)
 
     def finish(self) -> None:
         """Note the tensor as written. All its pieces must be."""
-        assert self._offset == self._ref.offset + self._ref.nbytes, f"{self._name}: pieces of another size"
-        start_writeback(self._fd, self._ref.offset, self._ref.nbytes)
-        self._writer._finished(self._name, self._hash.hexdigest(), self._ref.nbytes)
+        assert self._offset == self._begin + self._nbytes, f"{self._name}: pieces of another size"
+        start_writeback(self._fd, self._begin, self._nbytes)
+        if self._nbytes == self._ref.nbytes:
+            self._writer._finished(self._name, self._hash.hexdigest(), self._nbytes)
+        else:
+            self._writer._finished_region(self._name, self._nbytes)
 
 
 def _name_and_hash(record: dict[str, Any]) -> tuple[str, str]:

@@ -372,7 +372,7 @@ def test_an_adapter_of_a_quantised_model_is_refused_as_such(world: Any) -> None:
     packed = {n.replace("_proj.weight", "_proj.qweight"): torch.zeros(2, 2, dtype=torch.int32) for n in tensors}
     offences = refused(folder, world.checkpoint("base", packed))
     assert len(offences) == 7
-    assert {offence.got for offence in offences} == {"quantised weights"}
+    assert {offence.got for offence in offences} == {"GPTQ or AWQ"}
 
 
 def test_what_is_no_adapter_is_refused(world: Any, tmp_path: Path) -> None:

@@ -223,9 +223,13 @@ def test_transposed_storage_is_seen_from_biases(tmp_path: Path, kind: str) -> No
     modules = {name: module for name, module in model.named_modules() if name in checkpoint.linears}
     assert len(modules) == len(checkpoint.linears) >= 4
     for name, module in modules.items():
-        assert checkpoint.is_transposed(name) == (type(module).__name__ == "Conv1D"), name
+        transposed = type(module).__name__ == "Conv1D"
+        assert checkpoint.linears[name].transposed == transposed, name
+        assert checkpoint.linears[name].shape == tuple(module.weight.shape[:: -1 if transposed else 1])
     assert checkpoint.stores_transposed == (kind == "gpt2")
-    assert not checkpoint.is_transposed("lm_head")
+    head = checkpoint.weight("lm_head")
+    assert head is not None
+    assert not head.transposed
 
 
 def test_without_biases_weights_are_out_x_in(world: Any) -> None:
@@ -239,13 +243,17 @@ UINT8, INT32, HALF = (
     torch.zeros(4, 4).half(),
 )
 QUANTISED: dict[str, tuple[dict[str, torch.Tensor], str]] = {
-    "bitsandbytes, 4 bits": ({"weight": UINT8, "weight.absmax": HALF, "weight.quant_map": HALF}, "weight.absmax"),
-    "bitsandbytes, 8 bits": ({"weight": INT8, "SCB": HALF}, "SCB"),
-    "GPTQ": ({"qweight": INT32, "qzeros": INT32, "scales": HALF, "g_idx": INT32[0]}, "qweight"),
-    "fp8": ({"weight": FP8, "weight_scale_inv": HALF}, "weight_scale_inv"),
-    "compressed-tensors": (
-        {"weight_packed": INT32, "weight_scale": HALF, "weight_shape": INT32[0, :2]},
-        "weight_packed",
+    "bitsandbytes": ({"weight": UINT8, "weight.absmax": HALF, "weight.quant_map": HALF}, "weight.absmax"),
+    "bitsandbytes (int8)": ({"weight": INT8, "SCB": HALF}, "SCB"),
+    "GPTQ or AWQ, with zero points": ({"qweight": INT32, "qzeros": INT32, "scales": HALF, "g_idx": INT32[0]}, "qzeros"),
+    "fp8 in blocks, without weight_block_size in config.json": (
+        {"weight": FP8, "weight_scale_inv": HALF[:2]},
+        "weight",
+    ),
+    "F8_E4M3 without a scale": ({"weight": FP8}, "weight"),
+    "quantised with zero points": (
+        {"weight_packed": INT32, "weight_scale": HALF, "weight_shape": INT32[0, :2], "weight_zero_point": INT32},
+        "weight_zero_point",
     ),
     "HQQ": ({"W_q": UINT8, "scale": HALF, "zero": HALF}, "W_q"),
 }
@@ -259,7 +267,7 @@ def test_quantised_weights_are_refused_by_name(world: Any, kind: str) -> None:
     tensors |= {f"{LAYER}.{part}": tensor.clone() for part, tensor in parts.items()}
     checkpoint = opened(world.checkpoint("c", tensors, quantization_config={"quant_method": "theirs"}))
     (offence,) = checkpoint.treatable([LAYER, "model.layers.1.mlp.up_proj"])
-    assert (offence.what, offence.got) == (f"{LAYER}.{culprit}", "quantised weights (theirs)")
+    assert (offence.what, offence.got) == (f"{LAYER}.{culprit}", kind)
     everything = {o.what for o in [*checkpoint.treatable(checkpoint.linears), *checkpoint.untreatable_tensors()]}
     assert everything == {f"{LAYER}.{culprit}"}
 
@@ -275,7 +283,7 @@ def test_other_dtypes_and_shapes_are_refused_by_name(world: Any) -> None:
     ]
 
 
-def test_fused_experts_are_refused_and_separate_ones_are_not(world: Any) -> None:
+def test_fused_experts_of_an_unknown_family_are_refused_and_separate_ones_are_not(world: Any) -> None:
     expert = "model.layers.0.mlp.experts"
     separate = {f"{expert}.{i}.up_proj.weight": torch.ones(3, 4) for i in range(2)} | {f"{expert}.bias": torch.ones(2)}
     checkpoint = opened(world.checkpoint("separate", world.llama() | separate))
@@ -284,9 +292,10 @@ def test_fused_experts_are_refused_and_separate_ones_are_not(world: Any) -> None
     fused = {f"{expert}.gate_up_proj": torch.ones(2, 3, 4), f"{expert}.mlp.w1": torch.ones(6, 4)}
     offences = list(opened(world.checkpoint("fused", world.llama() | fused)).untreatable_tensors())
     assert sorted((o.what, o.got) for o in offences) == [
-        (f"{expert}.gate_up_proj", "fused [2, 3, 4]"),
-        (f"{expert}.mlp.w1", "fused [6, 4]"),
+        (f"{expert}.gate_up_proj", "experts fused to [2, 3, 4] in a model_type 'llama' that no table knows"),
+        (f"{expert}.mlp.w1", "experts fused to [6, 4] in a model_type 'llama' that no table knows"),
     ]
+    assert all("families.py" in o.remedy for o in offences)
 
 
 def test_names_with_absurd_numbers_are_plain_text(world: Any) -> None:

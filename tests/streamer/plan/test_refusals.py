@@ -387,11 +387,11 @@ def test_quantised_and_fused_weights(case: Case, refused: Any) -> None:
         tensors = {n: t for f in case.paths[role].glob("*.safetensors") for n, t in load_file(f).items()}
         shutil.rmtree(case.paths[role])
         case.world.checkpoint(case.paths[role].name, tensors | {experts: torch.randn(2, 24, 48).bfloat16()})
-    refused(case.argv("safemerge-full"), experts, "[2, 24, 48]", "2-D")
-    scaled = {f"{UP}.weight": torch.ones(40, 24, dtype=torch.int8), f"{UP}.weight_scale": torch.ones(40)}
+    refused(case.argv("safemerge-full"), experts, "[2, 24, 48]", "families.py")
+    scaled = {f"{UP}.weight": torch.ones(40, 24, dtype=torch.int8), f"{UP}.SCB": torch.ones(40)}
     case.rewrite("aligned", lambda tensors: tensors | scaled)
     for command in ("safemerge", "safemerge-full"):
-        refused(case.argv(command), str(case.paths["aligned"]), f"{UP}.weight", "quantised")
+        refused(case.argv(command), str(case.paths["aligned"]), f"{UP}.SCB", "bitsandbytes")
 
 
 def test_a_trained_head_that_the_layout_has_no_place_for(case: Case, refused: Any) -> None:
