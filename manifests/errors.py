@@ -4,11 +4,14 @@ Every error a user can meet derives from `SafeshardError` and knows the exit sta
 files and options are read from files that others wrote, so whatever prints them goes through `printable`.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_LISTED = 20
 MAX_PRINTED = 400
+_USERINFO = re.compile(r"(?<![\w+.-])([A-Za-z][A-Za-z\d+.-]*://)[^\s/?#'\"<>]*@(?=[^\s/?#])")
+_QUERY = re.compile(r"(?<![\w+.-])((?!file:)[A-Za-z][A-Za-z\d+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*")
 
 
 def printable(text: object, limit: int = MAX_PRINTED) -> str:
@@ -17,10 +20,15 @@ def printable(text: object, limit: int = MAX_PRINTED) -> str:
     Control characters, bidirectional overrides, invisible formatting and lone surrogates are all unprintable in
     Unicode's sense, hence escaped; plain spaces and letters of any script stay.
     """
-    raw = str(text)
+    raw = without_secrets(str(text))
     cut = raw[:limit]
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in cut)
     return escaped if len(raw) <= limit else f"{escaped}... ({len(raw)} characters)"
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the userinfo and the query of each URL in it: passwords, tokens and signatures are there."""
+    return _QUERY.sub(r"\1", _USERINFO.sub(r"\1", text)) if "://" in text else text
 
 
 class SafeshardError(Exception):

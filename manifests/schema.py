@@ -73,7 +73,9 @@ class InputFile(_Entry):
     """A file that was read: a safetensors file by the hash of its header, any other by the hash of its content.
 
     `sample_blake3` is of a safetensors file's bytes up to 64 MiB; of a larger one, of 16 KiB from the middle of each
-    tensor. It is left out where a commit pins the content.
+    tensor. It is left out where a commit pins the content. `checked` says how what was read was held against what the
+    Hub states of the file: "hash" (the whole file was hashed) or "ranges" (ranges of it were read, each answer held
+    against size, commit and ETag).
     """
 
     name: Name
@@ -81,6 +83,7 @@ class InputFile(_Entry):
     header_sha256: Hash | None = None
     sample_blake3: Hash | None = None
     blake3: Hash | None = None
+    checked: Literal["hash", "ranges"] | None = None
 
 
 class Input(_Entry):

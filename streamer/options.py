@@ -77,6 +77,10 @@ class RunOptions(Options):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     memory: ByteSize = Field(ByteSize(2 << 30), gt=0, description="host memory for tensors in flight, e.g. 2GiB")
     dry_run: bool = Field(False, description="print the plan, its bytes and its memory; write nothing")
+    cache: bool = Field(False, description="keep the shards read from the Hub, whole, in its cache")
+    cache_budget: ByteSize | None = Field(
+        None, gt=0, description="keep at most this much of them there at a time, e.g. 50GB (implies --cache)"
+    )
     overwrite: bool = Field(False, description="replace an existing output and discard an unfinished one")
     quiet: bool = Field(False, description="no progress bar and no summary")
 

@@ -49,7 +49,8 @@ def test_options_of_the_contract(method: str) -> None:
 
 
 def test_run_options_of_the_contract() -> None:
-    assert set(RunOptions.model_fields) == {"device", "memory", "dry_run", "overwrite", "quiet"}
+    names = {"device", "memory", "dry_run", "cache", "cache_budget", "overwrite", "quiet"}
+    assert set(RunOptions.model_fields) == names
     assert {"aligned", "calibration", "output", "samples", "max_tokens", "seed"} <= Calibrate.model_fields.keys()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.errors import printable
@@ -46,6 +47,7 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
     import torch
 
     from safeshard.streamer.run.calibrated import arithmetic_bytes, planned_steps
+    from safeshard.streamer.run.downloads import download
     from safeshard.streamer.run.steps import JobRun, module_steps, workers_for
 
     runs = [JobRun(p) for p in plans]
@@ -63,6 +65,9 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
     costs = sorted((step.cost for step in steps), reverse=True)[: workers_for(torch.device("cpu")) + 4]
     in_flight = human(min(sum(costs), memory))
     lines.append(f"to read {human(read)} in {len(steps)} steps; tensors in flight take at most {in_flight}")
+    if (need := download(runs)).nbytes:
+        kept = f"; the Hub's cache keeps {human(need.kept)} of it, its largest shard {human(need.largest)}"
+        lines.append(f"to download {human(need.nbytes)} in {need.requests} requests{kept if need.kept else ''}")
     if calibrated := arithmetic_bytes(runs):
         lines.append(
             f"a layer with its Gram matrices, factors and compensation takes at most {human(calibrated)} on the device"
@@ -107,4 +112,10 @@ def outcome(result: Result) -> dict[str, Any]:
         return base | {"decisions": dict(decisions), "run": manifest.run.model_dump(mode="json")}
     if result.cosines:
         return base | {"source": job.adapter or job.finetuned, "cosines": dict(result.cosines)}
-    return base | {"bytes_to_write": result.plan.bytes_to_write}
+    from safeshard.streamer.run.downloads import download
+    from safeshard.streamer.run.steps import JobRun
+
+    return base | {
+        "bytes_to_write": result.plan.bytes_to_write,
+        "download": asdict(download([JobRun(result.plan)])),
+    }

@@ -10,7 +10,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import Header, HeaderError, TensorRef, header_digest, read_header
 from safeshard.manifests.schema import InputFile
 from safeshard.streamer.inputs.samples import sample_file
-from safeshard.streamer.sources import Source
+from safeshard.streamer.sources import Source, in_parallel
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,16 @@ def read_file_header(source: Source, name: str) -> Header:
 def read_headers(
     source: Source, names: Iterable[str], sizes: Mapping[str, int]
 ) -> tuple[dict[str, Header], list[Offence]]:
-    headers, offences = {}, []
-    for name in names:
+    """The headers of files by name, those that lie far away side by side; and the offences of those that are wrong."""
+
+    def read(name: str) -> Header | Offence:
         try:
-            headers[name] = read_header(name, sizes[name], partial(source.read, name))
+            return read_header(name, sizes[name], partial(source.read, name))
         except HeaderError as error:
             where, remedy = f"{source.spec}/{name}", "fetch or save the file again"
-            offences.append(Offence(where, error.tensor, error.expected, error.got, remedy))
-    return headers, offences
+            return Offence(where, error.tensor, error.expected, error.got, remedy)
+
+    names = list(names)
+    found = dict(zip(names, in_parallel(source, read, names), strict=True))
+    headers = {name: header for name, header in found.items() if isinstance(header, Header)}
+    return headers, [offence for offence in found.values() if isinstance(offence, Offence)]

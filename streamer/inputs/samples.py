@@ -7,17 +7,15 @@ tells them apart, as long as more than a few rows differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
 
 from safeshard.manifests.hashing import hash_pieces
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.sources import LocalSource, Source
+from safeshard.streamer.sources import Source, in_parallel
 
 WHOLE_BYTES = 64 << 20  # up to this size, which most adapters have, a file is hashed whole
 SAMPLE_BYTES = 16 << 10  # of one tensor
 CHUNK_BYTES = 1 << 22
-READERS = 8  # of samples that lie far away
 
 
 def middle(source: Source, ref: TensorRef, nbytes: int) -> bytes:
@@ -36,10 +34,7 @@ def chunks(source: Source, file: str, offset: int, nbytes: int, size: int) -> It
 
 def hash_samples(source: Source, refs: Iterable[TensorRef]) -> str:
     """BLAKE3 of SAMPLE_BYTES from the middle of each tensor (all of a smaller one), one after another."""
-    if isinstance(source, LocalSource):
-        return hash_pieces(middle(source, ref, SAMPLE_BYTES) for ref in refs)
-    with ThreadPoolExecutor(READERS) as pool:  # each takes a round trip
-        return hash_pieces(pool.map(lambda ref: middle(source, ref, SAMPLE_BYTES), refs))
+    return hash_pieces(in_parallel(source, lambda ref: middle(source, ref, SAMPLE_BYTES), refs))
 
 
 def hash_file(source: Source, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
+from typing import Any, TypeGuard
 
 from safeshard.manifests.errors import RequestError
 from safeshard.manifests.hashing import hash_bytes
@@ -17,14 +17,14 @@ from safeshard.manifests.schema import (
 from safeshard.streamer.inputs import adapter as lora
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.plan.job_plan import JobPlan
-from safeshard.streamer.sources import LocalSource
+from safeshard.streamer.sources import LocalSource, Source
 
 
 def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
     """All that the output's bytes depend on, to notice on resume that something changed."""
     inputs = {role: given.model_dump(mode="json") for role, given in inputs_of(plan).items()}
     for role, opened in plan.inputs.items():
-        if isinstance(opened.source, LocalSource):  # other weights may have the same header
+        if _may_change(opened.source):
             times = {f.name: opened.source.local_path(f.name).stat().st_mtime_ns for f in opened.files}
             inputs[role]["modified"] = times
     return {
@@ -47,15 +47,35 @@ def finished(plan: JobPlan) -> Manifest | None:
         return None
     if not whole:
         return None
-    local = [(opened.source, opened.files) for opened in plan.inputs.values() if isinstance(opened.source, LocalSource)]
+    local = [(opened.source, opened.files) for opened in plan.inputs.values() if _may_change(opened.source)]
     modified = [source.local_path(f.name).stat().st_mtime for source, files in local for f in files]
     if max(modified, default=0.0) > manifest.run.start.timestamp():  # headers do not show that weights were retrained
         return None
-    theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, manifest.inputs)
+    inputs = {role: _unchecked(given) for role, given in manifest.inputs.items()}
+    theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, inputs)
     return manifest if theirs == (version("safeshard"), job.method, job.settings(), inputs_of(plan)) else None
 
 
+def _may_change(source: Source) -> TypeGuard[LocalSource]:
+    """Whether other weights may come with the same header: not at a commit of the Hub, wherever its copy lies."""
+    return isinstance(source, LocalSource) and source.revision is None
+
+
+def _unchecked(given: Input) -> Input:
+    return given.model_copy(update={"files": tuple(f.model_copy(update={"checked": None}) for f in given.files)})
+
+
+def checked_inputs(plan: JobPlan) -> dict[str, Input]:
+    """The inputs once they have been read: with how each file was held against what its place states of it."""
+    inputs = inputs_of(plan)
+    for role, opened in plan.inputs.items():
+        files = (f.model_copy(update={"checked": opened.source.checked(f.name)}) for f in inputs[role].files)
+        inputs[role] = inputs[role].model_copy(update={"files": tuple(files)})
+    return inputs
+
+
 def inputs_of(plan: JobPlan) -> dict[str, Input]:
+    """The inputs as headers tell."""
     inputs = {}
     for role, opened in plan.inputs.items():
         files = [file.entry for file in opened.files]

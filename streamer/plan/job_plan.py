@@ -9,6 +9,7 @@ from typing import Any
 
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Fallback, Manifest
+from safeshard.streamer.calibration.factor_files import SavedFactors
 from safeshard.streamer.calibration.groups import FactorSource
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
@@ -106,6 +107,11 @@ class JobPlan:
     adapter_config: dict[str, Any] | None = None
     factors: FactorSource | None = None
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already
+
+    def sources(self) -> list[Source]:
+        """Everything that is read from."""
+        factors = [self.factors.source] if isinstance(self.factors, SavedFactors) else []
+        return [*(opened.source for opened in self.inputs.values()), *factors]
 
     @property
     def aligned(self) -> Checkpoint:

@@ -25,7 +25,7 @@ from safeshard.streamer.plan.identity import finished
 from safeshard.streamer.plan.job_plan import JobPlan, Weight
 from safeshard.streamer.plan.outputs import plan_outputs
 from safeshard.streamer.plan.places import output_offences
-from safeshard.streamer.sources import open_source
+from safeshard.streamer.sources import ShardCache, open_source
 
 T = TypeVar("T")
 
@@ -33,7 +33,8 @@ T = TypeVar("T")
 class Planner:
     """Opens each input once, however many jobs name it, and collects every offence of every job."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: ShardCache | None = None) -> None:
+        self._cache = cache or ShardCache()
         self.offences: list[Offence] = []
         self._opened: dict[tuple[str, ...], Any] = {}
 
@@ -69,9 +70,9 @@ class Planner:
             base = inputs.get("aligned")
             opened: Checkpoint | Adapter | None = None
             if not role.endswith("adapter"):
-                opened = self._open((spec,), partial(_open_checkpoint, spec))
+                opened = self._open((spec,), partial(self._checkpoint, spec))
             elif isinstance(base, Checkpoint):
-                opened = self._open((spec, base.source.identity), partial(_open_adapter, spec, base))
+                opened = self._open((spec, base.source.identity), partial(self._adapter, spec, base))
             else:
                 continue
             if opened is not None:
@@ -89,6 +90,12 @@ class Planner:
             offences = list(self._equal_offences(plan))
         self.offences += offences
         return None if offences else plan
+
+    def _checkpoint(self, spec: str) -> Checkpoint:
+        return open_checkpoint(open_source(spec, self._cache))
+
+    def _adapter(self, spec: str, base: Checkpoint) -> Adapter:
+        return open_adapter(open_source(spec, self._cache), base)
 
     def _open(self, key: tuple[str, ...], opener: Callable[[], T]) -> T | None:
         if key not in self._opened:
@@ -137,11 +144,3 @@ def _has_journal(output: Path) -> bool:
         return (output / JOURNAL_NAME).is_file()
     except OSError:  # the name is too long, which is refused below
         return False
-
-
-def _open_checkpoint(spec: str) -> Checkpoint:
-    return open_checkpoint(open_source(spec))
-
-
-def _open_adapter(spec: str, base: Checkpoint) -> Adapter:
-    return open_adapter(open_source(spec), base)

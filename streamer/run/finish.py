@@ -28,7 +28,7 @@ from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs import adapter as lora
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint
-from safeshard.streamer.plan.identity import inputs_of
+from safeshard.streamer.plan.identity import checked_inputs
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.plan.side_files import side_files
 from safeshard.streamer.run.steps import JobRun
@@ -111,7 +111,7 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
     return Manifest(
         tool=tool_versions(measured.device),
         method=Method(name=job.method, paper=job.paper, options=settings, seed=settings.get("seed")),
-        inputs=inputs_of(plan),
+        inputs=checked_inputs(plan),
         modules=tuple(ModuleEntry(**job_run.entries[name]) for name in plan.modules),
         tensors=tuple(sorted(tensors, key=lambda t: natural(t.name))),
         files=tuple(FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files),

@@ -29,12 +29,15 @@ from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress, human
 from safeshard.streamer.run.calibrated import Compute, host_bytes, run_calibrated
 from safeshard.streamer.run.compute import compute_step
+from safeshard.streamer.run.downloads import download, download_offences, shard_cache
 from safeshard.streamer.run.finish import Measured, publish, rounded
 from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.run.stream import Buffers, run_steps
+from safeshard.streamer.sources import Source
 from safeshard.streamer.write.staging import settle
 from safeshard.streamer.write.writer import Writer
 
+NEAR_READERS, FAR_READERS = 2, 8  # threads that read ahead: a disk is quick, a server takes its time
 log = logging.getLogger(__name__)
 
 
@@ -70,7 +73,10 @@ def plan_jobs(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = Fa
     Raises:
         RequestError: some job cannot run; every offence of every job.
     """
-    plans = Planner().plan(jobs, options.overwrite, skip_finished)
+    plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished)
+    runs = [JobRun(plan) for plan in plans if not plan.finished]
+    if offences := list(download_offences(download(runs), options)):
+        raise RequestError(offences)
     need, name = largest_step([JobRun(plan) for plan in plans], torch.device(options.resolved_device()))
     if need > options.memory:
         remedy = "raise --memory, or split the batch"
@@ -190,11 +196,13 @@ class Pass:
     def __init__(self, options: RunOptions, device: torch.device) -> None:
         self.options, self.device = options, device
         self.clock = Clock()
+        self._sources: list[Source] = []
         self.buffers = Buffers(int(options.memory), pinned=device.type == "cuda")
         self.started, self._start = datetime.now(timezone.utc), time.perf_counter()
 
     def execute(self, runs: Sequence[JobRun]) -> None:
         """Decide what needs only its own module; then serve the jobs that rank all modules before they decide."""
+        self._sources = [source for job_run in runs for source in job_run.plan.sources()]
         steps = [*module_steps(runs), *copy_steps(runs)]
         with Progress(_bytes(steps), quiet=self.options.quiet) as progress:
             self._run(steps, progress)
@@ -232,9 +240,15 @@ class Pass:
             clock=self.clock,
             # A step of the calibrated pass may fill the device, so that one runs at a time there.
             workers=1 if compute and self.device.type == "cuda" else workers_for(self.device),
+            readers=FAR_READERS if any(source.far for source in self._sources) else NEAR_READERS,
             device=self.device,
+            stop=self._stop,
             done=lambda step: progress.done(step.name, step.nbytes + step.copied),
         )
+
+    def _stop(self) -> None:
+        for source in self._sources:
+            source.stop()
 
 
 def _bytes(steps: Sequence[Step]) -> int:

@@ -41,6 +41,7 @@ from safeshard.streamer.options import Options, RunOptions
 from safeshard.streamer.plan.places import place_offences, staging_of, taken_bytes
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import batches_at_once
+from safeshard.streamer.run.downloads import shard_cache
 from safeshard.streamer.run.steps import workers_for
 from safeshard.streamer.run.stream import Buffers, run_steps
 from safeshard.streamer.sources import LocalSource, open_source
@@ -101,7 +102,7 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
     if offences := list(place_offences(options.output, [options.aligned])):
         raise RequestError(offences)
     _check_places(output, staging, run.overwrite)
-    aligned = open_checkpoint(open_source(options.aligned))
+    aligned = open_checkpoint(open_source(options.aligned, shard_cache(run)))
     calibration = Calibration(aligned, options, forward_dtype(aligned, options.dtype))
     need, size = _host_bytes(calibration, device), _disk_bytes(calibration)
     _check_room(output, int(run.memory), need, size + COPIES * calibration.hidden_bytes)
@@ -136,7 +137,7 @@ def _fingerprint(calibration: Calibration, options: Calibrate, device: torch.dev
     aligned = calibration.aligned
     inputs = {"aligned": _model_input(aligned), **calibration.inputs()}
     times = {}
-    if isinstance(aligned.source, LocalSource):  # other weights may have the same header
+    if isinstance(aligned.source, LocalSource) and aligned.source.revision is None:  # as in plan/identity
         times = {file.name: aligned.source.local_path(file.name).stat().st_mtime_ns for file in aligned.files}
     return {
         "safeshard": version("safeshard"), "torch": torch.__version__, "device": device.type,

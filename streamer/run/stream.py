@@ -74,15 +74,21 @@ def run_steps(
     readers: int = 2,
     device: torch.device | None = None,
     done: Callable[[Step], None] = lambda step: None,
+    stop: Callable[[], None] = lambda: None,
 ) -> None:
     """Read and compute all steps. Steps start in order and may end in any.
 
     On a CUDA device each worker has a stream of its own: while one computes, others copy, hash and write.
 
-    The first exception of any thread is raised after the steps in flight have ended.
+    The first exception of any thread is raised after the steps in flight have ended. `stop` is called as soon as there
+    is one: it gives up the reads under way, so that these steps end soon.
     """
     failures: list[BaseException] = []
     slots = threading.BoundedSemaphore(workers + 2 * readers)  # reading further ahead would only fill memory
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        stop()
 
     def work(step: Step, buffer: Tensor) -> None:
         try:
@@ -93,7 +99,7 @@ def run_steps(
                     clock.add("compute", start)
                 done(step)
         except BaseException as error:
-            failures.append(error)
+            fail(error)
         finally:
             buffers.give(step, buffer)
             slots.release()
@@ -102,11 +108,11 @@ def run_steps(
         try:
             start = time.perf_counter()
             view = buffer.numpy().data
-            for read, offset in _places(step):
+            for read, offset in _places(step) if not failures else ():
                 read.source.readinto(read.ref.file, read.ref.offset, view[offset : offset + read.ref.nbytes])
             clock.add("read", start, sum(r.ref.nbytes for r in step.reads.values()))
         except BaseException as error:
-            failures.append(error)
+            fail(error)
         computing.submit(work, step, buffer)
 
     threads = torch.get_num_threads()  # MKL's part of that setting is the process's, whichever thread sets it
@@ -121,7 +127,7 @@ def run_steps(
                     break
                 reading.submit(fetch, step, buffers.take(step))
         except BaseException as error:
-            failures.append(error)
+            fail(error)
         reading.shutdown()  # readers hand their steps to the workers, so they end first
     torch.set_num_threads(threads)
     if failures:

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from safeshard.streamer.sources.base import MAX_JSON_BYTES, Source, read_json, reason, refuse
-from safeshard.streamer.sources.hub import HUB_NAME, open_hub, pinned
+from safeshard.streamer.sources.base import MAX_JSON_BYTES, Source, in_parallel, read_json, reason, refuse
+from safeshard.streamer.sources.bucket import SCHEMES, BucketSource, has_obstore
+from safeshard.streamer.sources.http import PIECE
+from safeshard.streamer.sources.hub import HUB_NAME, ShardCache, hub_cache, open_hub, pinned
 from safeshard.streamer.sources.local import LocalSource
 from safeshard.streamer.sources.url import UrlSource
+from safeshard.streamer.sources.web import WebSource
 
-__all__ = ["MAX_JSON_BYTES", "LocalSource", "Source", "is_url", "open_source", "pinned", "read_json"]
+__all__ = [
+    "MAX_JSON_BYTES", "PIECE", "LocalSource", "ShardCache", "Source", "hub_cache", "in_parallel", "is_url",
+    "open_source", "pinned", "read_json",
+]  # fmt: skip
 
 
-def open_source(spec: str | os.PathLike[str]) -> Source:
-    """Resolve a folder, `hf://org/name@revision` (or `org/name`), or an fsspec URL.
+def open_source(spec: str | os.PathLike[str], cache: ShardCache | None = None) -> Source:
+    """Resolve a folder, `hf://org/name@revision/folder` (or `org/name`), or a URL.
+
+    `cache` says which shards of the Hub to keep; without one they are read by ranges, or from the Hub's cache.
 
     Raises:
         RequestError: nothing of the kind is there, or it cannot be listed.
@@ -32,13 +41,22 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
     if text and is_folder:
         return LocalSource(path, text)
     if text.startswith("hf://") or (not exists and HUB_NAME.fullmatch(text)):
-        return open_hub(text)
+        return open_hub(text, cache or ShardCache())
     if is_url(text):
-        return UrlSource(text)
+        return _open_url(text)
     got = "a file" if exists and text else "no such folder"
     raise refuse(text, "a folder, hf://org/name or a URL", got, "name the folder that holds the safetensors files")
 
 
+def _open_url(url: str) -> Source:
+    scheme = urlsplit(url).scheme.lower()
+    if scheme in ("http", "https"):
+        return WebSource(url)
+    if scheme in SCHEMES and has_obstore():
+        return BucketSource(url)
+    return UrlSource(url)
+
+
 def is_url(spec: str) -> bool:
-    """Whether a place that is no local folder is opened by fsspec."""
+    """Whether a place is a URL: neither a local folder nor a repository of the Hub."""
     return "://" in spec and not spec.startswith(("file://", "hf://"))

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
-from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.errors import Offence, RequestError, RunError, without_secrets
 
 MAX_JSON_DEPTH = 64
 MAX_JSON_BYTES = 200_000_000  # the index of a checkpoint with a million tensors is about 100 MB
+FAR_READERS = 16  # of things that each take a round trip
+
+Checked = Literal["hash", "ranges"]
+Transfer = Literal["none", "ranges", "whole"]
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 class Source(Protocol):
-    """A read-only folder of files. `spec` is what the user wrote, `identity` is equal for equal places.
+    """A read-only folder of files.
 
-    What fails after the source was opened raises `RunError`; a name that is not listed raises `RequestError`.
+    `spec` is what the user wrote, without secrets; `identity` is equal for equal places. `far` says that a read takes a
+    round trip, so that many belong under way at once. What fails after the source was opened raises `RunError`; a name
+    that is not listed raises `RequestError`.
     """
 
     spec: str
     identity: str
     revision: str | None
+    far: bool
 
     def sizes(self) -> dict[str, int]:
         """Names and sizes (bytes) of the files, without their contents. Subfolders are left out."""
@@ -30,16 +41,45 @@ class Source(Protocol):
         """Bytes [start, stop) of a file: for headers and small files."""
 
     def readinto(self, name: str, offset: int, view: memoryview) -> None:
-        """Fill `view` from `offset` on. May fetch the file first. Safe to call from several threads."""
+        """Fill `view` from `offset` on. Safe to call from several threads."""
 
     def prefetch(self, name: str, offset: int, nbytes: int) -> None:
         """Say that bytes are about to be read, where the system can read them ahead."""
 
     def local_path(self, name: str) -> Path | None:
-        """A local path that holds the whole file, fetched first if need be; None where only ranges can be read."""
+        """A local path that holds the whole file; None where it can only be read through the source."""
 
     def changed(self) -> set[str]:
         """The files that are no longer what they were when the source was opened, as far as can be told."""
+
+    def checked(self, name: str) -> Checked | None:
+        """How what was read of a file was held against what its place states of it; None where it states nothing.
+
+        "hash": the whole file was hashed. "ranges": ranges were read, each answer held against its size and ETag.
+        """
+
+    def transfer(self, name: str) -> Transfer:
+        """What reading of a file fetches from afar."""
+
+    def keeps(self, name: str) -> bool:
+        """Whether reading of a file leaves it in a cache."""
+
+    def stop(self) -> None:
+        """Give up every read under way and to come: they raise. For another thread, once the run has failed."""
+
+
+def in_parallel(source: Source, work: Callable[[S], T], items: Iterable[S]) -> Iterable[T]:
+    """`work` of each item, in order; side by side where each takes a round trip."""
+    if not source.far:
+        return map(work, items)
+    try:
+        with ThreadPoolExecutor(FAR_READERS, "far") as pool:
+            return list(pool.map(work, items))
+    except Exception:
+        raise
+    except BaseException:  # a signal: nothing is to be waited for
+        source.stop()
+        raise
 
 
 def read_json(source: Source, name: str) -> Any:
@@ -80,7 +120,7 @@ def _check_depth(value: Any) -> None:
 
 def refuse(where: str, expected: str, got: str, remedy: str) -> RequestError:
     """The refusal of a place or of a file in it."""
-    return RequestError(Offence(where, "", expected, got, remedy))
+    return RequestError(Offence(without_secrets(where), "", expected, without_secrets(got), remedy))
 
 
 def require(source: Source, name: str) -> None:
@@ -95,7 +135,8 @@ def short(where: str, end: int, expected: int) -> RunError:
     return RunError(problem, "restore the file, then run again")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """An exception of a library in one line."""
-    words = getattr(error, "strerror", None) or " ".join(str(error).split())
+    text = str(error).partition("\n\nDebug source")[0]  # obstore's
+    words = without_secrets(getattr(error, "strerror", None) or " ".join(text.split()))
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

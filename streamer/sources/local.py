@@ -8,11 +8,13 @@ import threading
 from pathlib import Path
 
 from safeshard.manifests.errors import RunError
-from safeshard.streamer.sources.base import reason, refuse, short
+from safeshard.streamer.sources.base import Checked, Transfer, reason, refuse, short
 
 
 class LocalSource:
     """A local folder, read with positional reads so that a truncated file is an error and not a signal."""
+
+    far = False
 
     def __init__(self, folder: Path, spec: str, revision: str | None = None) -> None:
         self.folder, self.spec, self.revision = folder.resolve(), spec, revision
@@ -31,7 +33,22 @@ class LocalSource:
     def sizes(self) -> dict[str, int]:
         return dict(self._sizes)
 
+    def checked(self, name: str) -> Checked | None:
+        return None  # a folder states no hashes
+
+    def transfer(self, name: str) -> Transfer:
+        return "none"
+
+    def keeps(self, name: str) -> bool:
+        return False
+
+    def stop(self) -> None:
+        pass  # no read takes long
+
     def local_path(self, name: str) -> Path:
+        return self._path(name)
+
+    def _path(self, name: str) -> Path:
         where, path = f"{self.spec}/{name}", (self.folder / name).resolve()
         if name not in self._sizes or not any(path.is_relative_to(folder) for folder in self._allowed()):
             raise refuse(where, "a file inside the folder", str(path), "copy the file into the folder")
@@ -41,9 +58,9 @@ class LocalSource:
 
     def _allowed(self) -> list[Path]:
         """The folder itself; in the Hub's cache, where snapshots/<commit>/<file> are links, also both of its stores."""
-        if self.folder.parent.name != "snapshots":
+        repo = next((p.parent for p in self.folder.parents if p.name == "snapshots"), None)
+        if repo is None:
             return [self.folder]
-        repo = self.folder.parent.parent
         return [self.folder, repo / "blobs", repo.parent / "blobs"]
 
     def read(self, name: str, start: int, stop: int) -> bytes:
@@ -71,7 +88,7 @@ class LocalSource:
     def _open(self, name: str) -> int:
         with self._lock:
             if name not in self._files:
-                self._files[name] = os.open(self.local_path(name), os.O_RDONLY | os.O_CLOEXEC)
+                self._files[name] = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
             return self._files[name]
 
     def __del__(self) -> None:

@@ -1,0 +1,70 @@
+"""What a run will fetch from afar: bytes, requests, and the room that the Hub's cache needs for them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from safeshard.manifests.errors import Offence
+from safeshard.streamer.inputs.read import Read, Step
+from safeshard.streamer.options import RunOptions
+from safeshard.streamer.progress import human
+from safeshard.streamer.run.calibrated import planned_steps
+from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps
+from safeshard.streamer.sources import PIECE, ShardCache, hub_cache
+
+
+@dataclass(frozen=True)
+class Download:
+    """Bytes and requests from afar. `kept` is what the Hub's cache takes on, `largest` its largest shard."""
+
+    nbytes: int = 0
+    requests: int = 0
+    kept: int = 0
+    largest: int = 0
+
+
+def shard_cache(options: RunOptions) -> ShardCache:
+    """The Hub's cache, as the options say: shards go there with `--cache` or `--cache-budget`."""
+    budget = options.cache_budget
+    return ShardCache(options.cache or budget is not None, None if budget is None else int(budget))
+
+
+def download(runs: Sequence[JobRun]) -> Download:
+    """What runs will fetch, as far as headers tell."""
+    reads = {read.key: read for step in _steps(runs) for read in _reads(step)}.values()
+    sources = {read.source.identity: read.source for read in reads}
+    whole = {(r.source.identity, r.ref.file) for r in reads if r.source.transfer(r.ref.file) == "whole"}
+    sizes = [sources[place].sizes()[name] for place, name in whole]
+    ranges = [r.ref.nbytes for r in reads if r.source.transfer(r.ref.file) == "ranges"]
+    kept = [sources[place].sizes()[name] for place, name in whole if sources[place].keeps(name)]
+    requests = sum(-(-nbytes // PIECE) for nbytes in (*sizes, *ranges))
+    return Download(sum(sizes) + sum(ranges), requests, sum(kept), max(kept, default=0))
+
+
+def download_offences(need: Download, options: RunOptions) -> Iterator[Offence]:
+    """Offences of a budget that the largest shard exceeds, and of a disk that is too small."""
+    budget = options.cache_budget
+    if budget is not None and need.largest > budget:
+        expected = f"at least {need.largest} bytes ({human(need.largest)}), the largest shard"
+        yield Offence("--cache-budget", "", expected, human(budget), "raise it, or leave it out to read by ranges")
+    if need.kept:
+        folder = hub_cache()
+        disk = next(place for place in (folder, *folder.parents) if place.exists())
+        room, free = min(need.kept, budget or need.kept), shutil.disk_usage(disk).free
+        if room > free:
+            remedy = "free some (`hf cache rm`), set HF_HOME, give --cache-budget, or leave out --cache"
+            yield Offence("--cache", str(folder), f"{room} bytes ({human(room)}) of free space", human(free), remedy)
+
+
+def _steps(runs: Sequence[JobRun]) -> Iterable[Step]:
+    return (*module_steps(runs), *copy_steps(runs), *planned_steps(runs))
+
+
+def _reads(step: Step) -> Iterator[Read]:
+    yield from step.reads.values()
+    for task in step.tasks:
+        yield from task.reads()
+        if (copy := getattr(task, "copy", None)) is not None:  # which the writer reads itself
+            yield Read(copy.source, copy.ref)
