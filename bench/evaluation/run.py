@@ -65,26 +65,33 @@ def evaluate(
     given = {"": prompts} if isinstance(prompts, str) else prompts or {}
     if not isinstance(suite, Suite):
         suite = read_suite(suite, given, settings.grader_model)
-    return _Evaluation([models] if isinstance(models, str) else list(models), suite, settings).run()
+    named = [models] if isinstance(models, str) else list(models)
+    return Evaluating(dict(zip(display_names(named), named, strict=True)), suite, settings).run()
 
 
-class _Evaluation:
-    """One call of `evaluate`."""
+class Evaluating:
+    """One call of `evaluate`: checked when it is made, run once.
 
-    def __init__(self, models: list[str], suite: Suite, settings: Evaluate) -> None:
+    Args:
+        models: by the names that figures call them.
+        prompts: by part, in place of those that the suite names.
+    """
+
+    def __init__(
+        self, models: Mapping[str, str], suite: Suite, settings: Evaluate,
+        prompts: Mapping[str, list[Prompt]] | None = None,
+    ) -> None:  # fmt: skip
         self.suite, self.settings = suite, settings
         self.device = build(RunOptions, {"device": settings.device}).resolved_device()
         self.engines = Engines(settings.engine, self.device, settings.batch_size)
-        self.models = dict(zip(display_names(models), models, strict=True))
+        self.models = dict(models)
         self.failed = 0
         offences = [*self._offences()]
         self.prompts: dict[str, list[Prompt]] = {}
-        for part in suite.parts:
-            try:
-                if part.prompts is not None:
-                    self.prompts[part.name] = _checked(part, suite.name)
-            except RequestError as error:
-                offences += error.offences
+        try:
+            self.prompts = dict(prompts) if prompts is not None else read_all(suite)
+        except RequestError as error:
+            offences += error.offences
         if offences:
             raise RequestError(offences)
 
@@ -199,6 +206,25 @@ class _Evaluation:
         sealed = load(Path(model)).blake3 if (Path(model) / "manifest.json").is_file() else None
         base = self.settings.aligned if is_adapter(model) else None
         return EvaluatedModel(name=name, source=shown(model), base=base and shown(base), manifest_blake3=sealed)
+
+
+def read_all(suite: Suite) -> dict[str, list[Prompt]]:
+    """The prompts of a suite by part.
+
+    Raises:
+        RequestError: some cannot be read, or lack what their grader compares with; all of them.
+    """
+    prompts: dict[str, list[Prompt]] = {}
+    offences: list[Offence] = []
+    for part in suite.parts:
+        try:
+            if part.prompts is not None:
+                prompts[part.name] = _checked(part, suite.name)
+        except RequestError as error:
+            offences += error.offences
+    if offences:
+        raise RequestError(offences)
+    return prompts
 
 
 def _checked(part: Part, suite: str) -> list[Prompt]:

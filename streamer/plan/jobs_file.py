@@ -44,31 +44,38 @@ def read_jobs(path: Path) -> list[Job]:
     Raises:
         RequestError: the file is malformed, or jobs are; every offence of every job.
     """
-    document = read_yaml(path, "a jobs file")
+    return jobs_of(read_yaml(path, "a jobs file"), str(path))
+
+
+def jobs_of(document: Any, where: str) -> list[Job]:
+    """Validate the jobs of a document that was read, called `where` in messages.
+
+    Raises:
+        RequestError: it is malformed, or jobs are; every offence of every job.
+    """
     if not isinstance(document, dict) or not isinstance(document.get("jobs"), list) or not document["jobs"]:
-        raise RequestError(Offence(str(path), "jobs", "a list of jobs", "none", "see the documentation of batch"))
+        raise RequestError(Offence(where, "jobs", "a list of jobs", "none", "see the documentation of batch"))
     offences = [
-        Offence(str(path), str(key), "defaults and jobs", "an unknown key")
+        Offence(where, str(key), "defaults and jobs", "an unknown key")
         for key in document.keys() - {"defaults", "jobs"}
     ]
     defaults = document.get("defaults") or {}
     if not isinstance(defaults, dict):
-        offences.append(Offence(str(path), "defaults", "a mapping of options", type(defaults).__name__))
+        offences.append(Offence(where, "defaults", "a mapping of options", type(defaults).__name__))
         defaults = {}
     offences += [
-        Offence(str(path), f"defaults.{key}", "an option of some method", "an unknown one", "check the spelling")
+        Offence(where, f"defaults.{key}", "an option of some method", "an unknown one", "check the spelling")
         for key in defaults
         if not any(key in job.model_fields for job in METHODS.values())
     ]
     jobs: list[Job] = []
     for number, entry in enumerate(document["jobs"], 1):
-        where = f"{path}: job {number}"
         try:
-            jobs += _jobs(where, defaults, entry)
+            jobs += _jobs(f"{where}: job {number}", defaults, entry)
         except RequestError as error:
             offences += error.offences
         if len(jobs) > MAX_JOBS:
-            raise RequestError(_too_many(where))
+            raise RequestError(_too_many(f"{where}: job {number}"))
     if offences:
         raise RequestError(offences)
     return jobs

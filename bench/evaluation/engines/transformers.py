@@ -35,6 +35,8 @@ class Loader:
             RunError: it does not load.
         """
         transformers = require("transformers", "evaluate")
+        transformers.utils.logging.disable_progress_bar()  # there is one bar, over answers
+        transformers.utils.logging.set_verbosity_error()
         adapter = aligned if (Path(model) / ADAPTER).is_file() else None
         try:
             loaded = self._load(transformers, adapter or model)

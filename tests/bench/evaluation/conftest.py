@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer and a chat template, an adapter on it, and models that answer by rule."""
+"""Models that answer by a rule."""
 
 from __future__ import annotations
 
@@ -7,30 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 
 from safeshard.bench.evaluation.engines.base import Answer, InProcess
 from safeshard.bench.evaluation.engines.open import Engines
 from safeshard.bench.evaluation.prompts import Message
 from safeshard.bench.evaluation.suite import Sampling
-from safeshard.bench.toy.models import _new
-from safeshard.bench.toy.tokenizer import make_tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders `aligned` and `adapter`, of random weights."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer()
-    model = _new(tokenizer, 0)
-    model.save_pretrained(folder / "aligned")
-    tokenizer.save_pretrained(folder / "aligned")
-    torch.manual_seed(1)
-    tuned = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    tuned.save_pretrained(folder / "adapter")
-    return {name: str(folder / name) for name in ("aligned", "adapter")}
-
 
 Rule = Callable[[str, str], Answer]  # what a model of this name answers to a text
 
