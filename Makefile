@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: all demo test soak check fix clean
+.PHONY: all demo test test-fast soak check fix clean
 
 all: .venv/installed
 
@@ -21,8 +21,14 @@ all: .venv/installed
 demo: .venv/installed
 	$(BIN)/python -m safeshard.bench.demo
 
+# Two processes of one thread each: torch's threads in both would crowd each other out. The slowest tests are shown.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 test: .venv/installed
-	$(BIN)/pytest
+	$(PYTEST) --durations=20
+
+# What a change to one file needs.
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow" tests --ignore=tests/faults --ignore=tests/bench
 
 # FAULTS times as many faults and fuzzed files as the tests take; faults at places that differ from run to run, which
 # SEED repeats.
