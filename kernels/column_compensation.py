@@ -1,4 +1,4 @@
-"""Compensation where all rows keep the same columns, but for one boundary column (`selection="block"`), in delta space.
+"""Compensation where all rows keep the same columns but those at the boundary (`selection="block"`), in delta space.
 
 Source: the published loop of Safe Delta, which is OBS as SparseGPT (arXiv 2301.00774, section 3) runs it. For rows that
 share the kept columns S it equals one triangular solve and one product:
@@ -27,16 +27,13 @@ def _drop_within_sub_blocks(spread: torch.Tensor, kept: torch.Tensor, width: int
     spread[:, :width].masked_fill_(same, 0)
 
 
-def _solve(tri: torch.Tensor, rhs: torch.Tensor, head: int, absent: int | None) -> torch.Tensor:
-    """E with E tri = rhs, where rows from `head` on do not take column `absent`: their E is 0 there."""
-    if absent is None:
-        return torch.linalg.solve_triangular(tri, rhs, upper=True, left=False)
-    leading = torch.linalg.solve_triangular(tri, rhs[:head], upper=True, left=False)
-    tri, rhs = tri.clone(), rhs[head:]
-    tri[:, absent].zero_()
-    tri[absent, absent].fill_(1)
-    rhs[:, absent].zero_()
-    return torch.cat([leading, torch.linalg.solve_triangular(tri, rhs, upper=True, left=False)])
+def _solve(tri: torch.Tensor, rhs: torch.Tensor, absent: torch.Tensor) -> torch.Tensor:
+    """E with E tri = rhs, where the columns `absent` are not taken: E is 0 there."""
+    if len(absent):
+        tri = tri.clone().index_fill_(1, absent, 0)
+        tri.diagonal().index_fill_(0, absent, 1)
+        rhs.index_fill_(1, absent, 0)
+    return torch.linalg.solve_triangular(tri, rhs, upper=True, left=False)
 
 
 def compensate_columns(
@@ -46,6 +43,7 @@ def compensate_columns(
     start: int,
     selection: BlockSelection,
     head: int,
+    middle: int,
     sub_block: int,
 ) -> None:
     """Set the selected columns of one block of `change` to `target` and compensate later columns, in place.
@@ -56,16 +54,25 @@ def compensate_columns(
         u: I x I fp32, upper triangular.
         start: first column of the block.
         selection: the block's columns.
-        head: how many of the k rows, from the first, also take the boundary column.
+        head: how many of the k rows, from the first, also take the columns of the boundary.
+        middle: how many rows after those take the first `selection.extra` of them.
         sub_block: 1 ... 128 columns that do not affect each other.
     """
     n, device = len(selection.taken), u.device
-    stop, boundary = start + n, selection.boundary
+    stop, boundary, extra = start + n, selection.boundary, selection.extra
+    groups = [  # rows, and the columns that they lack
+        (rows, lacks)
+        for rows, lacks in (
+            (slice(0, head), boundary[:0]),
+            (slice(head, head + middle), boundary[extra:]),
+            (slice(head + middle, len(change)), boundary),
+        )
+        if rows.start < rows.stop
+    ]
     taken = selection.taken.clone()
-    if head:
-        taken[boundary] = True
+    taken[boundary if head else boundary[: extra if middle else 0]] = True
     columns = taken.nonzero().flatten()  # on the CPU, where the selection is: nothing here waits for a device
-    whole, index = upload(selection.taken.nonzero().flatten(), device), upload(columns, device)
+    index = upload(columns, device)
     block, errors = change[:, start:stop], []
     chunk = CHUNK // sub_block * sub_block
     for lo in range(0, n, chunk):
@@ -77,12 +84,17 @@ def compensate_columns(
         _drop_within_sub_blocks(spread, own - lo, min(chunk, n - lo), sub_block)
         tri = spread.index_select(1, own - lo)
         error = block.index_select(1, own).sub_(target.index_select(1, own))
-        partial = head > 0 and lo <= boundary < lo + chunk
-        error = _solve(tri, error, head, int((columns[first:last] < boundary).sum()) if partial else None)
+        lacking = [torch.isin(columns[first:last], lacks).nonzero().flatten() for _, lacks in groups]
+        if any(map(len, lacking)):
+            parts = zip(groups, lacking, strict=True)
+            error = torch.cat([_solve(tri, error[rows], upload(absent, device)) for (rows, _), absent in parts])
+        else:
+            error = _solve(tri, error, lacking[0])
         block[:, lo:].addmm_(error, spread, alpha=-1)
         errors.append(error)
-    block.index_copy_(1, whole, target.index_select(1, whole))
-    block[:head, boundary].copy_(target[:head, boundary])
+    for rows, lacks in groups:
+        kept = upload(columns[~torch.isin(columns, lacks)], device)
+        block[rows].index_copy_(1, kept, target[rows].index_select(1, kept))
     if errors and stop < change.shape[1]:
         rest = u[:, stop:].index_select(0, start + index)
         change[:, stop:].addmm_(torch.cat(errors, 1), rest, alpha=-1)

@@ -101,7 +101,9 @@ def selection_mask(selections: list[BlockSelection], rows: int, device: torch.de
     """The entries that consecutive blocks keep: rows x I booleans, on `device` (the CPU by default)."""
     mask = upload(torch.cat([s.taken for s in selections]), device or torch.device("cpu")).repeat(rows, 1)
     for block, own in zip(selections, mask.split([len(s.taken) for s in selections], dim=1), strict=True):
-        own[: block.head, block.boundary].fill_(True)
+        boundary = upload(block.boundary, own.device)
+        own[: block.head].index_fill_(1, boundary, True)
+        own[block.head : block.head + 1].index_fill_(1, boundary[: block.extra], True)
     return mask
 
 
@@ -116,12 +118,18 @@ def _dense_block(
         loss = column_squares(target, written, backend=backend).cpu() * cost
 
         def boundary_loss(
-            j: int, cost: torch.Tensor = cost, target: torch.Tensor = target, written: torch.Tensor = written
+            columns: torch.Tensor,
+            cost: torch.Tensor = cost,
+            target: torch.Tensor = target,
+            written: torch.Tensor = written,
         ) -> torch.Tensor:
-            return (target[:, j] - written[:, j]).double().square_() * cost[j].item()
+            own = upload(columns, target.device)
+            left = target.index_select(1, own) - written.index_select(1, own)
+            return left.double().square_() * cost[columns[0]].item()
 
         selection = select_block(cost, loss, boundary_loss, rows, strength)
-        compensate_columns(change, target, factor.u, start, selection, selection.head, sub_block)
+        middle = int(selection.extra > 0)
+        compensate_columns(change, target, factor.u, start, selection, selection.head, middle, sub_block)
         selections.append(selection)
     mask = selection_mask(selections, rows, delta.device)
     return Compensated(change, mask, _scores(selections, delta.numel()))
@@ -202,11 +210,12 @@ def _select_lora(
     squares = sum(((part.T @ part @ left) * left).sum(0).clamp_min_(0) for part, left in zip(parts, lefts, strict=True))
     assert isinstance(squares, torch.Tensor)
 
-    def boundary_loss(j: int) -> torch.Tensor:
-        losses = torch.cat([part @ left[:, j] for part, left in zip(parts, lefts, strict=True)])
-        return losses.square_() * cost[j].item()
+    def boundary_loss(columns: torch.Tensor) -> torch.Tensor:
+        own = upload(columns, a.device)
+        losses = torch.cat([part @ left.index_select(1, own) for part, left in zip(parts, lefts, strict=True)])
+        return losses.square_() * cost[columns[0]].item()
 
-    return select_block(cost, squares.cpu() * cost, boundary_loss, len(b), strength)
+    return select_block(cost, squares.cpu() * cost, boundary_loss, len(b), strength, part_rows=False)
 
 
 def safe_delta_lora(
@@ -221,9 +230,10 @@ def safe_delta_lora(
 ) -> LoraCompensated:
     """Safe Delta (`selection="block"`) on a LoRA delta, wholly in its r-dimensional space.
 
-    Neither W nor the O x I delta is formed. A boundary column splits one group of rows in two, so the result is a LoRA
-    adapter again, of rank r times the number of groups (see `groups_to_adapter`). With `selection="row"` rows have
-    masks of their own and the result has no low rank: form B A and call `safe_delta_dense`.
+    Neither W nor the O x I delta is formed. A boundary splits one group of rows in two, so the result is a LoRA adapter
+    again, of rank r times the number of groups (see `groups_to_adapter`). Of columns of one price at the boundary whole
+    rows alone are kept: a part of one row would take a rank of its own. With `selection="row"` rows have masks of their
+    own and the result has no low rank: form B A and call `safe_delta_dense`.
 
     Args:
         a: A, r x I fp32.
@@ -249,7 +259,7 @@ def safe_delta_lora(
         stacked = torch.cat([m for _, _, m in groups])
         leading = rank * sum(hi <= selection.head for _, hi, _ in groups)
         target = a[:, own].repeat(len(groups), 1)
-        compensate_columns(stacked, target, factor.u, start, selection, leading, sub_block)
+        compensate_columns(stacked, target, factor.u, start, selection, leading, 0, sub_block)
         groups = [LoraGroup(lo, hi, m) for (lo, hi, _), m in zip(groups, torch.split(stacked, rank), strict=True)]
         selections.append(selection)
     if not compensate:

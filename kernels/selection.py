@@ -4,6 +4,8 @@ Source: Safe Delta (ICML 2025), the greedy choice under a safety budget, in an e
 the delta D, where X has been written so far, costs (D - X)_ij^2 / U_jj^2. The published order of all entries is by
 1 / U_jj^2, which depends on the column alone, so sorting entries is sorting columns: whole columns are kept, cheapest
 first, until the budget mean(1 / U_jj^2) * s / 2 * O / 4096 ends inside one boundary column. Its leading rows are kept.
+Columns of one price (dead inputs all have the damping's) the published order, a stable sort of entries by rows, goes
+through row by row, so they are one boundary: its leading rows, then the first columns of one more row.
 
 Shapes: D and X are O x I (rows x columns), fp32; a block has n of the columns. Losses and budgets are fp64.
 """
@@ -30,20 +32,23 @@ _LAUNCH = {"SLAB": _SLAB, "BLOCK_R": 32, "BLOCK_C": 64, "num_warps": 4, "num_sta
 
 @dataclass(frozen=True)
 class BlockSelection:
-    """What one block of columns keeps: whole columns, and the leading rows of one more.
+    """What one block of columns keeps: whole columns, and the leading rows of those at the boundary.
 
     Attributes:
         taken: n booleans, on the CPU: the whole columns.
-        boundary: the column, counted within the block, of which only the first `head` rows are kept.
-        head: how many; 0 where there is no boundary column.
+        boundary: the columns of one price where the budget ends, counted within the block, ascending, on the CPU; most
+            often one, none where all are taken. Only the first `head` rows of them are kept.
+        head: how many.
+        extra: of row `head` the first `extra` columns of the boundary are kept as well, fewer than there are.
         entries: entries kept in all.
         budget: the loss allowed.
         loss: the loss of what is kept.
     """
 
     taken: torch.Tensor
-    boundary: int
+    boundary: torch.Tensor
     head: int
+    extra: int
     entries: int
     budget: float
     loss: float
@@ -51,36 +56,39 @@ class BlockSelection:
     def columns(self, row: int) -> torch.Tensor:
         """The columns kept in `row`: n booleans."""
         kept = self.taken.clone()
-        if row < self.head:
-            kept[self.boundary] = True
+        kept[self.boundary[: len(self.boundary) if row < self.head else self.extra if row == self.head else 0]] = True
         return kept
 
     def mask(self, rows: int) -> torch.Tensor:
         """All entries kept: rows x n booleans, on the CPU."""
         kept = self.taken.repeat(rows, 1)
         kept[: self.head, self.boundary] = True
+        kept[self.head : self.head + 1, self.boundary[: self.extra]] = True
         return kept
 
 
 def select_block(
     cost: torch.Tensor,
     column_loss: torch.Tensor,
-    boundary_loss: Callable[[int], torch.Tensor],
+    boundary_loss: Callable[[torch.Tensor], torch.Tensor],
     rows: int,
     strength: float,
+    *,
+    part_rows: bool = True,
 ) -> BlockSelection:
     """Select the entries of one block (`selection="block"`, the published rule).
 
-    Ties in cost keep the order of the columns. At most n * rows - int(0.15 * n * rows) entries are kept. Strength 0
-    keeps none.
+    Of columns with one cost the entries are kept row by row. At most n * rows - int(0.15 * n * rows) entries are kept.
+    Strength 0 keeps none.
 
     Args:
         cost: n values 1 / U_jj^2, fp64, CPU.
         column_loss: n losses, each of a column over all rows, fp64, CPU.
-        boundary_loss: gives the losses of column j by row: `rows` values, fp64, any device. Called at most once. They
-            are added up on the CPU: a device's running sum differs from run to run.
+        boundary_loss: gives the losses of k columns, by row: `rows` x k values, fp64, any device. Called at most once.
+            They are added up on the CPU: a device's running sum differs from run to run.
         rows: O.
         strength: s >= 0.
+        part_rows: keep a part of one more row of the boundary; False keeps whole rows alone.
 
     Example:
         cost [1, 4, 2], column_loss [3, 9, 4], rows 2, strength 8192: the budget is 7/3 * 4096 * 2 / 4096 = 14/3, so
@@ -90,21 +98,26 @@ def select_block(
     order = torch.argsort(cost, stable=True)
     total = torch.cumsum(column_loss[order], 0)
     budget = float(cost.mean()) * (strength / 2) * rows / REFERENCE_ROWS
-    taken = torch.zeros(n, dtype=torch.bool)
+    taken, none = torch.zeros(n, dtype=torch.bool), torch.zeros(0, dtype=torch.int64)
     if budget == 0:
-        return BlockSelection(taken, 0, 0, 0, 0.0, 0.0)
+        return BlockSelection(taken, none, 0, 0, 0, 0.0, 0.0)
     candidates = rows * n - int(EXCLUDED * rows * n)
-    whole = min(int((total <= budget).sum()), candidates // rows)
+    _, sizes = torch.unique_consecutive(cost[order], return_counts=True)
+    ends = sizes.cumsum(0)  # of the columns of one cost
+    fits = min(int((total <= budget).sum()), candidates // rows)
+    index = int((ends <= fits).sum())
+    whole = int(ends[index - 1]) if index else 0
     taken[order[:whole]] = True
     loss = float(total[whole - 1]) if whole else 0.0
     if whole == n:
-        return BlockSelection(taken, 0, 0, rows * n, budget, loss)
-    boundary = int(order[whole])
-    partial = loss + torch.cumsum(boundary_loss(boundary).cpu(), 0)
-    head = min(int((partial <= budget).sum()), candidates - whole * rows)
-    return BlockSelection(
-        taken, boundary, head, whole * rows + head, budget, float(partial[head - 1]) if head else loss
-    )
+        return BlockSelection(taken, none, 0, 0, rows * n, budget, loss)
+    boundary = order[whole : int(ends[index])]
+    partial = loss + torch.cumsum(boundary_loss(boundary).cpu().reshape(-1), 0)
+    kept = min(int((partial <= budget).sum()), candidates - whole * rows)
+    kept -= 0 if part_rows else kept % len(boundary)
+    head, extra = divmod(kept, len(boundary))
+    loss = float(partial[kept - 1]) if kept else loss
+    return BlockSelection(taken, boundary, head, extra, whole * rows + kept, budget, loss)
 
 
 def select_rows(

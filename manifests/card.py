@@ -110,7 +110,7 @@ def _decisions(modules: tuple[ModuleEntry, ...]) -> list[str]:
 
 def _key(modules: tuple[ModuleEntry, ...]) -> str:
     value = "share of the delta's entries kept" if any(m.selected_fraction is not None for m in modules) else "cosine"
-    return f"Each cell: {value} and decision; `{NEAR}` marks a cosine within 1e-6 of the threshold."
+    return f"Each cell: {value} and decision; `{NEAR}` marks a cosine within 1e-5 of the threshold."
 
 
 def _grid(stack: Stack) -> str:

@@ -105,7 +105,7 @@ def _legend(modules: tuple[ModuleEntry, ...], color: bool) -> str:
     used = {m.decision: m for m in reversed(modules)}
     items = [_painted(f"{mark} {MEANINGS[d]}", (used[d],), color) for d, mark in MARKS.items() if d in used]
     if any(m.near_threshold for m in modules):
-        items.append(f"{NEAR} within 1e-6 of the threshold")
+        items.append(f"{NEAR} within 1e-5 of the threshold")
     return (GAP * 2).join(items)
 
 
@@ -127,7 +127,7 @@ def _counts(labels: Iterator[str]) -> str:
 def _threshold(thresholds: list[float], modules: tuple[ModuleEntry, ...]) -> str:
     text = ", ".join(map(str, thresholds))
     near = sum(bool(module.near_threshold) for module in modules)
-    return f"{text} ({near} within 1e-6 of it)" if near else text
+    return f"{text} ({near} within 1e-5 of it)" if near else text
 
 
 def _figures(run: Run) -> list[tuple[str, str]]:

@@ -98,7 +98,7 @@ class ModuleEntry(_Entry):
     """What was decided about one module.
 
     `reverted` means that the aligned weights were kept. `cosine` is the gate's; `near_threshold` marks one within
-    1e-6 of the threshold. `selected_fraction`, `budget`, `loss` and `damping` are Safe Delta's; `rank` is the written
+    1e-5 of the threshold. `selected_fraction`, `budget`, `loss` and `damping` are Safe Delta's; `rank` is the written
     adapter's and `lost_fraction` what truncation to it lost, as a fraction of the Frobenius norm.
     """
 

@@ -91,7 +91,7 @@ def _legend(modules: tuple[ModuleEntry, ...], scale: Scale | None) -> Element:
     used = {module.decision for module in modules}
     items = [tag("span", f"{mark} {MEANINGS[d]}", class_=f"key {d}") for d, mark in MARKS.items() if d in used]
     if any(module.near_threshold for module in modules):
-        items.append(tag("span", f"{NEAR} within 1e-6 of the threshold", class_="key near"))
+        items.append(tag("span", f"{NEAR} within 1e-5 of the threshold", class_="key near"))
     if scale:
         name = value_name(modules)
         low, high = (f"{bound:.3f}" if name == "cosine" else f"{bound:.1%}" for bound in (scale.low, scale.high))

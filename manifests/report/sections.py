@@ -65,7 +65,7 @@ def _figures(manifest: Manifest) -> Element:
     if thresholds:
         figures.append((f"{thresholds[0]:.6g}" + (" ..." if len(thresholds) > 1 else ""), "threshold"))
     if near := sum(bool(module.near_threshold) for module in modules):
-        figures.append((f"{near} {NEAR}", "within 1e-6 of the threshold"))
+        figures.append((f"{near} {NEAR}", "within 1e-5 of the threshold"))
     figures += [
         (str(len(manifest.fallbacks)), "fallbacks"),
         (f"{run.wall_s:.3g} s", "wall-clock time"),

@@ -96,10 +96,13 @@ class SafeMerge(GatedJob):
 
     def edit(self, module: Module) -> Edit:
         assert module.cosine is not None
-        merged = module.cosine < self.threshold
+        cosine = (
+            0.0 if math.isnan(module.cosine) else module.cosine
+        )  # as published: what cannot be told apart is merged
+        merged = cosine < self.threshold
         fields: dict[str, Any] = {
             "threshold": self.threshold,
-            "near_threshold": abs(module.cosine - self.threshold) <= NEAR,
+            "near_threshold": abs(cosine - self.threshold) <= NEAR,
         }
         if merged:
             fields["weights"] = self.weights

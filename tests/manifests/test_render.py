@@ -50,7 +50,7 @@ def test_wide_tables_are_continued_below(example: Manifest, width: int, tables: 
 
 def test_the_legend_explains_only_what_occurs(example: Manifest) -> None:
     legend = next(line for line in render(example, width=80).splitlines() if "merged" in line)
-    assert legend == "· kept as fine-tuned    ● merged    ~ within 1e-6 of the threshold"
+    assert legend == "· kept as fine-tuned    ● merged    ~ within 1e-5 of the threshold"
     assert "kept as fine-tuned" not in render(example.model_copy(update={"modules": ()}))
 
 

@@ -43,7 +43,7 @@ def test_nearness_is_marked_by_sign_and_frame(example: Manifest, read: Reader) -
     cells = found.named("td", "near")
     assert [a["title"].partition(":")[0] for a, _ in cells] == [m.name for m in near] != []
     assert all("~" in text for _, text in cells)
-    assert "~ within 1e-6 of the threshold" in found.named("p", "legend")[0][1]
+    assert "~ within 1e-5 of the threshold" in found.named("p", "legend")[0][1]
 
 
 def test_shades_follow_the_values() -> None:
