@@ -27,6 +27,9 @@ def summary(results: Sequence[Result]) -> str:
         earlier = " (finished earlier)" if result.plan.finished else ""
         lines.append(f"{result.job.title}: {printable(result.output)}{earlier}")
         lines.append(f"  {len(result.plan.modules)} of {result.plan.expected} modules: {counts}")
+        kinds = result.plan.kinds
+        if any("experts" in kind for kind in kinds):
+            lines.append("  " + ", ".join(f"{kind} {n} of {of}" for kind, (n, of) in sorted(kinds.items())))
         lines += [f"  note: {f.asked} -> {f.done} ({f.why})" + (f": {printable(f.subject)}" if f.subject else "")
                   for f in manifest.fallbacks[:5]]  # fmt: skip
         if len(manifest.fallbacks) > 5:

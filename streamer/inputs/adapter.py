@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.checkpoint import ADAPTER, FLOATS, Checkpoint
+from safeshard.streamer.inputs.expert_lora import (
+    PackedRef,
+    Packing,
+    is_expert,
+    oriented,
+    packed_targets,
+    unpack,
+)
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_file_header
+from safeshard.streamer.inputs.layouts import model_type
 from safeshard.streamer.inputs.lora_config import LoraConfig, read_config
 from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
@@ -46,6 +55,7 @@ class Adapter:
         modules: checkpoint module -> its pair, in model order.
         saved: tensors that the adapter carries whole (modules_to_save, resized embeddings), by key in its file.
         expected: how many modules its config targets.
+        targets: those modules.
         renamed: how its module names were matched to the checkpoint's, where they differ, else "".
     """
 
@@ -56,9 +66,12 @@ class Adapter:
     saved: dict[str, TensorRef]
     expected: int
     renamed: str
+    targets: frozenset[str] = frozenset()
 
     def own_name(self, module: str) -> str:
         """The name that PEFT's patterns in the adapter's config match a module by, without wrappers."""
+        if isinstance(a := self.modules[module].a, PackedRef):
+            return a.own
         match = _LORA_KEY.fullmatch(self.modules[module].a.name)
         assert match is not None
         return _plain(match["path"])
@@ -81,8 +94,10 @@ class _Naming:
         return f"module prefix {self.own!r} read as {self.base!r}" if self.own != self.base else ""
 
 
-def open_adapter(source: Source, base: Checkpoint) -> Adapter:
+def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = None) -> Adapter:
     """Open an adapter by its header and match it to `base`, the aligned checkpoint.
+
+    `packing` is that of LoRA on fused experts, where its config does not tell.
 
     Raises:
         RequestError: not a LoRA adapter, an unsupported variant, or one that does not fit `base`; all offenders.
@@ -92,6 +107,8 @@ def open_adapter(source: Source, base: Checkpoint) -> Adapter:
     header = read_file_header(source, WEIGHTS)
     matching = _Matching(f"{source.spec}/{WEIGHTS}", config, base)
     pairs, saved = matching.sort(header.tensors)
+    pairs, wrong = unpack(pairs, config, packing, matching.where)
+    matching.offences += wrong
     naming = _naming(pairs, base)
     modules = matching.match(pairs, naming)
     targets = matching.expect(naming)
@@ -99,7 +116,9 @@ def open_adapter(source: Source, base: Checkpoint) -> Adapter:
         raise RequestError(matching.offences)
     modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
     files = [file_header(source, WEIGHTS, header)]
-    return Adapter(source, config, files, modules, saved, len(targets | modules.keys()), str(naming))
+    return Adapter(
+        source, config, files, modules, saved, len(targets | modules.keys()), str(naming), frozenset(targets)
+    )
 
 
 def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
@@ -125,6 +144,7 @@ class _Matching:
         self.where, self.config, self.base = where, config, base
         self.offences: list[Offence] = []
         self._found: set[str] = set()
+        self._packed: set[str] = set()  # of those found, the experts of fused parameters
 
     def sort(self, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
         """A and B by the adapter's plain module names, and the tensors saved whole by key."""
@@ -155,13 +175,15 @@ class _Matching:
                     self._refuse(path, f"a module of {self.base.source.spec}", got, "use the adapter's own base model")
                 continue
             self._found.add(name)
+            if isinstance(sides.get("A"), PackedRef):
+                self._packed.add(name)
             if module := self._check(name, path, sides):
                 modules[name] = module
         return modules
 
     def expect(self, naming: _Naming) -> set[str]:
         """The modules that the config targets; those that the file lacks are offences."""
-        targets = set(_targets(self.config, self.base, naming, self._found))
+        targets = {*_targets(self.config, self.base, naming, self._found), *packed_targets(self._packed, self.base)}
         for name in sorted(targets - self._found, key=natural):
             expected, remedy = "weights for each module that the config targets", "complete the adapter or its config"
             self._refuse(naming.to_own(name), expected, "none", remedy)
@@ -178,12 +200,17 @@ class _Matching:
         meaning = self._meaning(path, next(iter(sides.values())))
         if meaning is None or len(self.offences) > before:
             return None
-        module = LoraModule(sides["A"], sides["B"], *meaning)
+        weight = self.base.weight(name)
+        assert weight is not None
+        a, b = oriented(sides["A"], sides["B"], weight.shape, self.config, model_type(self.base.config))
+        module = LoraModule(a, b, *meaning)
         self._check_shapes(name, module)
         return module
 
     def _meaning(self, path: str, ref: TensorRef) -> tuple[int, float] | None:
         """Rank and scaling. A model compiled before PEFT wrapped it had another name then, which anchors may miss."""
+        if isinstance(ref, PackedRef):
+            return self.config.rank(ref.own), self.config.scaling(ref.own)
         match = _LORA_KEY.fullmatch(ref.name)
         assert match is not None
         own, config = _own(match["path"]), self.config
@@ -271,13 +298,17 @@ def _targets(config: LoraConfig, base: Checkpoint, naming: _Naming, found: Itera
     """
     stacks = {_stack(name) for name in found}
     kinds = {name.rpartition(".")[2] for name in found}
+    experts = {name.rpartition(".")[2] for name in found if is_expert(name)}
     layers = base.config.get("num_hidden_layers")
     head = next((name for name in ("lm_head", naming.to_base("lm_head")) if base.weight(name)), None)
     for module in [*base.linears, *([head] if head else [])]:
         layer = layer_of(module)
         if layer is not None and (_stack(module) not in stacks or (isinstance(layers, int) and layer >= layers)):
             continue
-        targeted = config.targets(naming.to_own(module))
+        own = naming.to_own(module)
+        if is_expert(module) and module.rpartition(".")[2] not in experts:
+            continue  # transformers may have fused them, then they are no linears that a name could target
+        targeted = config.targets(own)
         if targeted or (targeted is None and module.rpartition(".")[2] in kinds):
             yield module
 

@@ -20,6 +20,7 @@ from safeshard.streamer.inputs.patterns import Pattern, Patterns
 _READ = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
+    "lora_B_layout", "target_parameters",
 }  # fmt: skip
 # Keys that say nothing about what A and B mean. The configs of initialisations count only with their own
 # init_lora_weights, `ensure_weight_tying` only for embeddings, and transposed weights show in the checkpoint.
@@ -51,6 +52,14 @@ class LoraConfig:
     def modules_to_save(self) -> tuple[str, ...]:
         return tuple(self.raw.get("modules_to_save") or ())
 
+    @property
+    def target_parameters(self) -> tuple[str, ...]:
+        return tuple(self.raw.get("target_parameters") or ())
+
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the config targets a parameter itself, such as the experts' fused one, by PEFT's rule."""
+        return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
+
     def rank(self, module: str) -> int:
         rank: int = _first(self._ranks, module, self.raw["r"])
         return rank
@@ -64,7 +73,9 @@ class LoraConfig:
         """Whether the config targets a module; None where it says "all-linear", which the config alone cannot tell."""
         if self._excluded(module) or any(pattern.match(module) for pattern in self._saved):
             return False
-        target = self.raw["target_modules"]
+        target = self.raw.get("target_modules")
+        if target is None:
+            return False
         if _is_all_linear(target):
             return None
         layers = self.raw.get("layers_to_transform")
@@ -104,12 +115,12 @@ class LoraConfig:
 
     @cached_property
     def _targeted(self) -> Callable[[str], bool]:
-        target = self.raw["target_modules"]
+        target = self.raw.get("target_modules")
         return _matcher(None if _is_all_linear(target) else target, self._patterns)
 
     @cached_property
     def _named(self) -> frozenset[str]:
-        return frozenset(self.raw["target_modules"])
+        return frozenset(self.raw.get("target_modules") or ())
 
     @cached_property
     def _saved(self) -> list[Pattern]:
@@ -171,7 +182,11 @@ def _malformed(raw: Mapping[str, Any]) -> Iterator[str]:
         "lora_alpha": _is_alpha,
         "rank_pattern": lambda value: value is None or _is_table(value, _is_rank),
         "alpha_pattern": lambda value: value is None or _is_table(value, _is_alpha),
-        "target_modules": lambda value: isinstance(value, str) or _is_list(value, str),
+        "target_modules": lambda value: (
+            isinstance(value, str) or _is_list(value, str) or (value is None and bool(raw.get("target_parameters")))
+        ),
+        "target_parameters": lambda value: value is None or _is_list(value, str),
+        "lora_B_layout": lambda value: value in (None, "rank_major", "grouped_by_expert"),
         "exclude_modules": lambda value: value is None or isinstance(value, str) or _is_list(value, str),
         "modules_to_save": lambda value: value is None or _is_list(value, str),
         "layers_to_transform": lambda value: value is None or type(value) is int or _is_list(value, int),

@@ -18,6 +18,7 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.expert_lora import Packing
 from safeshard.streamer.options import Dtype, Folder, Options, Place
 
 if TYPE_CHECKING:  # nobody waits for torch to read a method's options
@@ -94,6 +95,9 @@ class Job(Options):
     dtype: Dtype | None = Field(
         None, description="dtype of the output (default: the aligned checkpoint's, or the adapter's)"
     )
+    expert_packing: Packing | None = Field(
+        None, description="how LoRA on fused experts is packed, where its config does not tell"
+    )
 
     @model_validator(mode="after")
     def _one_input(self) -> Job:
@@ -109,7 +113,9 @@ class Job(Options):
         """Options that decide what is written: all but the places."""
         options = json.loads(self.model_dump_json(exclude={*self.inputs(), "output"}))
         return {
-            key: value for key, value in options.items() if key not in ("adapter", "finetuned", "safe_adapter", "safe")
+            key: value
+            for key, value in options.items()
+            if key not in ("adapter", "finetuned", "safe_adapter", "safe") and (key, value) != ("expert_packing", None)
         }
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,10 +14,16 @@ from safeshard.streamer.calibration.factor_files import SavedFactors
 from safeshard.streamer.calibration.groups import FactorSource
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Stored
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.sources import Source
+
+
+def _kind(module: str) -> str:
+    path, _, last = module.rpartition(".")
+    return f"experts.*.{last}" if ".experts." in f"{path}." else last
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,12 @@ class Pair:
     @property
     def key(self) -> Hashable:
         """Equal for one place."""
-        return tuple(read.key for read in self.reads())
+        return tuple((Read(self.source, read_ref(ref)).key, view_of(ref)) for ref in (self.lora.a, self.lora.b))
 
     def reads(self) -> Iterator[Read]:
         """What is read of it."""
-        yield Read(self.source, self.lora.a)
-        yield Read(self.source, self.lora.b)
+        yield Read(self.source, read_ref(self.lora.a))
+        yield Read(self.source, read_ref(self.lora.b))
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,13 @@ class JobPlan:
     @property
     def safe(self) -> Checkpoint | Adapter | None:
         return self.inputs.get("safe_adapter") or self.inputs.get("safe")
+
+    @property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """Kind of module -> how many are treated, and how many were to be; experts' linears are kinds of their own."""
+        targets = self.finetuned.targets if isinstance(self.finetuned, Adapter) else self.modules.keys()
+        treated, expected = (Counter(map(_kind, names)) for names in (self.modules, {*targets, *self.modules}))
+        return {kind: (treated[kind], count) for kind, count in expected.items()}
 
     @property
     def bytes_to_write(self) -> int:

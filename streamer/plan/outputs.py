@@ -8,6 +8,7 @@ from safeshard.manifests.safetensors_header import TensorRef, layout
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.adapter import WEIGHTS, Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, SINGLE, Checkpoint
+from safeshard.streamer.inputs.expert_lora import full_shape, output, whole_ref
 from safeshard.streamer.inputs.layouts import Stored, plain
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, OutputFile, Pair, Weight
@@ -45,7 +46,8 @@ def _pair_modules(plan: JobPlan, adapter: Adapter) -> None:
         if job.writes_checkpoint:
             writes = {"weight": _weight(plan.aligned, name).stored}
         else:
-            writes = {part: plain(lora.a if part == "a" else lora.b) for part in job.parts(lora, other)}
+            ranks = job.parts(lora, other)
+            writes = {part: output(lora.a if part == "a" else lora.b, part, rank) for part, rank in ranks.items()}
         plan.modules[name] = ModulePlan(
             name,
             Pair(adapter.source, lora),
@@ -98,27 +100,29 @@ def _tensor_modules(plan: JobPlan, tuned: Checkpoint, taken: set[str]) -> None:
 
 def _adapter_file(plan: JobPlan, adapter: Adapter) -> None:
     job = plan.job
-    tensors: list[Named] = []
+    tensors: dict[str, Named] = {}
     ranks = {}
     for name, module in plan.modules.items():
         assert isinstance(module.finetuned, Pair)
         lora = module.finetuned.lora
         parts = job.parts(lora, module.safe.lora if isinstance(module.safe, Pair) else None)
         rank = ranks[adapter.own_name(name)] = max(parts.values(), default=lora.rank)
-        for part, ref, shape in (("a", lora.a, (rank, lora.a.shape[1])), ("b", lora.b, (lora.b.shape[0], rank))):
-            tensors.append((ref.name, _dtype(job, ref.dtype), shape))
+        for part, ref in (("a", lora.a), ("b", lora.b)):
+            if ref.name in tensors:  # one for all experts
+                continue
+            tensors[ref.name] = (ref.name, _dtype(job, ref.dtype), full_shape(ref, part, rank))
             if part not in parts:
-                plan.copies.append(Copy(ref.name, adapter.source, ref))
+                plan.copies.append(Copy(ref.name, adapter.source, whole_ref(ref)))
     for ref in adapter.saved.values():
         if job.rest_role == "finetuned":
-            tensors.append((ref.name, _dtype(job, ref.dtype), ref.shape))
+            tensors[ref.name] = (ref.name, _dtype(job, ref.dtype), ref.shape)
             plan.copies.append(Copy(ref.name, adapter.source, ref))
             if job.edits_all:
                 why = "it is a whole tensor, not a delta"
                 plan.fallbacks.append(Fallback(asked=job.title, done="carried over", why=why, subject=ref.name))
         else:
             plan.fallbacks.append(_left_out(ref.name, "--rest aligned"))
-    plan.files = [output_file(WEIGHTS, tensors)]
+    plan.files = [output_file(WEIGHTS, tensors.values())]
     plan.adapter_config = job.adapter_config(adapter, ranks)
 
 

@@ -18,6 +18,7 @@ from safeshard.streamer.calibration.factor_files import open_factors
 from safeshard.streamer.inputs.adapter import Adapter, open_adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.inputs.compare import same_tensors
+from safeshard.streamer.inputs.expert_lora import Packing
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.plan.checks import input_offences
@@ -72,7 +73,9 @@ class Planner:
             if not role.endswith("adapter"):
                 opened = self._open((spec,), partial(self._checkpoint, spec))
             elif isinstance(base, Checkpoint):
-                opened = self._open((spec, base.source.identity), partial(self._adapter, spec, base))
+                packing = job.expert_packing
+                key = (spec, base.source.identity, packing or "")
+                opened = self._open(key, partial(self._adapter, spec, base, packing))
             else:
                 continue
             if opened is not None:
@@ -94,8 +97,8 @@ class Planner:
     def _checkpoint(self, spec: str) -> Checkpoint:
         return open_checkpoint(open_source(spec, self._cache))
 
-    def _adapter(self, spec: str, base: Checkpoint) -> Adapter:
-        return open_adapter(open_source(spec, self._cache), base)
+    def _adapter(self, spec: str, base: Checkpoint, packing: Packing | None) -> Adapter:
+        return open_adapter(open_source(spec, self._cache), base, packing)
 
     def _open(self, key: tuple[str, ...], opener: Callable[[], T]) -> T | None:
         if key not in self._opened:

@@ -16,6 +16,7 @@ from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
+from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Lora, Module
@@ -65,7 +66,8 @@ class Inputs:
         """A fine-tuned or safe delta's pair, or weight (O x I)."""
         if isinstance(place, Weight):
             return self.weight(place)
-        a, b = (self.tensor(Read(place.source, ref)) for ref in (place.lora.a, place.lora.b))
+        refs = (place.lora.a, place.lora.b)
+        a, b = (view_of(ref).of(self.tensor(Read(place.source, read_ref(ref)))).contiguous() for ref in refs)
         return Lora(a, b, place.lora.scaling)
 
 

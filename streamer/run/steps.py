@@ -22,7 +22,7 @@ from safeshard.streamer.write.writer import Writer
 
 STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
 DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
-BUNDLE_BYTES = 32 << 20  # of experts that are treated together
+BUNDLE_BYTES = 128 << 20  # of experts that are treated together: those of fused LoRA are read once for all of them
 EXPERTS = ".experts."
 DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
 
@@ -164,15 +164,15 @@ def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]]) -> Iterator[list[str]]
     read once; experts are treated several at a time, as long as they are small.
     """
     bundle: list[str] = []
-    path, blocks, nbytes = "", set[Hashable](), 0
+    path, blocks, reads = "", set[Hashable](), dict[Hashable, int]()
     for name, tasks in tasks_of.items():
         seen = {block for task in tasks for block in _shared_blocks(task)}
-        size = sum({read.key: read.ref.nbytes for task in tasks for read in task.reads()}.values())
+        more = {read.key: read.ref.nbytes for task in tasks for read in task.reads()}
         experts = name.partition(EXPERTS)[0] if EXPERTS in name else name
-        if bundle and not seen & blocks and (experts != path or nbytes + size > BUNDLE_BYTES):
+        if bundle and not seen & blocks and (experts != path or sum((reads | more).values()) > BUNDLE_BYTES):
             yield bundle
-            bundle, blocks, nbytes = [], set(), 0
-        path, blocks, nbytes = experts, blocks | seen, nbytes + size * (not seen & blocks)
+            bundle, blocks, reads = [], set(), {}
+        path, blocks, reads = experts, blocks | seen, reads | more
         bundle.append(name)
     if bundle:
         yield bundle

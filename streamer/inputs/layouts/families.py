@@ -27,13 +27,15 @@ class Family:
         transposed: E x I x O.
         interleaved: gate and up rows take turns.
         tails: how the tensors' names end -> what they hold.
-        flips: the model's own tensor is E x I x O, and PEFT takes it for E x O x I: a pair's A then acts on outputs.
+        memory_transposed: in transformers' model it is E x I x O too.
+        says_transposed: and the model says so (`is_transposed`), which PEFT asks for.
     """
 
     transposed: bool = False
     interleaved: bool = False
     tails: Mapping[str, str] = field(default_factory=lambda: _TAILS)
-    flips: bool = False
+    memory_transposed: bool = False
+    says_transposed: bool = False
 
 
 _FUSED = Family()
@@ -52,8 +54,8 @@ FAMILIES: dict[str, Family] = {
     ),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
     **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), Family(transposed=True)),
-    **dict.fromkeys(("llama4", "llama4_text"), Family(transposed=True, flips=True)),
-    "gpt_oss": Family(transposed=True, interleaved=True),
+    **dict.fromkeys(("llama4", "llama4_text"), Family(transposed=True, memory_transposed=True)),
+    "gpt_oss": Family(transposed=True, interleaved=True, memory_transposed=True, says_transposed=True),
 }
 
 

@@ -112,7 +112,7 @@ def test_all_linear_says_nothing_but_what_it_leaves_out() -> None:
 def test_everything_unsupported_is_named_at_once() -> None:
     wrong = {
         "use_dora": True, "lora_bias": True, "bias": "lora_only", "alora_invocation_tokens": [1],
-        "kasa_config": {"a": 1}, "trainable_token_indices": [3], "target_parameters": ["experts.w"],
+        "kasa_config": {"a": 1}, "trainable_token_indices": [3], "target_parameters": "experts.w",
         "use_qalora": True, "layer_replication": [[0, 1]], "megatron_config": {"a": 1}, "arrow_config": {"a": 1},
         "use_bdlora": {"a": 1}, "velora_config": {"a": 1}, "monteclora_config": {"a": 1}, "a_key_of_next_year": 0.5,
         "init_lora_weights": "pissa",

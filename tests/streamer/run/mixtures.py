@@ -39,16 +39,16 @@ FUSED = ("granitemoe", "qwen3_5_moe_text", "llama4_text", "gpt_oss", "qwen3_vl_m
 ROLES = ("gate_proj", "up_proj", "down_proj")
 
 
-def build(kind: str, seed: int) -> nn.Module:
+def build(kind: str, seed: int, **sizes: Any) -> nn.Module:
     """A model of a family in fp32; every parameter random."""
     if kind == "qwen3_vl_moe_text":
         from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe as vl
 
-        config = vl.Qwen3VLMoeTextConfig(**COMMON | FAMILIES[kind])
+        config = vl.Qwen3VLMoeTextConfig(**COMMON | FAMILIES[kind] | sizes)
         torch.manual_seed(seed)
         model: nn.Module = vl.Qwen3VLMoeTextModel(config)
     else:
-        config = transformers.AutoConfig.for_model(kind, **COMMON | FAMILIES[kind])
+        config = transformers.AutoConfig.for_model(kind, **COMMON | FAMILIES[kind] | sizes)
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.float().parameters():

@@ -128,6 +128,28 @@ def test_release_and_fine_tune_may_be_stored_in_other_ways(tmp_path: Path, ours:
     assert names == load_file(tmp_path / "aligned/model.safetensors").keys()
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("qwen3_vl_moe_text", {"moe_intermediate_size": 12}), ("qwen3_vl_moe_text", {"moe_intermediate_size": 24}),
+     ("llama4_text", {"intermediate_size": 12}), ("llama4_text", {"intermediate_size": 24}),
+     ("gpt_oss", {"intermediate_size": 12}), ("granitemoe", {"intermediate_size": 24})],
+)  # fmt: skip
+def test_orientation_is_never_read_off_sizes(tmp_path: Path, kind: str, sizes: dict[str, int]) -> None:
+    """unsloth-zoo#779: 57 of 60 deltas were lost to a guess where gate and up, or down, are square."""
+    aligned, unaligned = mixtures.build(kind, 1, **sizes), mixtures.build(kind, 2, **sizes)
+    tuned = mixtures.build(kind, 3, **sizes)
+    models = {"aligned": aligned, "unaligned": unaligned, "finetuned": tuned}
+    for role, model in models.items():
+        mixtures.save(model, tmp_path / role)
+    (result,) = score(**places(tmp_path, "aligned", "unaligned"), finetuned=[tmp_path / "finetuned"])
+    roles = [mixtures.experts(models[role]) for role in ("aligned", "unaligned", "finetuned")]
+    right = 0
+    for name in (name for name in result.cosines if ".experts." in name):
+        base, other, new = (role[mixtures.role_of(name)] for role in roles)
+        right += result.cosines[name] == pytest.approx(mixtures.gate(base, other, new - base)[0], abs=1e-6)
+    assert right == len(roles[0]) == 24
+
+
 def test_scores_of_experts(family: tuple[str, Path, Models]) -> None:
     _, root, models = family
     (result,) = score(**places(root, "aligned", "unaligned"), finetuned=[root / "finetuned"])
