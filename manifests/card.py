@@ -12,7 +12,8 @@ from pathlib import PurePath
 from typing import Literal
 
 from safeshard.manifests.errors import printable
-from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text
+from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, effect_text
+from safeshard.manifests.render import caution_text
 from safeshard.manifests.schema import MANIFEST_NAME, Input, Manifest, ModuleEntry
 
 Kind = Literal["adapter", "checkpoint"]
@@ -52,7 +53,7 @@ def card(manifest: Manifest, base_model: str | None, kind: Kind) -> str:
         "## Inputs",
         _table(["role", "source", "revision"], (_input_row(*item) for item in manifest.inputs.items())),
         "## Decisions",
-        *_decisions(manifest.modules),
+        *_decisions(manifest),
         "## Loading",
         f"```python\n{_LOADING[kind].format(base=json.dumps(base or 'path/to/the/aligned/model'))}\n```",
         "## Verification",
@@ -94,12 +95,16 @@ def shown_source(given: Input) -> str:
     return PurePath(given.source).name if PurePath(given.source).is_absolute() else given.source
 
 
-def _decisions(modules: tuple[ModuleEntry, ...]) -> list[str]:
+def _decisions(manifest: Manifest) -> list[str]:
+    modules = manifest.modules
     counts = Counter(module.decision for module in modules)
     summary = _table(
         ["decision", "modules"],
         ([f"{MARKS[d]} {MEANINGS[d]}", str(counts[d])] for d in MARKS if d in counts),
     )
+    if effect := effect_text(manifest.effect):
+        summary += f"\n\n{effect}."
+    summary += "".join(f"\n\n**Warning:** {_code(caution_text(each))}" for each in manifest.warnings or ())
     stacks, others = arrange(modules)
     tables = [_grid(stack) for stack in stacks]
     if others:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from safeshard.manifests.schema import Decision, ModuleEntry
+from safeshard.manifests.schema import Decision, Effect, ModuleEntry
 
 MARKS: dict[Decision, str] = {
     "kept": "·",
@@ -78,6 +78,26 @@ def cell_text(modules: tuple[ModuleEntry, ...]) -> str:
 def number(module: ModuleEntry) -> float | None:
     """The value that a cell shows: the share of entries that Safe Delta kept, else the gate's cosine."""
     return module.cosine if module.selected_fraction is None else module.selected_fraction
+
+
+def kept_text(modules: tuple[ModuleEntry, ...]) -> str:
+    """The share of the delta's norm that is left of one module, or the range of several."""
+    shares = sorted(m.effect.kept_norm for m in modules if m.effect and m.effect.kept_norm is not None)
+    texts = [share_text(share) for share in (shares[:1] + shares[-1:] if len(modules) > 1 else shares)]
+    return "..".join(dict.fromkeys(texts))
+
+
+def share_text(share: float) -> str:
+    """A share of a norm for readers; a hostile one stays short."""
+    return f"{share:.1%}" if share < 100 else f"{share:.3g}x"
+
+
+def effect_text(effect: Effect | None) -> str:
+    """What is left of a delta, in words; "" where it was not measured."""
+    if effect is None or effect.kept_norm is None:
+        return ""
+    cosine = "" if effect.cosine is None else f", at a cosine of {effect.cosine:.4f} to it"
+    return f"{share_text(effect.kept_norm)} of the fine-tuned delta's norm is left{cosine}"
 
 
 def prevailing(modules: tuple[ModuleEntry, ...]) -> Decision:

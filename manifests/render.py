@@ -2,11 +2,22 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from safeshard.manifests.errors import MAX_LISTED, printable
-from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, prevailing
-from safeshard.manifests.schema import Decision, Manifest, ModuleEntry, Run
+from safeshard.manifests.grid import (
+    MARKS,
+    MEANINGS,
+    NEAR,
+    Stack,
+    arrange,
+    cell_text,
+    effect_text,
+    kept_text,
+    prevailing,
+    share_text,
+)
+from safeshard.manifests.schema import Caution, Decision, Manifest, ModuleEntry, Run
 
 COLOURS: dict[Decision, str] = {
     "kept": "2",
@@ -27,11 +38,14 @@ def render(manifest: Manifest, width: int | None = None, color: bool = False) ->
     """
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     stacks, others = arrange(manifest.modules)
-    blocks = [block for stack in stacks for block in _tables(stack, width, color)]
+    blocks = [block for stack in stacks for block in _tables(stack, width, color, cell_text)]
     if others:
         blocks.append("\n".join(_plain(module, color) for module in others))
     if manifest.modules:
         blocks.append(_legend(manifest.modules, color))
+    if any(m.effect and share_text(m.effect.kept_norm or 0.0) != "100.0%" for m in manifest.modules):
+        blocks.append("share of the delta's norm that is left")
+        blocks += [block for stack in stacks for block in _tables(stack, width, color, kept_text)]
     return "\n\n".join([*blocks, render_summary(manifest)]) + "\n"
 
 
@@ -40,6 +54,8 @@ def render_summary(manifest: Manifest) -> str:
     rows = [("method", _method(manifest)), ("modules", _decisions(manifest.modules))]
     if thresholds := sorted({m.threshold for m in manifest.modules if m.threshold is not None}):
         rows.append(("threshold", _threshold(thresholds, manifest.modules)))
+    if effect := effect_text(manifest.effect):
+        rows.append(("effect", effect))
     rows.append(("tensors", _counts(tensor.action for tensor in manifest.tensors)))
     rows += [
         (printable(role), printable(i.source + (f"@{i.revision}" if i.revision else "")))
@@ -52,13 +68,21 @@ def render_summary(manifest: Manifest) -> str:
         rows.append(("fallback", f"{subject}asked {asked}, done {done}: {why}"))
     if len(manifest.fallbacks) > MAX_LISTED:
         rows.append(("fallback", f"and {len(manifest.fallbacks) - MAX_LISTED} more"))
+    for each in (manifest.warnings or ())[:MAX_LISTED]:
+        rows.append(("warning", caution_text(each)))
     pad = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{pad}}{GAP}{text}" for label, text in rows)
 
 
-def _tables(stack: Stack, width: int, color: bool) -> Iterator[str]:
-    """The stack's table, cut into as many as it takes to stay within `width`."""
-    texts = {place: printable(cell_text(modules)) for place, modules in stack.cells.items()}
+def caution_text(caution: Caution) -> str:
+    """A warning as one line."""
+    remedy = f" ({printable(caution.remedy)})" if caution.remedy else ""
+    return f"{printable(caution.text)}{remedy}"
+
+
+def _tables(stack: Stack, width: int, color: bool, show: Callable[[tuple[ModuleEntry, ...]], str]) -> Iterator[str]:
+    """The stack's table of what `show` says, cut into as many as it takes to stay within `width`."""
+    texts = {place: printable(show(modules)) for place, modules in stack.cells.items()}
     titles = {kind: printable(title) for kind, title in stack.titles.items()}
     widths = {kind: len(title) for kind, title in titles.items()}
     for (_, kind), text in texts.items():

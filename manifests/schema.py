@@ -94,6 +94,28 @@ class Input(_Entry):
     files: tuple[InputFile, ...]
 
 
+class Effect(_Entry):
+    """What is left of a fine-tuned delta: of one module's, or of all together.
+
+    `kept_norm` is the Frobenius norm of the delta that was written, as a share of the norm of the one that came in,
+    `delta_norm`; `cosine` is the cosine between the two. What is not defined (of a zero delta) is left out. What was
+    written is measured, rounding included: exactly for adapters, and for a weight of more than 262144 entries by a
+    part of them.
+    """
+
+    kept_norm: float | None = Field(default=None, ge=0)
+    cosine: float | None = Field(default=None, ge=-1, le=1)
+    delta_norm: float | None = Field(default=None, ge=0)
+
+
+class Caution(_Entry):
+    """What a reader should know before the output is used: its kind, a sentence, and what to do about it."""
+
+    kind: Name
+    text: str
+    remedy: str | None = None
+
+
 class ModuleEntry(_Entry):
     """What was decided about one module.
 
@@ -114,6 +136,7 @@ class ModuleEntry(_Entry):
     damping: float | None = None
     rank: Count | None = None
     lost_fraction: float | None = None
+    effect: Effect | None = None
     note: str | None = None
 
 
@@ -170,7 +193,7 @@ class Run(_Entry):
 
 
 class Manifest(_Entry):
-    """manifest.json. `files` names every file of the output but the manifest itself.
+    """manifest.json. `files` names every file of the output but the manifest itself. `effect` is that of all modules.
 
     `blake3` is the hash of the content without that field. It reveals damage and careless edits; it is not a
     signature, since whoever forges the content can compute it anew.
@@ -184,6 +207,8 @@ class Manifest(_Entry):
     tensors: tuple[TensorEntry, ...]
     files: tuple[FileEntry, ...]
     fallbacks: tuple[Fallback, ...] = ()
+    effect: Effect | None = None
+    warnings: tuple[Caution, ...] | None = None
     run: Run
     blake3: Hash | None = None
 

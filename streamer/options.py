@@ -83,6 +83,7 @@ class RunOptions(Options):
     )
     overwrite: bool = Field(False, description="replace an existing output and discard an unfinished one")
     quiet: bool = Field(False, description="no progress bar and no summary")
+    strict: bool = Field(False, description="make warnings errors: nothing that one is about gets its name")
 
     def resolved_device(self) -> str:
         """The device to compute on.

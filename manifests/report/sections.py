@@ -5,17 +5,21 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from statistics import median
+from typing import Any
 from xml.etree.ElementTree import Element
 
 from safeshard.manifests.card import PLAIN_LINK, shown_source
-from safeshard.manifests.errors import printable
-from safeshard.manifests.grid import MARKS, MEANINGS, NEAR
-from safeshard.manifests.render import bytes_text
+from safeshard.manifests.errors import MAX_LISTED, printable
+from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, share_text
+from safeshard.manifests.render import bytes_text, caution_text
 from safeshard.manifests.report.heatmap import heat_maps
 from safeshard.manifests.report.histogram import histogram
 from safeshard.manifests.report.markup import MAX_ROWS, Child, bar, facts, folded, table, tag
 from safeshard.manifests.schema import Fallback, Input, Manifest, ModuleEntry, Run, TensorEntry
 
+EFFECT_HEADS = {
+    "effect.kept_norm": "norm left", "effect.cosine": "cosine to the delta", "effect.delta_norm": "norm of the delta",
+}  # fmt: skip
 HASH_CHARS = 16  # enough to tell hashes apart by eye; the manifest has all 64
 
 
@@ -23,7 +27,7 @@ def section(title: str, manifest: Manifest, anchor: str) -> Element:
     """All about one output, under its title."""
     return tag(
         "section",
-        tag("header", tag("h1", title), _opening(manifest), _figures(manifest)),
+        tag("header", tag("h1", title), _opening(manifest), _figures(manifest), *_warnings(manifest)),
         *_decisions(manifest.modules),
         *_fallbacks(manifest.fallbacks),
         tag("h2", "What was run"),
@@ -66,12 +70,19 @@ def _figures(manifest: Manifest) -> Element:
         figures.append((f"{thresholds[0]:.6g}" + (" ..." if len(thresholds) > 1 else ""), "threshold"))
     if near := sum(bool(module.near_threshold) for module in modules):
         figures.append((f"{near} {NEAR}", "within 1e-5 of the threshold"))
+    if manifest.effect is not None and manifest.effect.kept_norm is not None:
+        figures.append((share_text(manifest.effect.kept_norm), "of the delta's norm left"))
     figures += [
         (str(len(manifest.fallbacks)), "fallbacks"),
         (f"{run.wall_s:.3g} s", "wall-clock time"),
         (bytes_text(run.peak_host_bytes), "peak host memory"),
     ]
     return tag("dl", *(tag("div", tag("dt", label), tag("dd", value)) for value, label in figures), class_="figures")
+
+
+def _warnings(manifest: Manifest) -> Iterator[Element]:
+    for each in (manifest.warnings or ())[:MAX_LISTED]:
+        yield tag("p", tag("b", "Warning: "), caution_text(each), class_="warning")
 
 
 def _decisions(modules: tuple[ModuleEntry, ...]) -> Iterator[Element]:
@@ -160,17 +171,31 @@ def _run(run: Run) -> Iterator[Element]:
 
 def _modules(modules: tuple[ModuleEntry, ...]) -> Element:
     """All fields that some module has, a column each."""
-    names = [name for name in ModuleEntry.model_fields if any(getattr(m, name) is not None for m in modules)]
+    fields = [*(name for name in ModuleEntry.model_fields if name != "effect"), *EFFECT_HEADS]
+    names = [name for name in fields if any(_value(m, name) is not None for m in modules)]
     return table(
-        [name.replace("_", " ") for name in names],
+        [_head(name) for name in names],
         modules,
         lambda module: [_field(module, name) for name in names],
-        numeric=[name.replace("_", " ") for name in names if name not in ("name", "decision", "note")],
+        numeric=[_head(name) for name in names if name not in ("name", "decision", "note")],
     )
 
 
+def _head(name: str) -> str:
+    return EFFECT_HEADS.get(name, name.replace("_", " "))
+
+
+def _value(module: ModuleEntry, name: str) -> Any:
+    """A field of a module's entry or, under its head, of its effect."""
+    if name.startswith("effect."):
+        return getattr(module.effect, name.removeprefix("effect."), None)
+    return getattr(module, name)
+
+
 def _field(module: ModuleEntry, name: str) -> Child:
-    value = getattr(module, name)
+    value = _value(module, name)
+    if name == "effect.kept_norm" and value is not None:
+        return share_text(value)
     if name == "decision":
         return f"{MARKS[module.decision]} {value}"
     if name == "near_threshold":

@@ -187,8 +187,12 @@ def _done(results: Sequence[Any], options: dict[str, Any], as_json: bool) -> Non
         print(messages.plan([r.plan for r in results], int(build(RunOptions, given).memory)))
     elif not options["quiet"]:
         print(messages.summary(results))
+    for line in (lines := messages.warnings(results)):
+        print(f"safeshard: {line}", file=sys.stderr)
     if as_json:
         _print_json([messages.outcome(r) for r in results])
+    if options["strict"] and lines:
+        raise typer.Exit(1)
     _exit_reverted(
         {f"{r.job.output}: {name}": why for r in results for name, why in r.reverted.items()}, "kept aligned"
     )

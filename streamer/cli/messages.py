@@ -8,12 +8,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.errors import printable
+from safeshard.manifests.grid import effect_text
+from safeshard.manifests.render import caution_text
 from safeshard.streamer.progress import human
 
 if TYPE_CHECKING:
     from safeshard.streamer.plan.job_plan import JobPlan
     from safeshard.streamer.run.runner import Result
     from safeshard.streamer.run.save_factors import Factors
+
+MAX_OF_A_KIND = 5
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -27,6 +31,8 @@ def summary(results: Sequence[Result]) -> str:
         earlier = " (finished earlier)" if result.plan.finished else ""
         lines.append(f"{result.job.title}: {printable(result.output)}{earlier}")
         lines.append(f"  {len(result.plan.modules)} of {result.plan.expected} modules: {counts}")
+        if effect := effect_text(manifest.effect):
+            lines.append(f"  {effect}")
         kinds = result.plan.kinds
         if any("experts" in kind for kind in kinds):
             lines.append("  " + ", ".join(f"{kind} {n} of {of}" for kind, (n, of) in sorted(kinds.items())))
@@ -105,13 +111,31 @@ def scores(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def warnings(results: Sequence[Result]) -> list[str]:
+    """The warnings about all outputs, those of a kind together, the first few of each."""
+    kinds: dict[str, list[str]] = {}
+    for result in results:
+        where = f"{printable(result.output)}: " if result.job.writes_model else ""
+        for each in result.warnings:
+            kinds.setdefault(each.kind, []).append(f"warning: {where}{caution_text(each)}")
+    lines = []
+    for texts in kinds.values():
+        lines += texts[:MAX_OF_A_KIND]
+        if len(texts) > MAX_OF_A_KIND:
+            lines.append(f"warning: and {len(texts) - MAX_OF_A_KIND} more outputs of that kind")
+    return lines
+
+
 def outcome(result: Result) -> dict[str, Any]:
     """A result as JSON values, for `--json`."""
     job, manifest = result.job, result.manifest
     base: dict[str, Any] = {"method": job.method, "output": str(job.output) if job.writes_model else None}
     base |= {"modules": len(result.plan.modules), "expected": result.plan.expected}
+    base["warnings"] = [each.model_dump(mode="json", exclude_none=True) for each in result.warnings]
     if manifest is not None:
         decisions = Counter(entry.decision for entry in manifest.modules)
+        if manifest.effect is not None:
+            base["effect"] = manifest.effect.model_dump(mode="json", exclude_none=True)
         return base | {"decisions": dict(decisions), "run": manifest.run.model_dump(mode="json")}
     if result.cosines:
         return base | {"source": job.adapter or job.finetuned, "cosines": dict(result.cosines)}

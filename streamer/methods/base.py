@@ -87,6 +87,7 @@ class Job(Options):
     calibrated: ClassVar[bool] = False  # needs the factors of the aligned model's Gram matrices
     writes_model: ClassVar[bool] = True
     rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
+    keeps_more: ClassVar[str] = ""  # what to choose to keep more of the delta
 
     aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
     adapter: Place | None = Field(None, description="fine-tuned LoRA adapter")

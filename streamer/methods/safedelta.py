@@ -34,6 +34,7 @@ class SafeDelta(Job, Calibrated):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"
     calibrated: ClassVar[bool] = True
     rescales: ClassVar[bool] = True
+    keeps_more: ClassVar[str] = "a higher --strength"
 
     factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
     strength: Finite = Field(0.1, ge=0, description="the safety budget s; the paper uses about 0.1 on Llama-2-7B")

@@ -21,6 +21,7 @@ class SafeLora(GatedJob):
     paper: ClassVar[str] = "https://arxiv.org/abs/2405.16833"
 
     keeps_dense_projection: ClassVar[bool] = True
+    keeps_more: ClassVar[str] = "a lower --threshold, or fewer --num-layers"
 
     threshold: Finite | None = Field(None, description="project where the cosine is at most this")
     num_layers: int | None = Field(

@@ -39,6 +39,7 @@ class SafeMerge(GatedJob):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.17239"
 
     rescales: ClassVar[bool] = True
+    keeps_more: ClassVar[str] = "a lower --threshold, or other --weights"
 
     safe_adapter: Place | None = Field(None, description="LoRA adapter trained on safety data")
     safe: Place | None = Field(None, description="full checkpoint trained on safety data, in place of --safe-adapter")

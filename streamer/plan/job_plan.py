@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.manifests.schema import Fallback, Manifest
+from safeshard.manifests.schema import Caution, Fallback, Manifest
 from safeshard.streamer.calibration.factor_files import SavedFactors
 from safeshard.streamer.calibration.groups import FactorSource
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
@@ -110,6 +110,7 @@ class JobPlan:
     copies: list[Copy] = field(default_factory=list)
     files: list[OutputFile] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
+    cautions: list[Caution] = field(default_factory=list)
     expected: int = 0
     adapter_config: dict[str, Any] | None = None
     factors: FactorSource | None = None

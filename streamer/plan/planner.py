@@ -21,6 +21,7 @@ from safeshard.streamer.inputs.compare import same_tensors
 from safeshard.streamer.inputs.expert_lora import Packing
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.safedelta import SafeDelta
+from safeshard.streamer.plan.cautions import cautions
 from safeshard.streamer.plan.checks import input_offences
 from safeshard.streamer.plan.identity import finished
 from safeshard.streamer.plan.job_plan import JobPlan, Weight
@@ -90,6 +91,7 @@ class Planner:
                 return None
         if not offences:
             plan_outputs(plan)
+            plan.cautions += cautions(plan)
             offences = list(self._equal_offences(plan))
         self.offences += offences
         return None if offences else plan

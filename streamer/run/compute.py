@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeshard.kernels.effect import Tally
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.manifests.schema import Fallback, ModuleEntry
+from safeshard.manifests.schema import Effect, Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan.job_plan import Pair, Weight
+from safeshard.streamer.run.effects import effect, measured_pair, measured_tiles
 from safeshard.streamer.run.steps import CopyTask, ModuleTask
 from safeshard.streamer.run.strips import compute_strips
 from safeshard.streamer.sources import Source
@@ -195,15 +197,16 @@ def _decide(
         return
     if job_run.job.calibrated or (plan.writes.keys() == {"b"} and gate is None):
         _refuse_not_finite(task, inputs)  # what is not selected, or an A that is only copied, the writer never sees
-    edit = job_run.job.edit(_module(task, inputs, gate, cosine, factor))
+    module = _module(task, inputs, gate, cosine, factor)
+    edit = job_run.job.edit(module)
     start = time.perf_counter()
     try:
-        _write(task, edit.tensors, inputs)
+        written = _write(task, module, edit.tensors)
     except NotFiniteError:
         _refuse_not_finite(task, inputs)
         raise
     clock.add("write", start)
-    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields}
+    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields, "effect": written}
     if job_run.job.gated and cosine is None:
         fields["note"] = UNDEFINED
     entry = ModuleEntry(name=plan.name, decision=edit.decision, **fields)
@@ -227,17 +230,42 @@ def _module(
     )
 
 
-def _write(task: ModuleTask, tensors: Mapping[str, Tensor | Iterator[Tensor]], inputs: Inputs) -> None:
+def _write(task: ModuleTask, module: Module, tensors: Mapping[str, Tensor | Iterator[Tensor]]) -> Effect:
+    """Write a module's new tensors, and measure what they leave of its delta."""
     writer, plan = task.run.writer, task.plan
     assert writer is not None
-    for what, stored in plan.writes.items():
-        tensor = tensors[what]
-        if not stored.is_tensor:
-            task.run.assembler.write(plan.name, what, stored, tensor)
-            continue
+    if "weight" in plan.writes:
+        return _write_weight(task, module, tensors["weight"])
+    new = {part: tensor for part in plan.writes if isinstance(tensor := tensors[part], Tensor)}
+    for part, tensor in new.items():
+        writer.write(plan.writes[part].name, tensor)
+    old, pair = module.finetuned, plan.finetuned
+    assert isinstance(old, Lora)
+    assert isinstance(pair, Pair)
+    dtypes = {part: writer.place(ref.name).dtype for part, ref in (("a", pair.lora.a), ("b", pair.lora.b))}
+    return measured_pair(old, new, 1.0 if task.run.job.rescales else old.scaling, dtypes)
+
+
+def _write_weight(task: ModuleTask, module: Module, tensor: Tensor | Iterator[Tensor]) -> Effect:
+    """Write a module's new weight. Where it is stored quantised, its effect is that of the numbers that are coded."""
+    writer, stored = task.run.writer, task.plan.writes["weight"]
+    assert writer is not None
+    assert module.aligned is not None
+    dtype = writer.place(next(iter(stored.names))).dtype if all(p.codec is None for p in stored.parts) else "F32"
+    every = 4 if task.run.job.gated or isinstance(module.finetuned, Tensor) else 64  # little beside what it takes
+    tally = Tally(module.aligned.numel(), every, module.aligned.device)
+    if isinstance(tensor, Tensor):
+        for _ in measured_tiles(module, [tensor], dtype, tally):
+            pass
+    else:
+        tensor = measured_tiles(module, tensor, dtype, tally)
+    if not stored.is_tensor:
+        task.run.assembler.write(task.plan.name, "weight", stored, tensor)
+    else:
         if stored.transposed:
             tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
         writer.write(stored.name, tensor)
+    return effect(tally.products())
 
 
 def _refuse_not_finite(task: ModuleTask, inputs: Inputs) -> None:

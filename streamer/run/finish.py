@@ -31,6 +31,8 @@ from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint
 from safeshard.streamer.plan.identity import checked_inputs
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.plan.side_files import side_files
+from safeshard.streamer.run.cautions import cautions
+from safeshard.streamer.run.effects import total
 from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.tensor_names import natural
 
@@ -116,6 +118,8 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
         tensors=tuple(sorted(tensors, key=lambda t: natural(t.name))),
         files=tuple(FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files),
         fallbacks=(*plan.fallbacks, *job_run.fallbacks, *_reverted(job_run)),
+        effect=total(job_run.entries[name] for name in plan.modules),
+        warnings=tuple(cautions(job_run)) or None,
         run=run,
     )
 

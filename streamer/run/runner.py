@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
-from safeshard.manifests.schema import Fallback, Manifest, ModuleEntry
+from safeshard.manifests.schema import Caution, Fallback, Manifest, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.inputs.read import Step
@@ -28,6 +28,7 @@ from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress, human
 from safeshard.streamer.run.calibrated import Compute, host_bytes, run_calibrated
+from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.compute import compute_step
 from safeshard.streamer.run.downloads import download, download_offences, shard_cache
 from safeshard.streamer.run.finish import Measured, publish, rounded
@@ -66,6 +67,11 @@ class Result:
         output = str(self.output) if self.job.writes_model else None
         return f"Result({self.job.method!r}, output={output!r}, {len(self.plan.modules)} modules: {outcome})"
 
+    @property
+    def warnings(self) -> tuple[Caution, ...]:
+        """What to know before the output is used."""
+        return tuple(self.plan.cautions) if self.manifest is None else self.manifest.warnings or ()
+
 
 def plan_jobs(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[JobPlan]:
     """Check all jobs by their inputs' headers, against each other and against the memory budget.
@@ -102,6 +108,8 @@ def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -
     """
     device = torch.device(options.resolved_device())
     plans = plan_jobs(jobs, options, skip_finished)
+    if options.strict:
+        _refuse_cautions(plans)
     if options.dry_run:
         return [Result(plan.job, plan, None, {}) for plan in plans]
     for plan in plans:
@@ -114,13 +122,28 @@ def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -
         pass_ = Pass(options, device)
         pass_.execute(runs)
         _refuse_changed(runs)
-        results = {id(r.plan): _finish(r, pass_.measured(), options) for r in runs}
+        doubtful = {id(r): found for r in runs if options.strict and (found := _decided_cautions(r))}
+        results = {id(r.plan): _finish(r, pass_.measured(), options) for r in runs if id(r) not in doubtful}
+        if doubtful:
+            texts = [f"{r.job.output}: {each.text}" for r in runs for each in doubtful.get(id(r), ())]
+            raise RunError("; ".join(texts), "the same command without --strict finishes what is refused here")
         return [results.get(id(plan)) or _earlier(plan) for plan in plans]
     finally:
         for job_run in runs:
             if job_run.writer:
                 with contextlib.suppress(RunError):  # the run's own error says more
                     job_run.writer.abandon()
+
+
+def _refuse_cautions(plans: Sequence[JobPlan]) -> None:
+    """With --strict: refuse what is warned about before anything is written."""
+    where = [(str(p.job.output if p.job.writes_model else p.job.method), each) for p in plans for each in p.cautions]
+    if where:
+        raise RequestError([Offence(place, c.text, remedy=c.remedy or "or leave out --strict") for place, c in where])
+
+
+def _decided_cautions(job_run: JobRun) -> list[Caution]:
+    return cautions(job_run) if job_run.writer else []
 
 
 def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) -> None:
@@ -152,7 +175,9 @@ def _decided(plan: JobPlan, writer: Writer) -> tuple[dict[str, dict[str, Any]], 
     done = {
         entry.name: entry
         for entry in writer.journal.sound("module", lambda record: ModuleEntry(**record["entry"]))
-        if entry.name in plan.modules and writer.hashes.keys() >= plan.modules[entry.name].outputs
+        if entry.name in plan.modules
+        and entry.effect is not None  # of an earlier version: a resumed job must say what an undisturbed one says
+        and writer.hashes.keys() >= plan.modules[entry.name].outputs
     }
     scored = writer.journal.sound("cosine", lambda r: ModuleEntry(name=r["name"], decision="kept", cosine=r["cosine"]))
     cosines = {entry.name: entry.cosine for entry in (*done.values(), *scored) if entry.name in plan.modules}

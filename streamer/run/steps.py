@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from safeshard.kernels.dense import PIECE, ROWS
+from safeshard.kernels.effect import ELEMENTS
 from safeshard.kernels.projection import LANES
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.read import Read, Step
@@ -273,7 +274,9 @@ def _scratch(task: ModuleTask) -> int:
         return whole * weight.stored.numel + tiles + (_gate_scratch(weight) if job.gated else 0)
     if isinstance(finetuned, Weight):
         return _gate_scratch(finetuned)
-    return 3 * 4 * (finetuned.lora.a.shape[1] + finetuned.lora.b.shape[0]) * _written_rank(task)
+    rank, rows, columns = _written_rank(task), finetuned.lora.b.shape[0], finetuned.lora.a.shape[1]
+    grams = 8 * (6 * rank * rank + 2 * min(max(ELEMENTS, rank), rank * max(rows, columns)))  # of the effect, in fp64
+    return 3 * 4 * (rows + columns) * rank + grams
 
 
 def _gate_scratch(weight: Weight) -> int:

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels.dense import PIECE
+from safeshard.kernels.effect import Tally
 from safeshard.manifests.schema import ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
 from safeshard.streamer.methods.base import Edit, Module
 from safeshard.streamer.plan.job_plan import Weight
+from safeshard.streamer.run.effects import effect, measured_tiles
 from safeshard.streamer.run.steps import STRIP_BYTES, CopyTask, ModuleTask
 from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
 from safeshard.streamer.write.writer import TensorWrite
 
 NEAR_BYTES = 1 << 22  # of a strip of each tensor
+MEASURED = 64  # of so many pieces one, for what is left of the delta: strips pass fast
 AHEAD_BYTES = 8 << 20  # which the system is asked to read ahead of the strips
 
 
@@ -45,13 +48,14 @@ def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.d
     buffers = {key: torch.empty(min(length, numel), dtype=TORCH_DTYPES[read.ref.dtype]) for key, read in reads.items()}
     writes = {id(task): _begin(task) for task in tasks}
     edits: dict[int, Edit] = {}
+    tallies = {id(task): Tally(numel, MEASURED, device) for task in tasks}
     for start in range(0, max(numel, 1), length):  # one strip of nothing where there is nothing
         strip = {key: _read(read, start, buffers[key][: numel - start], clock) for key, read in reads.items()}
         began = time.perf_counter()
         loaded = {key: tensor.to(device) for key, tensor in strip.items()}
         for task in tasks:
             try:
-                _edit(task, loaded, writes[id(task)], edits, clock)
+                _edit(task, loaded, writes[id(task)], edits, tallies[id(task)], clock)
             except NotFiniteError:
                 refuse_not_finite((read, strip[read.key]) for read in task.reads())
                 raise
@@ -60,7 +64,8 @@ def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.d
         writes[id(task)].finish()
         if isinstance(task, ModuleTask):
             edit = edits[id(task)]  # what is decided is the same for every strip
-            entry = ModuleEntry(name=task.plan.name, decision=edit.decision, **edit.fields)
+            left = effect(tallies[id(task)].products())
+            entry = ModuleEntry(name=task.plan.name, decision=edit.decision, **edit.fields, effect=left)
             task.run.decide(task.plan.name, entry.model_dump(mode="json", exclude_none=True))
 
 
@@ -92,6 +97,7 @@ def _edit(
     strip: Mapping[Hashable, Tensor],
     write: TensorWrite,
     edits: dict[int, Edit],
+    tally: Tally,
     clock: Clock,
 ) -> None:
     """Treat one strip of one task and write what becomes of it; keep a module's edit for its entry."""
@@ -103,8 +109,9 @@ def _edit(
         assert isinstance(aligned, Weight)
         assert isinstance(tuned, Weight)
         base, theirs = (strip[next(place.reads()).key] for place in (aligned, tuned))
-        edit = edits[id(task)] = task.run.job.edit(Module(task.plan.name, finetuned=theirs, aligned=base))
-        pieces = edit.tensors["weight"]
+        module = Module(task.plan.name, finetuned=theirs, aligned=base)
+        edit = edits[id(task)] = task.run.job.edit(module)
+        pieces = measured_tiles(module, edit.tensors["weight"], write.dtype, tally)
     for piece in pieces:
         write.add(piece)
     clock.add("write", began)

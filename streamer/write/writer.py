@@ -276,6 +276,11 @@ class TensorWrite:
         for piece in torch.split(tensor.reshape(-1), PIECE):
             self.add(piece)
 
+    @property
+    def dtype(self) -> str:
+        """The dtype that is written, as safetensors names it."""
+        return self._ref.dtype
+
     def add(self, piece: Tensor) -> None:
         """Write what follows in row-major order; raises as `Writer.write` does."""
         output = self._writer.output

@@ -1,0 +1,36 @@
+"""What options and headers show that is allowed, and that few can mean: warned about, or refused with --strict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from safeshard.manifests.schema import Caution
+from safeshard.streamer.plan.job_plan import JobPlan
+
+
+def cautions(plan: JobPlan) -> Iterator[Caution]:
+    """Warnings about one job before it runs."""
+    yield from _values(plan)
+
+
+def _values(plan: JobPlan) -> Iterator[Caution]:
+    """Values outside of the range in which they mean something, and those that say what will come out."""
+    job = plan.job
+    threshold, factor = getattr(job, "threshold", None), getattr(job, "factor", None)
+    if threshold is not None and abs(threshold) > 1:
+        every = "every" if threshold > 1 else "no"
+        yield Caution(
+            kind="value", text=f"--threshold {threshold:g} lies outside of [-1, 1]: it changes {every} module"
+        )
+    if factor is not None:
+        if not 0 <= factor <= 1:
+            text = f"--factor {factor:g} lies outside of [0, 1]: the delta is made larger, or turned round"
+            yield Caution(kind="value", text=text)
+        if factor == 1:
+            yield Caution(kind="unchanged", text="--factor 1 gives the fine-tuned model", remedy="choose a lower one")
+        elif abs(factor) < 0.1:
+            text = f"--factor {factor:g} removes nearly all of the fine-tuned delta"
+            yield Caution(kind="removed", text=text, remedy=f"{job.keeps_more} keeps more")
+    if any(not 0 <= weight <= 1 for weight in getattr(job, "weights", ())):
+        text = f"--weights {' '.join(f'{w:g}' for w in getattr(job, 'weights', ()))}: one lies outside of [0, 1]"
+        yield Caution(kind="value", text=text)

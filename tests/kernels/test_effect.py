@@ -1,0 +1,107 @@
+"""Inner products of the delta that came in and of the one written, against whole deltas in fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from safeshard.kernels.effect import PIECE, WHOLE, Products, Tally, lora_products
+
+EVERY, CPU = 32, torch.device("cpu")
+
+
+def dense(old: Tensor, new: Tensor) -> list[float]:
+    return [float((x * y).sum()) for x, y in ((old, old), (new, new), (old, new))]
+
+
+def floats(products: Products) -> list[float]:
+    return [value.item() for value in products]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 2100), st.integers(1, 40), st.integers(1, 5), st.integers(1, 7),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(0, 99),
+)  # fmt: skip
+def test_pairs(rows: int, columns: int, rank: int, new_rank: int, dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    a, b, new_a, new_b = (random(*s) for s in ((rank, columns), (rows, rank), (new_rank, columns), (rows, new_rank)))
+    old, new = 1.5 * b.double() @ a.double(), -0.25 * new_b.double() @ new_a.double()
+    expected = dense(old, new)
+    size = math.sqrt(expected[0] * expected[1])
+    assert floats(lora_products(a, b, 1.5, new_a, new_b, -0.25)) == [
+        pytest.approx(e, rel=1e-12, abs=1e-12 * size) for e in expected
+    ]
+
+
+def test_rank_pairs_that_cancel_keep_their_products() -> None:
+    """Sums in fp32 would lose what is left of two large pairs of opposite sign."""
+    torch.manual_seed(0)
+    a, b, small = torch.randn(2, 50).double(), torch.randn(60, 2).double(), torch.randn(60, 2).double() * 1e-6
+    wide_a, wide_b = torch.cat((a, a)), torch.cat((b + small, -b), 1)
+    expected = float((small @ a).square().sum())
+    assert lora_products(wide_a, wide_b, 1.0, a, b, 1.0).before.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_stayed_is_the_same_to_the_bit() -> None:
+    a, b = torch.randn(3, 40), torch.randn(50, 3)
+    before, after, inner = floats(lora_products(a, b, 2.0, a, b, 2.0))
+    assert before == after == inner > 0
+
+
+@pytest.mark.parametrize("numel", [1, PIECE - 1, PIECE + 5, WHOLE])
+def test_small_weights_are_measured_throughout(numel: int) -> None:
+    torch.manual_seed(0)
+    base, old, new = torch.randn(3, numel)
+    tally = Tally(numel, EVERY, CPU)
+    for start in range(0, numel, 1000):
+        count = min(1000, numel - start)
+        for lo, hi in tally.take(count):
+            part = slice(start + lo, start + hi)
+            tally.add(base[part], old[part] + base[part], new[part] + base[part])
+    assert floats(tally.products()) == [
+        pytest.approx(e, rel=1e-5, abs=1e-5 * numel) for e in dense(old.double(), new.double())
+    ]
+
+
+def test_a_part_of_a_large_weight_stands_for_it_wherever_it_is_cut() -> None:
+    torch.manual_seed(0)
+    numel = 3 * EVERY * PIECE + 12_345
+    old = torch.randn(numel) * (1 + torch.arange(numel) % 4096 / 4096)
+    new = 0.3 * old + 0.1 * torch.randn(numel)
+    results, measured = [], set()
+    for step in (numel, 1 << 18, 1000):
+        tally = Tally(numel, EVERY, CPU)
+        count = 0
+        for start in range(0, numel, step):
+            for lo, hi in tally.take(min(step, numel - start)):
+                part = slice(start + lo, start + hi)
+                tally.add(old[part], old[part], new[part] + old[part], tuned_is_delta=True)
+                count += hi - lo
+        results.append(floats(tally.products()))
+        measured.add(count)
+    (count,) = measured
+    assert numel / (1.3 * EVERY) < count < numel / (0.7 * EVERY)
+    for result in results:
+        assert result == [pytest.approx(e, rel=1e-5) for e in results[0]]
+    before, after, inner = results[0]
+    exact = dense(old.double(), new.double())
+    assert math.sqrt(after / before) == pytest.approx(math.sqrt(exact[1] / exact[0]), rel=5e-3)
+    assert inner / math.sqrt(before * after) == pytest.approx(exact[2] / math.sqrt(exact[0] * exact[1]), rel=5e-3)
+
+
+def test_the_places_of_a_large_weight_differ_from_group_to_group() -> None:
+    """So that of heads of 128 rows of 4096 not always the same rows are measured."""
+    group = EVERY * PIECE
+    tally = Tally(EVERY * group, EVERY, CPU)
+    places = {lo % group for lo, _ in tally.take(EVERY * group)}
+    assert len(places) == EVERY
