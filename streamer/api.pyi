@@ -15,8 +15,11 @@ def batch(
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
 ) -> list[Result]:
     """Run the jobs of a YAML file in one pass.
 
@@ -40,8 +43,11 @@ def calibrate(
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
 ) -> Factors:
     """Save the factors that Safe Delta jobs share.
 
@@ -101,8 +107,11 @@ def safedelta(
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
 ) -> Result:
     """Safe Delta: keep what a safety budget allows.
 
@@ -123,8 +132,11 @@ def safelora(
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
 ) -> Result:
     """SafeLoRA: project onto the alignment subspace.
 
@@ -151,8 +163,11 @@ def safemerge(
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
 ) -> Result:
     """SafeMERGE: merge with a safe model, by a gate.
 
@@ -171,8 +186,11 @@ def scale(
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
 ) -> Result:
     """Shrink a fine-tuned delta: the baseline.
 
@@ -190,8 +208,11 @@ def score(
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    strict: bool = False,
 ) -> list[Result]:
     """Measure how far fine-tuned models strayed.
 
