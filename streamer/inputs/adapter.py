@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.inputs.checkpoint import ADAPTER, FLOATS, Checkpoint
+from safeshard.streamer.inputs.checkpoint import ADAPTER, FLOATS, Checkpoint, is_head
 from safeshard.streamer.inputs.expert_lora import (
     PackedRef,
     Packing,
@@ -20,6 +20,10 @@ from safeshard.streamer.inputs.expert_lora import (
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_file_header
 from safeshard.streamer.inputs.layouts import model_type
 from safeshard.streamer.inputs.lora_config import LoraConfig, read_config
+from safeshard.streamer.inputs.names.apply import ambiguities
+from safeshard.streamer.inputs.names.exchange import Names, Shape, exchange
+from safeshard.streamer.inputs.names.parts import stack_of
+from safeshard.streamer.inputs.names.unbuilt import unbuilt
 from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
 
@@ -56,7 +60,7 @@ class Adapter:
         saved: tensors that the adapter carries whole (modules_to_save, resized embeddings), by key in its file.
         expected: how many modules its config targets.
         targets: those modules.
-        renamed: how its module names were matched to the checkpoint's, where they differ, else "".
+        names: how its module names (with `.weight`) read in the checkpoint.
     """
 
     source: Source
@@ -65,7 +69,7 @@ class Adapter:
     modules: dict[str, LoraModule]
     saved: dict[str, TensorRef]
     expected: int
-    renamed: str
+    names: Names
     targets: frozenset[str] = frozenset()
 
     def own_name(self, module: str) -> str:
@@ -75,23 +79,6 @@ class Adapter:
         match = _LORA_KEY.fullmatch(self.modules[module].a.name)
         assert match is not None
         return _plain(match["path"])
-
-
-@dataclass(frozen=True)
-class _Naming:
-    """How the adapter's names read in the checkpoint: the prefix `own` exchanged for `base`."""
-
-    own: str = ""
-    base: str = ""
-
-    def to_base(self, name: str) -> str:
-        return self.base + name.removeprefix(self.own) if name.startswith(self.own) else name
-
-    def to_own(self, name: str) -> str:
-        return self.own + name.removeprefix(self.base) if name.startswith(self.base) else name
-
-    def __str__(self) -> str:
-        return f"module prefix {self.own!r} read as {self.base!r}" if self.own != self.base else ""
 
 
 def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = None) -> Adapter:
@@ -109,16 +96,15 @@ def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = Non
     pairs, saved = matching.sort(header.tensors)
     pairs, wrong = unpack(pairs, config, packing, matching.where)
     matching.offences += wrong
-    naming = _naming(pairs, base)
-    modules = matching.match(pairs, naming)
-    targets = matching.expect(naming)
+    names = exchange(_shapes(pairs), _module_shapes(base))
+    matching.offences += ambiguities(names, matching.where, base)
+    modules = matching.match(pairs, names)
+    targets = matching.expect(names)
     if matching.offences:
         raise RequestError(matching.offences)
     modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
     files = [file_header(source, WEIGHTS, header)]
-    return Adapter(
-        source, config, files, modules, saved, len(targets | modules.keys()), str(naming), frozenset(targets)
-    )
+    return Adapter(source, config, files, modules, saved, len(targets | modules.keys()), names, frozenset(targets))
 
 
 def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
@@ -162,16 +148,18 @@ class _Matching:
             self._refuse("", "lora_A and lora_B tensors", "none", "name a LoRA adapter")
         return pairs, saved
 
-    def match(self, pairs: Mapping[str, Sides], naming: _Naming) -> dict[str, LoraModule]:
+    def match(self, pairs: Mapping[str, Sides], names: Names) -> dict[str, LoraModule]:
         """The pairs by the checkpoint's module names, checked."""
         modules = {}
         for path, sides in pairs.items():
-            name = _find(path, naming, self.base)
-            if name is None or name in self._found:
-                untreatable = list(self.base.treatable([path]))
+            if names.is_ambiguous(f"{path}.weight"):
+                continue
+            name = names.ours(f"{path}.weight").removesuffix(".weight")
+            if self.base.weight(name) is None or name in self._found:
+                untreatable = list(self.base.treatable([name]))
                 self.offences += untreatable
                 if not untreatable:
-                    got = "no such weight" if name is None else f"{name} once more"
+                    got = f"{name} once more" if name in self._found else "no such weight"
                     self._refuse(path, f"a module of {self.base.source.spec}", got, "use the adapter's own base model")
                 continue
             self._found.add(name)
@@ -181,12 +169,12 @@ class _Matching:
                 modules[name] = module
         return modules
 
-    def expect(self, naming: _Naming) -> set[str]:
+    def expect(self, names: Names) -> set[str]:
         """The modules that the config targets; those that the file lacks are offences."""
-        targets = {*_targets(self.config, self.base, naming, self._found), *packed_targets(self._packed, self.base)}
+        targets = {*_targets(self.config, self.base, names, self._found), *packed_targets(self._packed, self.base)}
         for name in sorted(targets - self._found, key=natural):
             expected, remedy = "weights for each module that the config targets", "complete the adapter or its config"
-            self._refuse(naming.to_own(name), expected, "none", remedy)
+            self._refuse(_own_name(names, name), expected, "none", remedy)
         return targets
 
     def _check(self, name: str, path: str, sides: Sides) -> LoraModule | None:
@@ -255,64 +243,50 @@ def _is_whole(ref: TensorRef, config: LoraConfig) -> bool:
     return is_embedding and "lora_" not in ref.name
 
 
-def _naming(names: Iterable[str], base: Checkpoint) -> _Naming:
-    """The one exchange of prefixes by which all modules inside layers are found; none where they are, or cannot be.
-
-    A prefix ends before the layer's number: layers are never taken for one another.
-    """
-    layered = sorted((name for name in names if layer_of(name) is not None), key=natural)
-    missing = [name for name in layered if base.weight(name) is None]
-    # A vision tower may have layers with the same names of attention, but hardly of everything: try a whole layer.
-    for probe in (name for name in missing if layer_of(name) == layer_of(missing[0])):
-        naming = _exchange(probe, base)
-        if naming and all(name.startswith(naming.own) and base.weight(naming.to_base(name)) for name in layered):
-            return naming
-    return _Naming()
+def _shapes(pairs: Mapping[str, Sides]) -> dict[str, Shape]:
+    """Weight -> outputs x inputs, as the pairs say."""
+    none = TensorRef("", "F32", (0, 0), "", 0, 0)
+    ends = {path: (sides.get("B", none), sides.get("A", none)) for path, sides in pairs.items()}
+    return {f"{path}.weight": (*b.shape[:1], *a.shape[1:2]) for path, (b, a) in ends.items()}
 
 
-def _exchange(probe: str, base: Checkpoint) -> _Naming | None:
-    """The exchange by which one module is found, if its longest tail that the checkpoint knows stands there once."""
-    parts = probe.split(".")
-    for cut in range(len(parts)):
-        tail = ".".join(parts[cut:])
-        if layer_of(tail) != layer_of(probe):
-            return None
-        heads = {module.removesuffix(tail) for module in base.linears if f".{module}".endswith(f".{tail}")}
-        if heads:
-            head = heads.pop()
-            return _Naming(probe.removesuffix(tail), head) if not heads and layer_of(head) is None else None
-    return None
+def _module_shapes(base: Checkpoint) -> dict[str, Shape]:
+    """Weight -> outputs x inputs of the checkpoint's modules, a head that shares the embedding's weight among them."""
+    shapes: dict[str, Shape] = {f"{module}.weight": stored.shape for module, stored in base.linears.items()}
+    for name, ref in base.tensors.items():
+        if name.endswith(".weight") and len(ref.shape) == 2:
+            shapes.setdefault(name, ref.shape)
+    if base.tied and base.embedding is not None:
+        shapes.setdefault("lm_head.weight", base.embedding.shape)
+    return shapes
 
 
-def _find(name: str, naming: _Naming, base: Checkpoint) -> str | None:
-    moved = naming.to_base(name)
-    candidates = [moved] if layer_of(name) is not None else [name, moved]
-    return next((candidate for candidate in candidates if base.weight(candidate) is not None), None)
-
-
-def _targets(config: LoraConfig, base: Checkpoint, naming: _Naming, found: Iterable[str]) -> Iterator[str]:
+def _targets(config: LoraConfig, base: Checkpoint, names: Names, found: Iterable[str]) -> Iterator[str]:
     """Checkpoint modules that the config targets: decoder linears of the stacks that the adapter knows, and the head.
 
-    A checkpoint may hold more than the model that was trained: a vision tower, or layers for multi-token prediction
-    (numbered from num_hidden_layers on).
+    A checkpoint may hold more than the model that was trained: a vision tower, or what transformers never builds.
     """
     stacks = {_stack(name) for name in found}
     kinds = {name.rpartition(".")[2] for name in found}
     experts = {name.rpartition(".")[2] for name in found if is_expert(name)}
-    layers = base.config.get("num_hidden_layers")
-    head = next((name for name in ("lm_head", naming.to_base("lm_head")) if base.weight(name)), None)
+    skipped = unbuilt(base.config)
+    heads = [name.removesuffix(".weight") for name in (*base.tensors, "lm_head.weight") if is_head(name)]
+    head = next((name for name in heads if base.weight(name)), None)
     for module in [*base.linears, *([head] if head else [])]:
-        layer = layer_of(module)
-        if layer is not None and (_stack(module) not in stacks or (isinstance(layers, int) and layer >= layers)):
+        if layer_of(module) is not None and (_stack(module) not in stacks or skipped(f"{module}.weight")):
             continue
-        own = naming.to_own(module)
         if is_expert(module) and module.rpartition(".")[2] not in experts:
             continue  # transformers may have fused them, then they are no linears that a name could target
-        targeted = config.targets(own)
+        targeted = config.targets(_own_name(names, module))
         if targeted or (targeted is None and module.rpartition(".")[2] in kinds):
             yield module
 
 
+def _own_name(names: Names, module: str) -> str:
+    return names.theirs(f"{module}.weight").removesuffix(".weight")
+
+
 def _stack(module: str) -> str:
     """The part of a name before the layer's number."""
-    return re.split(r"(?:^|\.)\d+(?:\.|$)", module, maxsplit=1)[0]
+    cut = stack_of(module)
+    return cut[0] if cut else module

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,8 +12,11 @@ from typing import Any
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import Header, TensorRef
 from safeshard.streamer.inputs.codecs import FORMATS, Refused
-from safeshard.streamer.inputs.headers import file_header, read_headers
+from safeshard.streamer.inputs.headers import FileHeader, file_header, read_headers
 from safeshard.streamer.inputs.layouts import Modules, Stored, plain
+from safeshard.streamer.inputs.names.exchange import Names
+from safeshard.streamer.inputs.names.parts import part_of
+from safeshard.streamer.inputs.names.unbuilt import text_config
 from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
 
@@ -20,8 +24,11 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 FLOATS = ("BF16", "F16", "F32")
-# Buffers that old transformers releases saved and new ones do not; they are recomputed and carry no training.
-BUFFERS = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias)")
+NOT_GATHERED = (
+    "DeepSpeed ZeRO-3 saved it without gathering: save it again with stage3_gather_16bit_weights_on_model_save, "
+    "or run its zero_to_fp32.py"
+)
+_EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -33,30 +40,49 @@ class Checkpoint:
         config: config.json, or {} where there is none.
         tensors: name -> place, over all shards.
         files: the safetensors files in name order.
+        names: how its own names read in `tensors`, where another checkpoint's stand there.
     """
 
-    def __init__(self, source: Source, config: dict[str, Any], headers: Mapping[str, Header]) -> None:
-        self.source, self.config = source, config
-        self.tensors: dict[str, TensorRef] = {name: ref for h in headers.values() for name, ref in h.tensors.items()}
-        self.files = [file_header(source, name, header) for name, header in sorted(headers.items())]
+    def __init__(
+        self, source: Source, config: dict[str, Any], tensors: Mapping[str, TensorRef], files: Sequence[FileHeader]
+    ) -> None:
+        self.source, self.config, self.tensors, self.files = source, config, dict(tensors), files
+        self.names = Names()
+
+    def under(self, names: Names) -> Checkpoint:
+        """The same checkpoint with its tensors under another's names."""
+        tensors = {names.ours(name): replace(ref, name=names.ours(name)) for name, ref in self.tensors.items()}
+        view = Checkpoint(self.source, self.config, tensors, self.files)
+        view.names = names
+        return view
 
     def weight(self, module: str) -> Stored | None:
         """The weight of a module; an output head that shares the embedding's weight is found there."""
         found = self.modules.find(module)
-        if found is None and self.tied and module.rpartition(".")[2] == "lm_head":
-            embeddings = [
-                ref for name, ref in self.tensors.items() if re.search(r"(^|\.)(embed_tokens|wte)\.weight$", name)
-            ]
-            return plain(embeddings[0]) if len(embeddings) == 1 else None
+        if found is None and self.tied and is_head(f"{module}.weight"):
+            return plain(self.embedding) if self.embedding is not None else None
         return found
 
+    @cached_property
+    def embedding(self) -> TensorRef | None:
+        """The language model's token embedding, vocabulary x hidden size; None where none or several may be it."""
+        found = [
+            ref
+            for name, ref in self.tensors.items()
+            if _EMBEDDING.fullmatch(name) and not part_of(name) and layer_of(name) is None
+        ]
+        return found[0] if len(found) == 1 else None
+
     @property
+    def says_tied(self) -> bool:
+        """Whether config.json has the output head share the embedding's weight, as it does where it says nothing."""
+        configs = (self.config, text_config(self.config))
+        return bool(next((c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c), True))
+
+    @cached_property
     def tied(self) -> bool:
         """Whether the output head shares the embedding's weight. A head that is stored has its own."""
-        text = self.config.get("text_config")
-        configs = (self.config, text if isinstance(text, dict) else {})
-        said = next((c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c), True)
-        return bool(said) and "lm_head.weight" not in self.tensors
+        return self.says_tied and not any(map(is_head, self.tensors))
 
     @cached_property
     def modules(self) -> Modules:
@@ -123,7 +149,13 @@ class Checkpoint:
     def offence(self, tensor: str, expected: str, got: str, remedy: str) -> Offence:
         """An offence about one of this checkpoint's tensors."""
         ref = self.tensors.get(tensor)
-        return Offence(f"{self.source.spec}/{ref.file}" if ref else self.source.spec, tensor, expected, got, remedy)
+        where = f"{self.source.spec}/{ref.file}" if ref else self.source.spec
+        return Offence(where, self.names.theirs(tensor), expected, got, remedy)
+
+
+def is_head(name: str) -> bool:
+    """Whether a tensor is the language model's output head, whatever wraps the model."""
+    return (name == "lm_head.weight" or name.endswith(".lm_head.weight")) and not part_of(name)
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -146,7 +178,10 @@ def open_checkpoint(source: Source) -> Checkpoint:
         offences.append(Offence(f"{source.spec}/config.json", "", "a JSON object", got, "check the file"))
     if offences:
         raise RequestError(offences)
-    return Checkpoint(source, config, headers)
+    tensors = {name: ref for header in headers.values() for name, ref in header.tensors.items()}
+    return Checkpoint(
+        source, config, tensors, [file_header(source, name, header) for name, header in sorted(headers.items())]
+    )
 
 
 def _weight_map(source: Source) -> dict[str, str]:

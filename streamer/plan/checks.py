@@ -6,43 +6,44 @@ from collections.abc import Iterator
 
 from safeshard.manifests.errors import Offence
 from safeshard.streamer.inputs.adapter import Adapter
-from safeshard.streamer.inputs.checkpoint import BUFFERS, FLOATS, Checkpoint
+from safeshard.streamer.inputs.checkpoint import FLOATS, NOT_GATHERED, Checkpoint, is_head
+from safeshard.streamer.inputs.names.parts import part_of
+from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.plan.job_plan import JobPlan
-from safeshard.streamer.plan.outputs import counterpart
+from safeshard.streamer.plan.outputs import computed, counterpart
 from safeshard.streamer.plan.side_files import MAX_SIDE_BYTES, SIDE_FILES
 from safeshard.streamer.plan.storage import module_offences, moved
+from safeshard.streamer.plan.vocabulary import only_rows_differ
 from safeshard.streamer.tensor_names import natural
 
 
 def input_offences(plan: JobPlan) -> Iterator[Offence]:
     """Offences that the headers of one job's inputs show against each other."""
     aligned, finetuned, safe = plan.aligned, plan.finetuned, plan.safe
-    for role, other in plan.inputs.items():
-        if role == "aligned":
-            continue
-        if isinstance(other, Checkpoint):
-            if other.source.identity == aligned.source.identity:
-                yield Offence(other.source.spec, "", "another checkpoint than --aligned", "the same", f"check --{role}")
-            yield from _shape_offences(aligned, other)
-            yield from module_offences(aligned, other)
-    modules = list(finetuned.modules) if isinstance(finetuned, Adapter) else list(aligned.linears)
-    for checkpoint in (c for c in plan.inputs.values() if isinstance(c, Checkpoint)):
+    checkpoints = {role: each for role, each in plan.inputs.items() if isinstance(each, Checkpoint)}
+    for role, other in checkpoints.items():
+        if role != "aligned" and other.source.identity == aligned.source.identity:
+            yield Offence(other.source.spec, "", "another checkpoint than --aligned", "the same", f"check --{role}")
+    if empty := [offence for each in checkpoints.values() for offence in _gathered_offences(each)]:
+        yield from empty
+        return
+    modules = list(finetuned.modules) if isinstance(finetuned, Adapter) else list(computed(plan))
+    for role, checkpoint in checkpoints.items():
         yield from checkpoint.treatable(
             modules if checkpoint is aligned or plan.job.gated or checkpoint is finetuned else ()
         )
-        for module in modules if checkpoint not in (finetuned, safe) else ():  # theirs are compared whole, below
-            weight = aligned.weight(module)
-            if weight is not None and checkpoint.weight(module) is None:
-                yield checkpoint.offence(
-                    weight.name, "a weight of the aligned model", "missing", "use a matching checkpoint"
-                )
+        if checkpoint is not aligned:
+            yield from module_offences(aligned, checkpoint, modules, plan.excused[role], role == "unaligned")
     if isinstance(finetuned, Checkpoint):
-        if not modules:
+        if not aligned.linears:
             yield Offence(aligned.source.spec, "", "decoder layers with 2-D weights", "none", "check the checkpoint")
         yield from aligned.untreatable_tensors()
-        for checkpoint in (c for c in (finetuned, safe) if isinstance(c, Checkpoint)):
-            yield from _name_offences(aligned, checkpoint)
+        yield from _missing_offences(plan, "finetuned", finetuned)
+        yield from _extra_offences(aligned, finetuned)
+        if isinstance(safe, Checkpoint):
+            yield from _missing_offences(plan, "safe", safe)
         if plan.job.rest_role == "finetuned":
+            yield from _shape_offences(plan, finetuned)
             yield from _dtype_offences(aligned, finetuned)
     if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint:
         for module in finetuned.modules:
@@ -65,18 +66,26 @@ def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:
                 yield Offence(where, "", expected, f"{sizes[name]} bytes", "check the file")
 
 
-def _shape_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
-    elsewhere, _ = moved(aligned, other)
+def _gathered_offences(checkpoint: Checkpoint) -> Iterator[Offence]:
+    """Offences of weights that were saved where only a share of them, or none, was on the process that saved."""
+    empty = [name for name, ref in checkpoint.tensors.items() if ref.shape == (0,) and name.endswith(".weight")]
+    if empty:
+        first = min(empty, key=natural)
+        got = f"shape [0], as {len(empty)} tensors have" if len(empty) > 1 else "shape [0]"
+        yield checkpoint.offence(first, "a weight with elements", got, NOT_GATHERED)
+
+
+def _shape_offences(plan: JobPlan, tuned: Checkpoint) -> Iterator[Offence]:
+    """Offences of tensors beside the linears: a vocabulary may have other rows, nothing else."""
+    aligned = plan.aligned
+    passed = moved(aligned, tuned)[0] | {name for stored in aligned.linears.values() for name in stored.names}
     for name, ref in aligned.tensors.items():
-        theirs = counterpart(other, name)
-        if theirs is None or theirs.shape == ref.shape or name in elsewhere:
+        theirs = counterpart(tuned, name)
+        if name in passed or theirs is None or theirs.shape == ref.shape or BUFFERS.fullmatch(name):
             continue
-        remedy = "use checkpoints of one architecture"
-        if theirs.shape[1:] == ref.shape[1:] and ("embed" in name or "wte" in name or "lm_head" in name):
-            remedy = (
-                "the vocabularies differ (padded, or with added tokens): resize the embeddings to one vocabulary first"
-            )
-        yield other.offence(name, f"{list(ref.shape)}, as in {aligned.source.spec}", str(list(theirs.shape)), remedy)
+        if not only_rows_differ(name, ref, theirs):
+            expected, remedy = f"{list(ref.shape)}, as in {aligned.source.spec}", "use checkpoints of one architecture"
+            yield tuned.offence(name, expected, str(list(theirs.shape)), remedy)
 
 
 def _dtype_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]:
@@ -92,13 +101,26 @@ def _dtype_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]
             yield tuned.offence(theirs.name, expected, theirs.dtype, remedy)
 
 
-def _name_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
-    remedy = "use checkpoints of one architecture"
-    ours, theirs = moved(aligned, other)
-    for name in sorted(aligned.tensors.keys() - other.tensors.keys() - ours, key=natural):
-        if not BUFFERS.fullmatch(name) and not (other.tied and name == "lm_head.weight"):
+def _missing_offences(plan: JobPlan, role: str, other: Checkpoint) -> Iterator[Offence]:
+    aligned, excused = plan.aligned, plan.excused[role]
+    elsewhere = moved(aligned, other)[0]
+    for name in sorted(aligned.tensors.keys() - other.tensors.keys() - excused.keys() - elsewhere, key=natural):
+        if counterpart(other, name) is None:
+            remedy = "save or fetch it again, whole; a model of another architecture does not fit"
             yield other.offence(name, f"every tensor of {aligned.source.spec}", "missing", remedy)
-    for name in sorted(other.tensors.keys() - aligned.tensors.keys() - theirs, key=natural):
-        tied = aligned.tied and other.config.get("tie_word_embeddings", True)
-        if not BUFFERS.fullmatch(name) and not (tied and name == "lm_head.weight"):
-            yield other.offence(name, f"no tensor that {aligned.source.spec} lacks", "an extra tensor", remedy)
+
+
+def _extra_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]:
+    """Offences of what the fine-tuned model has more and the aligned one's layout has no place for."""
+    reason = unbuilt(tuned.config)
+    elsewhere = moved(aligned, tuned)[1]
+    for name in sorted(tuned.tensors.keys() - aligned.tensors.keys() - elsewhere, key=natural):
+        tied = is_head(name) and aligned.tied and tuned.says_tied
+        if reason(name) or tied:
+            continue
+        remedy = "use the model that the fine-tuning started from as --aligned"
+        if is_head(name) and aligned.tied:
+            remedy = "its output head was trained apart from the embedding: untie the aligned model's first"
+        elif part := part_of(name):
+            remedy = f"use the release with this part ({part}) as --aligned"
+        yield tuned.offence(name, f"no tensor that {aligned.source.spec} lacks", "an extra tensor", remedy)

@@ -16,6 +16,7 @@ from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Stored
+from safeshard.streamer.inputs.names.unbuilt import excused
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.sources import Source
@@ -63,7 +64,10 @@ class Weight:
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """One module of one job: what it is computed from, and where in the output's tensors each part goes."""
+    """One module of one job: what it is computed from, and where in the output's tensors each part goes.
+
+    `added` are rows that follow what is computed: those that the fine-tuned model's vocabulary has more.
+    """
 
     name: str
     finetuned: Pair | Weight
@@ -71,6 +75,7 @@ class ModulePlan:
     aligned: Weight | None
     unaligned: Weight | None
     writes: Mapping[str, Stored]
+    added: Read | None = None
 
     @property
     def outputs(self) -> set[str]:
@@ -80,11 +85,12 @@ class ModulePlan:
 
 @dataclass(frozen=True)
 class Copy:
-    """An output tensor taken over from an input, cast where the dtypes differ."""
+    """An output tensor taken over from an input, cast where the dtypes differ; `added` are rows that follow it."""
 
     name: str
     source: Source
     ref: TensorRef
+    added: Read | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,15 @@ class JobPlan:
     @property
     def safe(self) -> Checkpoint | Adapter | None:
         return self.inputs.get("safe_adapter") or self.inputs.get("safe")
+
+    @cached_property
+    def excused(self) -> dict[str, dict[str, str]]:
+        """Role -> the aligned model's tensors that this checkpoint may lack and does lack, with the reason."""
+        ours, found = self.aligned, {}
+        for role, other in self.inputs.items():
+            if isinstance(other, Checkpoint) and role != "aligned":
+                found[role] = excused(ours.tensors, other.tensors, ours.config, other.config)
+        return found
 
     @property
     def kinds(self) -> dict[str, tuple[int, int]]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from safeshard.manifests.safetensors_header import TensorRef, layout
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.adapter import WEIGHTS, Adapter
-from safeshard.streamer.inputs.checkpoint import FLOATS, SINGLE, Checkpoint
+from safeshard.streamer.inputs.checkpoint import FLOATS, SINGLE, Checkpoint, is_head
 from safeshard.streamer.inputs.expert_lora import full_shape, output, whole_ref
 from safeshard.streamer.inputs.layouts import Stored, plain
+from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
+from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, OutputFile, Pair, Weight
+from safeshard.streamer.plan.model_config import is_other_class
 from safeshard.streamer.plan.storage import encoded_counterparts, moved
+from safeshard.streamer.plan.vocabulary import added_rows, common_rows, only_rows_differ, row_notes
 from safeshard.streamer.tensor_names import natural
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -21,6 +25,7 @@ Named = tuple[str, str, tuple[int, ...]]  # of an output tensor: name, dtype, sh
 
 def plan_outputs(plan: JobPlan) -> None:
     """Fill in a plan's modules, copies, files and fallbacks."""
+    plan.fallbacks += _renamed(plan)
     adapter = plan.finetuned if isinstance(plan.finetuned, Adapter) else None
     if adapter is not None:
         _pair_modules(plan, adapter)
@@ -58,24 +63,40 @@ def _pair_modules(plan: JobPlan, adapter: Adapter) -> None:
         )
 
 
-def _weight_modules(plan: JobPlan) -> None:
-    job, aligned, tuned, safe = plan.job, plan.aligned, plan.finetuned, plan.safe
-    assert isinstance(tuned, Checkpoint)
+def computed(plan: JobPlan) -> dict[str, Stored]:
+    """The decoder's linears that a job on full checkpoints computes with; before its factors are known, all of them."""
+    job, aligned = plan.job, plan.aligned
     treated = aligned.linears
     if plan.factors is not None:
         treated = {name: stored for name, stored in treated.items() if name in plan.factors.modules}
-    elif job.edits_all:
+    lacking = {*plan.excused["finetuned"], *(plan.excused["unaligned"] if job.gated else ())}
+    return {name: stored for name, stored in treated.items() if stored.names.isdisjoint(lacking)}
+
+
+def _weight_modules(plan: JobPlan) -> None:
+    job, aligned, tuned, safe = plan.job, plan.aligned, plan.finetuned, plan.safe
+    assert isinstance(tuned, Checkpoint)
+    treated = computed(plan)
+    if job.edits_all and plan.factors is None:
         treated = {name: stored for name, stored in treated.items() if not _alike(stored, tuned.weight(name))}
         _tensor_modules(plan, tuned, {name for stored in treated.values() for name in stored.names})
     for name, stored in treated.items():
         plan.modules[name] = ModulePlan(
             name,
             _weight(tuned, name),
-            _weight(safe, name) if isinstance(safe, Checkpoint) else None,
+            _weight(safe, name, aligned) if isinstance(safe, Checkpoint) else None,
             Weight(aligned.source, stored),
             _weight(plan.inputs["unaligned"], name) if job.gated else None,
             {"weight": stored},
         )
+    if isinstance(safe, Checkpoint):
+        written = {name for module in plan.modules.values() for name in module.outputs}
+        plan.fallbacks += _grouped("a safe delta", "a zero delta", safe, plan.excused["safe"], written)
+    if job.gated:
+        linears = {name for stored in aligned.linears.values() for name in stored.names}
+        lacking = plan.excused["unaligned"]
+        among = linears - plan.excused["finetuned"].keys()
+        plan.fallbacks += _grouped(job.title, "carried over", plan.inputs["unaligned"], lacking, among)
 
 
 def _alike(stored: Stored, other: Stored | None) -> bool:
@@ -92,9 +113,15 @@ def _tensor_modules(plan: JobPlan, tuned: Checkpoint, taken: set[str]) -> None:
     for tensor in sorted(floats, key=natural):
         theirs = counterpart(tuned, tensor)
         if theirs is not None and theirs.name not in tuned.encoded_tensors:
-            name, stored = tensor.removesuffix(".weight"), plain(floats[tensor])
-            places = Weight(tuned.source, plain(theirs)), None, Weight(aligned.source, stored), None
-            plan.modules[name] = ModulePlan(name, *places, {"weight": stored})
+            name, ref = tensor.removesuffix(".weight"), floats[tensor]
+            base, rows = common_rows(ref, theirs)
+            places = Weight(tuned.source, plain(rows)), None, Weight(aligned.source, plain(base)), None
+            added = None
+            if base is not ref or rows is not theirs:
+                added = added_rows(ref, theirs)
+                plan.fallbacks += row_notes(plan.job.title, tensor, ref, theirs)
+            more = Read(tuned.source, added) if added is not None else None
+            plan.modules[name] = ModulePlan(name, *places, {"weight": plain(ref)}, more)
     plan.fallbacks += _untreated_floats(plan)
 
 
@@ -130,29 +157,91 @@ def _checkpoint_files(plan: JobPlan) -> None:
     """Shards laid out as the aligned checkpoint's; what no module writes is taken over from where `rest_role` says."""
     job, aligned, tuned = plan.job, plan.aligned, plan.finetuned
     rest = tuned if isinstance(tuned, Checkpoint) and job.rest_role == "finetuned" else aligned
-    written = {name for module in plan.modules.values() for name in module.outputs}
+    written = {name: module for module in plan.modules.values() for name in module.outputs}
     same = encoded_counterparts(aligned, rest)
     shards: dict[str, list[Named]] = {}
     for name, ref in aligned.tensors.items():
-        file = ref.file if len(aligned.files) > 1 else SINGLE
         encoded = name in aligned.encoded_tensors
-        shards.setdefault(file, []).append((name, ref.dtype if encoded else _dtype(job, ref.dtype), ref.shape))
-        if name in written:
-            continue
-        theirs = same.get(name) if encoded else counterpart(rest, name)
-        plan.copies.append(Copy(name, rest.source, theirs) if theirs else Copy(name, aligned.source, ref))
-        if theirs is None:
-            why = f"{rest.source.spec} {'stores it in another format' if encoded else 'lacks it; it is a buffer'}"
-            plan.fallbacks.append(
-                Fallback(asked="the fine-tuned tensor", done="the aligned one", why=why, subject=name)
-            )
+        if (module := written.get(name)) is not None:
+            shape = _written_shape(name, ref, module)
+        else:
+            copy = _taken_over(plan, name, same.get(name) if encoded else counterpart(rest, name), rest)
+            plan.copies.append(copy)
+            shape = copy.ref.shape if copy.added is None else _stacked(copy.ref, copy.added.ref)
+        file = ref.file if len(aligned.files) > 1 else SINGLE
+        shards.setdefault(file, []).append((name, ref.dtype if encoded else _dtype(job, ref.dtype), shape))
     if isinstance(tuned, Adapter):
         plan.fallbacks += [_left_out(key, "--rest aligned") for key in sorted(tuned.saved)]
     else:
-        extra = sorted(tuned.tensors.keys() - aligned.tensors.keys() - moved(aligned, tuned)[1])
-        why = "the aligned checkpoint lacks it; it is a buffer or a tied weight"
-        plan.fallbacks += [_left_out(name, why) for name in extra]
+        plan.fallbacks += _grouped("the fine-tuned tensor", "the aligned one", tuned, plan.excused["finetuned"])
+        for name, ref in _extras(plan, tuned):
+            plan.copies.append(Copy(name, tuned.source, ref))
+            shards[max(shards)].append((name, _dtype(job, ref.dtype), ref.shape))
+        if tuned.config and is_other_class(aligned, tuned):
+            theirs = f"{tuned.config.get('model_type')}, of another layout"
+            asked, done = "the fine-tuned model's config.json", "the aligned one's"
+            plan.fallbacks.append(Fallback(asked=asked, done=done, why=f"its model_type is {theirs}"))
     plan.files = [output_file(file, tensors) for file, tensors in sorted(shards.items())]
+
+
+def _taken_over(plan: JobPlan, name: str, ref: TensorRef | None, rest: Checkpoint) -> Copy:
+    """An output tensor that no module writes: `rest`'s, with the rows that the fine-tuned model's vocabulary adds."""
+    aligned, tuned = plan.aligned, plan.finetuned
+    if ref is None:
+        if name not in plan.excused.get("finetuned", ()):
+            why = f"{rest.source.spec} stores it in another format"
+            plan.fallbacks.append(
+                Fallback(asked="the fine-tuned tensor", done="the aligned one", why=why, subject=name)
+            )
+        return Copy(name, aligned.source, aligned.tensors[name])
+    theirs = counterpart(tuned, name) if rest is aligned and isinstance(tuned, Checkpoint) else None
+    if theirs is None or not only_rows_differ(name, ref, theirs) or (added := added_rows(ref, theirs)) is None:
+        return Copy(name, rest.source, ref)
+    plan.fallbacks += row_notes("--rest aligned", name, ref, theirs)
+    return Copy(name, rest.source, ref, Read(tuned.source, added))
+
+
+def _extras(plan: JobPlan, tuned: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
+    """What the fine-tuned model has more: layers for prediction go along, and what need not be stored is left out."""
+    reason = unbuilt(tuned.config)
+    left: dict[str, str] = {}
+    extra = tuned.tensors.keys() - plan.aligned.tensors.keys() - moved(plan.aligned, tuned)[1]
+    for name in sorted(extra, key=natural):
+        if BUFFERS.fullmatch(name) or is_head(name):
+            plan.fallbacks.append(_left_out(name, "the aligned checkpoint lacks it; it is a buffer or a tied weight"))
+        elif plan.job.rest_role == "finetuned":
+            yield name, tuned.tensors[name]
+        else:
+            left[name] = reason(name)
+    plan.fallbacks += _grouped("the fine-tuned tensor", "left out", plan.aligned, left)
+
+
+def _written_shape(name: str, ref: TensorRef, module: ModulePlan) -> tuple[int, ...]:
+    """The shape of what a module writes in place of `ref`: rows that both models have, then those that are added."""
+    tuned = module.finetuned
+    if module.added is not None:
+        return _stacked(ref, module.added.ref)
+    if isinstance(tuned, Weight) and tuned.stored.is_tensor and only_rows_differ(name, ref, tuned.stored.ref):
+        return tuned.stored.ref.shape
+    return ref.shape
+
+
+def _stacked(first: TensorRef, more: TensorRef) -> tuple[int, ...]:
+    return (first.shape[0] + more.shape[0], *first.shape[1:])
+
+
+def _grouped(
+    asked: str, done: str, lacks: Checkpoint | Adapter, names: Mapping[str, str], among: Collection[str] | None = None
+) -> Iterator[Fallback]:
+    """A fallback for each reason of what an input lacks: a release may store thousands of such tensors."""
+    groups: dict[str, list[str]] = {}
+    for name, why in names.items():
+        if among is None or name in among:
+            groups.setdefault(why, []).append(name)
+    for why, group in groups.items():
+        first, *more = sorted(group, key=natural)
+        subject = f"{first} and {len(more)} more" if more else first
+        yield Fallback(asked=asked, done=done, why=f"{lacks.source.spec} lacks it; {why}", subject=subject)
 
 
 def _untreated_floats(plan: JobPlan) -> Iterator[Fallback]:
@@ -161,16 +250,18 @@ def _untreated_floats(plan: JobPlan) -> Iterator[Fallback]:
             yield Fallback(asked=plan.job.title, done="carried over", why=f"its dtype is {ref.dtype}", subject=name)
 
 
+def _renamed(plan: JobPlan) -> Iterator[Fallback]:
+    for opened in plan.inputs.values():
+        if read := str(opened.names):
+            asked, why = "module names of the checkpoint", f"{opened.source.spec} names them so"
+            yield Fallback(asked=asked, done=read, why=why)
+
+
 def _left_out(name: str, why: str) -> Fallback:
     return Fallback(asked="the fine-tuned tensor", done="left out", why=why, subject=name)
 
 
 def _adapter_fallbacks(adapter: Adapter, safe: Adapter | None) -> Iterator[Fallback]:
-    for each in filter(None, (adapter, safe)):
-        if each.renamed:
-            yield Fallback(
-                asked="module names of the checkpoint", done=each.renamed, why=f"{each.source.spec} names them so"
-            )
     if safe is None:
         return
     for name in sorted(adapter.modules.keys() - safe.modules.keys(), key=natural):
@@ -182,17 +273,20 @@ def _adapter_fallbacks(adapter: Adapter, safe: Adapter | None) -> Iterator[Fallb
         yield Fallback(asked="a fine-tuned delta", done="a zero delta: the module stays aligned", why=why, subject=name)
 
 
-def _weight(checkpoint: Checkpoint | Adapter, module: str) -> Weight:
+def _weight(checkpoint: Checkpoint | Adapter, module: str, instead: Checkpoint | None = None) -> Weight:
+    """A module's weight; `instead`'s where the checkpoint lacks it."""
     assert isinstance(checkpoint, Checkpoint)
     stored = checkpoint.weight(module)
+    if stored is None and instead is not None:
+        return _weight(instead, module)
     assert stored is not None
     return Weight(checkpoint.source, stored)
 
 
 def counterpart(checkpoint: Checkpoint, name: str) -> TensorRef | None:
     """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding."""
-    if name == "lm_head.weight" and name not in checkpoint.tensors:
-        head = checkpoint.weight("lm_head")
+    if is_head(name) and name not in checkpoint.tensors:
+        head = checkpoint.weight(name.removesuffix(".weight"))
         return head.ref if head is not None and head.is_tensor else None
     return checkpoint.tensors.get(name)
 

@@ -19,6 +19,7 @@ from safeshard.streamer.inputs.adapter import Adapter, open_adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.inputs.compare import same_tensors
 from safeshard.streamer.inputs.expert_lora import Packing
+from safeshard.streamer.inputs.names.apply import in_names_of
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.plan.cautions import cautions
@@ -73,6 +74,9 @@ class Planner:
             opened: Checkpoint | Adapter | None = None
             if not role.endswith("adapter"):
                 opened = self._open((spec,), partial(self._checkpoint, spec))
+                if opened is not None and isinstance(base, Checkpoint):
+                    names = ("names", spec, base.source.identity)
+                    opened = self._open(names, partial(in_names_of, base, opened))
             elif isinstance(base, Checkpoint):
                 packing = job.expert_packing
                 key = (spec, base.source.identity, packing or "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.plan.vocabulary import only_rows_differ
 
 
 def moved(aligned: Checkpoint, other: Checkpoint) -> tuple[set[str], set[str]]:
@@ -23,18 +24,34 @@ def moved(aligned: Checkpoint, other: Checkpoint) -> tuple[set[str], set[str]]:
     return ours, theirs
 
 
-def module_offences(aligned: Checkpoint, other: Checkpoint) -> Iterator[Offence]:
-    """Offences of modules that the other checkpoint lacks, or has in another shape, where tensors do not show it."""
+def module_offences(
+    aligned: Checkpoint, other: Checkpoint, modules: Iterable[str], excused: Container[str], missing: bool
+) -> Iterator[Offence]:
+    """Offences of modules that a job computes with and the other checkpoint has in another shape, or lacks.
+
+    Where a whole tensor is lacking, that is told only if `missing`: else tensors are compared by name besides.
+    """
     ours, _ = moved(aligned, other)
-    remedy = "use checkpoints of one architecture"
-    for module, stored in aligned.linears.items():
-        if not stored.names & ours:
+    for module in modules:
+        stored, found = aligned.weight(module), other.weight(module)
+        if stored is None or any(name in excused for name in stored.names):
             continue
-        found, wanted = other.weight(module), f"{list(stored.shape)}, as in {aligned.source.spec}"
-        if found is None and other.modules.reason(module) is None:
-            yield other.offence(module, wanted, "missing", remedy)
+        wanted = f"{list(stored.shape)}, as in {aligned.source.spec}"
+        if found is None and other.modules.reason(module) is None and (missing or stored.names & ours):
+            remedy = "use the model of one architecture that belongs to the aligned one"
+            tensor = stored.name if stored.is_tensor else module
+            yield other.offence(tensor, "a weight of the aligned model" if missing else wanted, "missing", remedy)
         elif found is not None and found.shape != stored.shape:
-            yield other.offence(found.name, f"{module}: {wanted}", str(list(found.shape)), remedy)
+            remedy = "use checkpoints of one architecture"
+            if found.is_tensor and only_rows_differ(stored.name, stored.ref, found.ref):
+                remedy = (
+                    "the job computes with this tensor and the vocabularies differ: resize them to one vocabulary first"
+                )
+            subject, shapes = f"{module}: {wanted}", (list(stored.shape), list(found.shape))
+            if stored.is_tensor and found.is_tensor:
+                shapes = (list(stored.ref.shape), list(found.ref.shape))
+                subject = f"{shapes[0]}, as in {aligned.source.spec}"
+            yield other.offence(found.name, subject, str(shapes[1]), remedy)
 
 
 def encoded_counterparts(aligned: Checkpoint, rest: Checkpoint) -> dict[str, TensorRef]:

@@ -27,16 +27,15 @@ from safeshard.manifests.schema import (
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs import adapter as lora
 from safeshard.streamer.inputs.adapter import Adapter
-from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint
+from safeshard.streamer.inputs.checkpoint import INDEX
 from safeshard.streamer.plan.identity import checked_inputs
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
+from safeshard.streamer.plan.model_config import model_config
 from safeshard.streamer.plan.side_files import side_files
 from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.effects import total
 from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.tensor_names import natural
-
-TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def rounded(clock: Clock) -> dict[str, float]:
@@ -90,7 +89,9 @@ def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
 def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
     plan, job, writer = job_run.plan, job_run.job, job_run.writer
     assert writer is not None
-    copied = {copy.name for copy in plan.copies if writer.place(copy.name).dtype == copy.ref.dtype}
+    copied = {
+        copy.name for copy in plan.copies if writer.place(copy.name).dtype == copy.ref.dtype and copy.added is None
+    }
     touched = {name for module in plan.modules.values() if not _untouched(job_run, module) for name in module.outputs}
     copied |= {name for module in plan.modules.values() for name in module.outputs} - touched
     roles = {opened.source.identity: role for role, opened in plan.inputs.items()}
@@ -145,6 +146,7 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
     else:
         same = {ref.name: ref.dtype for ref in finetuned.stored.refs()}
         same_dtype = all(same.get(name) == writer.place(name).dtype for name in module.outputs)
+    same_dtype = same_dtype and module.added is None
     return job_run.entries[module.name]["decision"] == "kept" and same_dtype and not (pair and job_run.job.rescales)
 
 
@@ -153,15 +155,9 @@ def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
 
 
 def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
-    """The fine-tuned model's own configuration and tokenizer; the aligned model's where it has none."""
-    tuned = plan.finetuned if isinstance(plan.finetuned, Checkpoint) else plan.aligned
+    """The configuration and tokenizer, the fine-tuned model's own where they fit; and the index of several files."""
     files = side_files(plan.aligned.source) | side_files(plan.finetuned.source)
-    if config := dict(tuned.config or plan.aligned.config):
-        if config.get("tie_word_embeddings") and any("lm_head.weight" in file.tensors for file in plan.files):
-            config["tie_word_embeddings"] = False  # or the head that is written would be passed over on loading
-        written = {ref.dtype for file in plan.files for ref in file.tensors.values() if ref.dtype in TORCH_NAMES}
-        if len(written) == 1:
-            config |= dict.fromkeys({"dtype", "torch_dtype"} & config.keys(), TORCH_NAMES[written.pop()])
+    if config := model_config(plan):
         files["config.json"] = _json(config)
     if len(plan.files) > 1:
         weight_map = {name: file.name for file in plan.files for name in file.tensors}

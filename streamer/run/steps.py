@@ -124,6 +124,10 @@ class ModuleTask:
         return self.run.job.edits_all and all(isinstance(p, Weight) and p.stored.is_tensor for p in self.places())
 
     @property
+    def added(self) -> Read | None:
+        return self.plan.added
+
+    @property
     def gate_key(self) -> tuple[Hashable, ...]:
         """Equal for tasks with one gate: aligned, unaligned and fine-tuned tensors."""
         places = (self.plan.aligned, self.plan.unaligned, self.plan.finetuned)
@@ -132,11 +136,15 @@ class ModuleTask:
 
 @dataclass(frozen=True)
 class CopyTask:
-    """One tensor taken over from an input; `cast` where its dtype changes."""
+    """One tensor taken over from an input; `cast` where it changes: its dtype, or by rows that are added."""
 
     run: JobRun
     copy: Copy
     cast: bool
+
+    @property
+    def added(self) -> Read | None:
+        return self.copy.added
 
     def reads(self) -> Iterator[Read]:
         if self.cast:
@@ -222,8 +230,10 @@ def _elementwise(name: str, tasks: Sequence[ModuleTask | CopyTask]) -> Step:
     """A step whose tensors are read strip by strip."""
     reads = {read.key: read for task in tasks for read in task.reads()}
     nbytes = sum(read.ref.nbytes for read in reads.values())
+    added = [task.added.ref.nbytes for task in tasks if task.added is not None]
     scratch = 4 * 4 * PIECE + min(nbytes, len(reads) * STRIP_BYTES)  # pieces in fp32, and strips
-    return Step(name, {}, [*tasks], scratch=scratch, copied=nbytes, strips=True)
+    scratch += min(max(added, default=0), STRIP_BYTES)
+    return Step(name, {}, [*tasks], scratch=scratch, copied=nbytes + sum(added), strips=True)
 
 
 def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
@@ -233,7 +243,7 @@ def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
         dtypes = {name: ref.dtype for file in job_run.plan.files for name, ref in file.tensors.items()}
         for copy in job_run.plan.copies:
             if job_run.writer is None or copy.name not in job_run.writer.hashes:
-                task = CopyTask(job_run, copy, cast=dtypes[copy.name] != copy.ref.dtype)
+                task = CopyTask(job_run, copy, cast=dtypes[copy.name] != copy.ref.dtype or copy.added is not None)
                 steps.append(
                     _elementwise(copy.name, [task])
                     if task.cast

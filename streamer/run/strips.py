@@ -61,6 +61,7 @@ def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.d
                 raise
         clock.add("compute", began)
     for task in tasks:
+        _add_rows(task, writes[id(task)], clock)
         writes[id(task)].finish()
         if isinstance(task, ModuleTask):
             edit = edits[id(task)]  # what is decided is the same for every strip
@@ -90,6 +91,23 @@ def _read(read: Read, start: int, strip: Tensor, clock: Clock) -> Tensor:
     read.source.readinto(ref.file, ref.offset + offset, view)
     clock.add("read", began, len(view))
     return strip
+
+
+def _add_rows(task: ModuleTask | CopyTask, write: TensorWrite, clock: Clock) -> None:
+    """Write the rows that the fine-tuned model alone has."""
+    added = task.added
+    if added is None:
+        return
+    length = STRIP_BYTES // added.ref.item_bytes
+    buffer = torch.empty(min(length, added.ref.numel), dtype=TORCH_DTYPES[added.ref.dtype])
+    for start in range(0, added.ref.numel, length):
+        strip = _read(added, start, buffer[: added.ref.numel - start], clock)
+        try:
+            for piece in torch.split(strip, PIECE):
+                write.add(piece)
+        except NotFiniteError:
+            refuse_not_finite([(added, strip)])
+            raise
 
 
 def _edit(
