@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,10 +28,41 @@ def clear_errors(place: Path) -> Iterator[None]:
         raise RunError(f"{where}: {error.strerror or error}", "mend it and run the same command again") from error
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file, synced. Its name lasts once its folder is synced."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+def open_own(path: Path, flags: int) -> int:
+    """Open a file of ours, or make it: a descriptor.
+
+    Nothing that was planted is followed: the folder is opened first and is no link, the file is no link and no pipe,
+    and no other name leads to it. Whoever makes a file gets its mode from the umask.
+
+    Raises:
+        RequestError: something else lies there.
+    """
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
+        fd = os.open(path.name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
+            raise
+        raise _planted(path, "a link, a pipe or a folder") from error
+    finally:
+        os.close(folder)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(fd)
+        got = "a file with other names (hard links)" if stat.S_ISREG(status.st_mode) else "no regular file"
+        raise _planted(path, got)
+    return fd
+
+
+def _planted(path: Path, got: str) -> RequestError:
+    return RequestError(Offence(str(path), "", "a file of safeshard's own", got, "remove it yourself, then run again"))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file of ours, synced. Its name lasts once its folder is synced."""
+    fd = open_own(path, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.ftruncate(fd, 0)
         write_all(fd, memoryview(data), 0)
         os.fsync(fd)
     finally:
@@ -39,9 +71,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write a small file so that it is there whole or as it was before."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     with clear_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.parent.resolve() / f".{path.name}.{os.getpid()}.part"
+        draft.unlink(missing_ok=True)
         try:
             write_file(draft, data)
             draft.replace(path)
@@ -68,16 +101,25 @@ def start_writeback(fd: int, offset: int, nbytes: int) -> None:
 
 def allocate(fd: int, size: int) -> None:
     """Give a file its size, and its room on the disk where the file system can."""
+    reserve(fd, size)
+    os.ftruncate(fd, size)
+
+
+def reserve(fd: int, size: int) -> None:
+    """Take room on the disk for a file, where the system and the file system can (macOS cannot)."""
+    if not hasattr(os, "posix_fallocate"):
+        return
     try:
         os.posix_fallocate(fd, 0, size)  # a disk too small shows now, not hours later
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
-    os.ftruncate(fd, size)
 
 
 def copy_range(path: Path, target: int, offset: int, ref: TensorRef) -> bool:
-    """Copy inside the kernel; False where the file system cannot."""
+    """Copy inside the kernel; False where the system or the file system cannot."""
+    if not hasattr(os, "copy_file_range"):
+        return False
     source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         done = 0

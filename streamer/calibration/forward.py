@@ -12,8 +12,6 @@ saved (`HiddenStates`), and an interrupted run goes on from those.
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +27,7 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.streamer.calibration.gram_collector import Batch, GramCollector
 from safeshard.streamer.calibration.hidden_states import SPILL, HiddenStates
 from safeshard.streamer.calibration.skeleton import LayerCall, Load, Skeleton
+from safeshard.streamer.disk import reserve
 
 
 @dataclass(frozen=True)
@@ -198,8 +197,7 @@ def _host_buffer(numel: int, dtype: torch.dtype, budget_bytes: int, folder: Path
         return torch.empty(numel, dtype=dtype)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=SPILL[0], suffix=SPILL[1]) as file:
-            if sys.platform == "linux":  # reserve it now: a full disk would otherwise kill the process at some write
-                os.posix_fallocate(file.fileno(), 0, nbytes)
+            reserve(file.fileno(), nbytes)  # now: a full disk would otherwise kill the process at some write
             # The mapping outlives the name, so nothing is left behind however the process ends.
             return torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
     except OSError as error:

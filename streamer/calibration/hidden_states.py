@@ -19,7 +19,7 @@ from torch import Tensor
 from safeshard.manifests.errors import RunError, printable
 from safeshard.manifests.hashing import hash_bytes, hash_tensor_region
 from safeshard.manifests.safetensors_header import layout, read_header
-from safeshard.streamer.disk import sync_path
+from safeshard.streamer.disk import open_own, sync_path
 
 SAVED = "hidden-states.saved"
 SPILL = ("hidden-states-", ".tmp")  # beginning and end of the name of a file that stands in for memory
@@ -110,7 +110,7 @@ class _Saved:
     def read(self, states: Tensor) -> bool:
         """Fill `states`; False, and they are as they were, where the file is damaged."""
         view = _bytes(states)
-        with self.path.open("rb", buffering=0) as file:
+        with os.fdopen(open_own(self.path, os.O_RDONLY), "rb", buffering=0) as file:
             try:
                 if hash_tensor_region(file.fileno(), self.offset, len(view)) != self.blake3:
                     raise EOFError("its bytes are not those that were saved")
@@ -129,7 +129,7 @@ class _Saved:
 def _open(path: Path, key: str, nbytes: int) -> _Saved | None:
     """Saved states under `key`, None where they are others, or none."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             header = read_header(
                 path.name, os.fstat(file.fileno()).st_size, lambda a, b: os.pread(file.fileno(), b - a, a)
             )
@@ -146,7 +146,8 @@ def _open(path: Path, key: str, nbytes: int) -> _Saved | None:
 def _write(folder: Path, key: str, layer: int, data: memoryview) -> None:
     metadata = {"key": key, "layer": str(layer), "blake3": hash_bytes(data)}
     header, _ = layout(SAVED, [("hidden_states", "U8", (len(data),))], metadata)
-    with (folder / _NEW).open("wb", buffering=0) as file:
+    with os.fdopen(open_own(folder / _NEW, os.O_WRONLY | os.O_CREAT), "wb", buffering=0) as file:
+        file.truncate(0)
         for part in (memoryview(header), data):
             while part:
                 part = part[file.write(part) :]

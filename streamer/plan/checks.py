@@ -11,7 +11,7 @@ from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.outputs import computed, counterpart
-from safeshard.streamer.plan.side_files import MAX_SIDE_BYTES, SIDE_FILES
+from safeshard.streamer.plan.side_files import MAX_SIDE_BYTES, SIDE_FILES, is_licence
 from safeshard.streamer.plan.storage import module_offences, moved
 from safeshard.streamer.plan.vocabulary import only_rows_differ
 from safeshard.streamer.tensor_names import natural
@@ -57,13 +57,13 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
 
 
 def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:
-    """Offences of small files that are taken over, and held in memory for that."""
+    """Offences of small files that an output cannot do without, and that are held in memory to take them over."""
     for source in (plan.aligned.source, plan.finetuned.source):
         sizes = source.sizes()
-        for name in SIDE_FILES:
-            if sizes.get(name, 0) > MAX_SIDE_BYTES:
+        for name, size in sorted(sizes.items()):
+            if size > MAX_SIDE_BYTES and (name in SIDE_FILES or is_licence(name)):
                 where, expected = f"{source.spec}/{name}", f"at most {MAX_SIDE_BYTES} bytes"
-                yield Offence(where, "", expected, f"{sizes[name]} bytes", "check the file")
+                yield Offence(where, "", expected, f"{size} bytes", "check the file")
 
 
 def _gathered_offences(checkpoint: Checkpoint) -> Iterator[Offence]:

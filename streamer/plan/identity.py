@@ -34,6 +34,8 @@ def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
         "method": plan.job.method,
         "options": plan.job.settings(),
         "inputs": inputs,
+        "side_files": {file.name: file.blake3 or file.size for file in plan.side_files},
+        "files": [*(file.name for file in plan.files), *(file.name for file in plan.side_files)],
     }
 
 
@@ -52,6 +54,11 @@ def finished(plan: JobPlan) -> Manifest | None:
     if max(modified, default=0.0) > manifest.run.start.timestamp():  # headers do not show that weights were retrained
         return None
     inputs = {role: _unchecked(given) for role, given in manifest.inputs.items()}
+    entries = {file.name: file for file in manifest.files}
+    for side in plan.side_files:
+        entry = entries.get(side.name)
+        if entry is None or entry.size != side.size or (side.blake3 and entry.blake3 != side.blake3):
+            return None
     theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, inputs)
     return manifest if theirs == (version("safeshard"), job.method, job.settings(), inputs_of(plan)) else None
 

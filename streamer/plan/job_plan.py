@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from safeshard.manifests.errors import RunError
+from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Caution, Fallback, Manifest
 from safeshard.streamer.calibration.factor_files import SavedFactors
@@ -106,6 +108,29 @@ class OutputFile:
         return len(self.header) + sum(ref.nbytes for ref in self.tensors.values())
 
 
+@dataclass(frozen=True)
+class SideFile:
+    """A small file to take over as `name`. `blake3` is known of local ones; a remote one is read when it is written."""
+
+    name: str
+    source: Source
+    file: str
+    size: int
+    blake3: str | None
+
+    def read(self) -> bytes:
+        """Its bytes.
+
+        Raises:
+            RunError: they cannot be read, or are no longer those that were there at the start.
+        """
+        data = self.source.read(self.file, 0, self.size)
+        if self.blake3 is not None and hash_bytes(data) != self.blake3:
+            remedy = "restore it, or run again with the new one and --overwrite"
+            raise RunError(f"{self.source.spec}/{self.file} changed underway", remedy)
+        return data
+
+
 @dataclass
 class JobPlan:
     """Everything about one job that headers tell."""
@@ -115,6 +140,7 @@ class JobPlan:
     modules: dict[str, ModulePlan] = field(default_factory=dict)
     copies: list[Copy] = field(default_factory=list)
     files: list[OutputFile] = field(default_factory=list)
+    side_files: list[SideFile] = field(default_factory=list)
     fallbacks: list[Fallback] = field(default_factory=list)
     cautions: list[Caution] = field(default_factory=list)
     expected: int = 0
@@ -159,4 +185,4 @@ class JobPlan:
 
     @property
     def bytes_to_write(self) -> int:
-        return sum(file.nbytes for file in self.files)
+        return sum(file.nbytes for file in self.files) + sum(file.size for file in self.side_files)

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, load
+from safeshard.manifests.errors import Offence
+from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.calibration.hidden_states import COPIES
 from safeshard.streamer.methods.base import Job
+from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.job_plan import JobPlan
 
 
@@ -22,9 +23,24 @@ def staging_of(output: Path) -> Path:
 
 def is_half_copied(staging: Path, output: Path, last: str = MANIFEST_NAME) -> bool:
     """Whether a run was interrupted while it copied its finished output here; the whole is in the staging folder."""
-    mark = output / JOURNAL_NAME
-    ours = mark.is_file() and not mark.stat().st_size and (staging / JOURNAL_NAME).is_file()
-    return ours and not (output / last).exists()
+    copied = (staging / JOURNAL_NAME).is_file() and ours.is_copy(output) and not (output / last).exists()
+    return copied and ours.strangers(output) == []
+
+
+def unfinished_offences(staging: Path) -> Iterator[Offence]:
+    """Offences of what lies where an output is to be written before it gets its name."""
+    foreign = ours.strangers(staging)
+    expected = "an unfinished output of safeshard, and nothing else"
+    if os.path.lexists(staging) and foreign is None:
+        got = "another folder" if staging.is_dir() and not staging.is_symlink() else "a file or a link"
+        yield Offence(str(staging), "", expected, got, "remove it yourself")
+    elif foreign:
+        yield Offence(str(staging), "", expected, f"also {listed(foreign)}", "move it elsewhere")
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bool) -> Iterator[Offence]:
@@ -46,14 +62,14 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
             continue
         if id(job) in done:
             continue
+        yield from unfinished_offences(staging_of(path))
         if is_half_copied(staging_of(path), path):
             pass  # the run that goes on from the folder beside it puts it right
         elif os.path.lexists(path) and not overwrite:
             remedy = "choose another, or --overwrite"
             yield Offence("--output", shown, "a folder that does not exist", "it exists", remedy)
-        elif os.path.lexists(path) and not _replaceable(path):
-            got = "something that safeshard did not write"
-            yield Offence("--output", shown, "an output of safeshard, to overwrite", got, "remove it yourself")
+        elif os.path.lexists(path):
+            yield from kept_offences(path, shown)
         parent = next(p for p in path.parents if p.exists())
         first, before = need.get(parent.stat().st_dev, (parent, 0))
         need[parent.stat().st_dev] = (first, before + sizes.get(id(job), 0) - taken_bytes(staging_of(path)))
@@ -67,16 +83,20 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
 
 def taken_bytes(staging: Path) -> int:
     """Bytes of the disk that an unfinished output has already."""
-    return sum(p.stat().st_blocks * 512 for p in staging.iterdir()) if staging.is_dir() else 0
+    return sum(p.lstat().st_blocks * 512 for p in staging.iterdir()) if staging.is_dir() else 0
 
 
-def _replaceable(path: Path) -> bool:
-    if not path.is_dir() or path.is_symlink():
-        return False
-    try:
-        return not any(path.iterdir()) or bool(load(path / MANIFEST_NAME))
-    except RequestError:
-        return False
+def kept_offences(path: Path, place: str, last: str = MANIFEST_NAME) -> Iterator[Offence]:
+    """Offences of a folder that --overwrite cannot replace: it is no output, or there is more in it than that.
+
+    `last` is the file without which no output of the kind is complete.
+    """
+    foreign = ours.strangers(path)
+    expected = "an output of safeshard, to overwrite"
+    if foreign is None or not (foreign or (path / last).is_file() or not any(path.iterdir())):
+        yield Offence("--output", place, expected, "something that safeshard did not write", "remove it yourself")
+    elif foreign:
+        yield Offence("--output", place, expected, f"one that also holds {listed(foreign)}", "move it elsewhere")
 
 
 def place_offences(output: Path, inputs: Iterable[str]) -> Iterator[Offence]:

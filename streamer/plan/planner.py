@@ -28,6 +28,7 @@ from safeshard.streamer.plan.identity import finished
 from safeshard.streamer.plan.job_plan import JobPlan, Weight
 from safeshard.streamer.plan.outputs import plan_outputs
 from safeshard.streamer.plan.places import output_offences
+from safeshard.streamer.plan.side_files import plan_side_files
 from safeshard.streamer.sources import ShardCache, open_source
 
 T = TypeVar("T")
@@ -95,6 +96,8 @@ class Planner:
                 return None
         if not offences:
             plan_outputs(plan)
+            if job.writes_model:
+                plan_side_files(plan)
             plan.cautions += cautions(plan)
             offences = list(self._equal_offences(plan))
         self.offences += offences

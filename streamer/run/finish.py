@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,7 +33,6 @@ from safeshard.streamer.inputs.checkpoint import INDEX
 from safeshard.streamer.plan.identity import checked_inputs
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.plan.model_config import model_config
-from safeshard.streamer.plan.side_files import side_files
 from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.effects import total
 from safeshard.streamer.run.steps import JobRun
@@ -58,7 +59,8 @@ class Measured:
 
 def peak_host_bytes() -> int:
     """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes
 
 
 def tool_versions(device: str) -> Tool:
@@ -75,10 +77,11 @@ def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
     small = _checkpoint_files(plan) if whole else _adapter_files(plan)
     manifest = _manifest(job_run, measured)
     small["README.md"] = card(manifest, _base_model(plan), "checkpoint" if whole else "adapter").encode()
-    for name, data in small.items():
-        writer.add_file(name, data)
     files = [FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files]
-    files += [FileEntry(name=name, size=len(data), blake3=hash_bytes(data)) for name, data in small.items()]
+    taken = ((file.name, file.read()) for file in plan.side_files)  # one at a time
+    for name, data in itertools.chain(small.items(), taken):
+        writer.add_file(name, data)
+        files.append(FileEntry(name=name, size=len(data), blake3=hash_bytes(data)))
     run = manifest.run.model_copy(update={"bytes_written": writer.bytes_written})
     manifest = manifest.model_copy(update={"files": tuple(sorted(files, key=lambda f: f.name)), "run": run}).sealed()
     writer.add_file(MANIFEST_NAME, manifest.to_json().encode())
@@ -151,12 +154,12 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
 
 
 def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
-    return {lora.CONFIG: _json(plan.adapter_config)} | side_files(plan.finetuned.source)
+    return {lora.CONFIG: _json(plan.adapter_config)}
 
 
 def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
-    """The configuration and tokenizer, the fine-tuned model's own where they fit; and the index of several files."""
-    files = side_files(plan.aligned.source) | side_files(plan.finetuned.source)
+    """The configuration, the fine-tuned model's own where it fits; and the index of several files."""
+    files: dict[str, bytes] = {}
     if config := model_config(plan):
         files["config.json"] = _json(config)
     if len(plan.files) > 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_tensor_region
-from safeshard.manifests.safetensors_header import HeaderError, read_header
+from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
 from safeshard.manifests.schema import JOURNAL_NAME, Input
 from safeshard.streamer.calibration.factor_files import (
-    FILE,
     INDEX,
     FactorIndex,
     SavedFactors,
@@ -31,14 +28,22 @@ from safeshard.streamer.calibration.factor_files import (
 )
 from safeshard.streamer.calibration.factors import Calibration, forward_dtype
 from safeshard.streamer.calibration.groups import Group, device_bytes, hash_factor, resident_bytes
-from safeshard.streamer.calibration.hidden_states import COPIES, HiddenStates, clear_states, is_state
+from safeshard.streamer.calibration.hidden_states import COPIES, HiddenStates, clear_states
 from safeshard.streamer.clock import Clock
-from safeshard.streamer.disk import clear_errors, sync_path, write_file
+from safeshard.streamer.disk import clear_errors, open_own, sync_path, write_all, write_file
 from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.options import Options, RunOptions
-from safeshard.streamer.plan.places import place_offences, staging_of, taken_bytes
+from safeshard.streamer.plan.ours import is_copy
+from safeshard.streamer.plan.places import (
+    is_half_copied,
+    kept_offences,
+    place_offences,
+    staging_of,
+    taken_bytes,
+    unfinished_offences,
+)  # fmt: skip
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import batches_at_once
 from safeshard.streamer.run.downloads import shard_cache
@@ -46,7 +51,7 @@ from safeshard.streamer.run.steps import workers_for
 from safeshard.streamer.run.stream import Buffers, run_steps
 from safeshard.streamer.sources import LocalSource, open_source
 from safeshard.streamer.write.journal import Journal
-from safeshard.streamer.write.staging import REPLACED, open_journal, publish, remove, settle
+from safeshard.streamer.write.staging import open_journal, publish, remove, settle
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +147,7 @@ def _fingerprint(calibration: Calibration, options: Calibrate, device: torch.dev
     return {
         "safeshard": version("safeshard"), "torch": torch.__version__, "device": device.type,
         "options": _decisive(options),
+        "files": [INDEX, *(_file(number) for number in range(len(calibration.planned())))],
         "inputs": {role: given.model_dump(mode="json") for role, given in inputs.items()},
         "modified": times, "hidden_states": calibration.states_key(device),
     }  # fmt: skip
@@ -152,28 +158,20 @@ def _decisive(options: Calibrate) -> dict[str, Any]:
 
 
 def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
-    unfinished = (output / JOURNAL_NAME).is_file()
-    for folder, replaceable in ((output, overwrite or unfinished), (staging, True)):
-        if os.path.lexists(folder) and not (replaceable and _is_ours(folder)):
-            got = "it exists" if not replaceable else "something that calibrate did not write"
-            remedy = "choose another, or --overwrite" if not replaceable else "remove it yourself"
-            raise RequestError(Offence("--output", str(folder), "a folder that does not exist", got, remedy))
-
-
-def _is_ours(folder: Path) -> bool:
-    return (
-        folder.is_dir()
-        and not folder.is_symlink()
-        and all(
-            path.name in (INDEX, JOURNAL_NAME, REPLACED) or re.fullmatch(FILE, path.name) or is_state(path.name)
-            for path in folder.iterdir()
-        )
-    )
+    offences = list(unfinished_offences(staging))
+    if os.path.lexists(output) and not is_half_copied(staging, output, INDEX):
+        if overwrite or (output / JOURNAL_NAME).is_file():
+            offences += kept_offences(output, str(output), INDEX)
+        else:
+            expected, remedy = "a folder that does not exist", "choose another, or --overwrite"
+            offences.append(Offence("--output", str(output), expected, "it exists", remedy))
+    if offences:
+        raise RequestError(offences)
 
 
 def _journal_of(staging: Path, output: Path) -> Path:
-    """The journal that tells whose a finished output is: where it was copied, its own is empty."""
-    copied = not (output / JOURNAL_NAME).stat().st_size and (staging / JOURNAL_NAME).is_file()
+    """The journal that tells whose a finished output is: where it was copied, its own is only a mark."""
+    copied = is_copy(output) and (staging / JOURNAL_NAME).is_file()
     return (staging if copied else output) / JOURNAL_NAME
 
 
@@ -290,10 +288,23 @@ def _save(
             )
         )
     with clear_errors(file.parent):
-        save_file(tensors, file, {"format": "pt"})
-        sync_path(file)
-        sync_path(file.parent)
+        _write_tensors(file, tensors)
     return tuple(saved), failed
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write fp32 tensors as the safetensors library would, into a file of ours."""
+    header, refs = layout(file.name, [(name, "F32", tuple(t.shape)) for name, t in tensors.items()], {"format": "pt"})
+    fd = open_own(file, os.O_WRONLY | os.O_CREAT)
+    try:
+        os.ftruncate(fd, 0)
+        write_all(fd, memoryview(header), 0)
+        for name, tensor in tensors.items():
+            write_all(fd, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, refs[name].offset)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    sync_path(file.parent)
 
 
 def _model_input(aligned: Checkpoint) -> Input:

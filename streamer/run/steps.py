@@ -254,7 +254,9 @@ def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
 
 def workers_for(device: torch.device) -> int:
     """Compute threads: one a core, each with single-threaded torch; or, for a CUDA device, each with its own stream."""
-    return DEVICE_WORKERS if device.type == "cuda" else len(os.sched_getaffinity(0))
+    if device.type == "cuda":
+        return DEVICE_WORKERS
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _order(name: str) -> tuple[float, Any]:

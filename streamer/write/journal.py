@@ -7,7 +7,6 @@ speak of has hashes: losing a record loses work, never bytes.
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import logging
@@ -21,9 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
-from safeshard.streamer.disk import sync_path
+from safeshard.streamer.disk import open_own, sync_path, write_all
+from safeshard.streamer.plan.ours import JOURNAL_MAGIC
 
-MAGIC = '{"journal":"safeshard.journal/1",'
+MAGIC = JOURNAL_MAGIC.decode()
+MAX_BYTES = 1 << 28  # of a million tensors it is about 200 MB
 ANEW = "--overwrite starts anew"
 CRC_CHARS = len(',"crc":"00000000"}')
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class Journal:
         `fingerprint` is JSON: all that the output's bytes depend on. Raises RequestError where the journal there
         belongs to another request (every difference is listed), is another file, or is held by another process.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             _hold(fd, path)
             return cls._recover(path, fd, json.loads(_dumps(fingerprint)))
@@ -60,7 +61,7 @@ class Journal:
 
     @classmethod
     def _recover(cls, path: Path, fd: int, fingerprint: dict[str, Any]) -> "Journal":
-        content = path.read_bytes()
+        content = _content(fd)
         lines = content.split(b"\n")[:-1]
         found = list(takewhile(bool, (_parse(number, line) for number, line in enumerate(lines))))
         if len(found) < len(lines):
@@ -79,7 +80,7 @@ class Journal:
             raise RequestError(Offence(str(path), expected="a safeshard journal", got="another file", remedy=ANEW))
         line = _line({"journal": "safeshard.journal/1", "fingerprint": fingerprint})
         os.ftruncate(fd, 0)
-        _write(fd, line, 0)
+        write_all(fd, memoryview(line), 0)
         os.fsync(fd)
         sync_path(path.parent)
         return cls(path, fd, len(line), [])
@@ -90,7 +91,7 @@ class Journal:
 
         Raises RequestError where another process holds it.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = open_own(path, os.O_RDWR)
         try:
             _hold(fd, path)
         except BaseException:
@@ -126,7 +127,7 @@ class Journal:
             if sync is not None:
                 sync()
             lines = b"".join(map(_line, chosen))
-            _write(self._fd, lines, self._size)
+            write_all(self._fd, memoryview(lines), self._size)
             os.fdatasync(self._fd) if hasattr(os, "fdatasync") else os.fsync(self._fd)
             self._size += len(lines)
             self._broken = False
@@ -186,12 +187,12 @@ def _hold(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        offence = Offence(str(path), expected="no other run with this output", got=_owner(path), remedy="wait for it")
+        offence = Offence(str(path), expected="no other run with this output", got=_owner(fd), remedy="wait for it")
         raise RequestError(offence) from error
     except OSError:
         pass  # a file system without locks; two runs at once are then the user's to avoid
     try:
-        there = os.path.samestat(os.fstat(fd), path.stat())
+        there = os.path.samestat(os.fstat(fd), path.lstat())
     except FileNotFoundError:
         there = False
     if not there:
@@ -200,23 +201,23 @@ def _hold(fd: int, path: Path) -> None:
         )
 
 
-def _owner(path: Path) -> str:
+def _content(fd: int) -> bytes:
+    """All of a journal; it is no larger than one that is written here can be."""
+    content = bytearray()
+    size = min(os.fstat(fd).st_size, MAX_BYTES)
+    while part := os.pread(fd, size - len(content), len(content)):
+        content += part
+    return bytes(content)
+
+
+def _owner(fd: int) -> str:
     """Who holds a journal, by the last owner that it names; its lock ends with that process."""
-    for line in reversed(path.read_bytes().split(b"\n")):
+    for line in reversed(_content(fd).split(b"\n")):
         if line.startswith(b'{"kind":"owner",'):
             with contextlib.suppress(ValueError, KeyError):
                 record = json.loads(line)
                 return f"one underway: process {record['pid']} on {record['host']}"
     return "one underway"
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        if not written:
-            raise OSError(errno.EIO, "nothing could be written")
-        view, offset = view[written:], offset + written
 
 
 def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:

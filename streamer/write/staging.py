@@ -16,13 +16,14 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.errors import RequestError, RunError, printable
 from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
-from safeshard.streamer.disk import sync_path
-from safeshard.streamer.plan.places import is_half_copied
+from safeshard.streamer.disk import sync_path, write_file
+from safeshard.streamer.plan import ours
+from safeshard.streamer.plan.ours import PART, REPLACED
+from safeshard.streamer.plan.places import is_half_copied, listed, unfinished_offences
 from safeshard.streamer.write.journal import Journal
 
-REPLACED = ".replaced"  # in the staging folder: the earlier output, until the new one has its place
 NO_RENAME = (errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overw
     Raises:
         RequestError: the folder is somebody else's, another request's, or in use.
     """
-    _check_ours(staging)
+    if offences := list(unfinished_offences(staging)):  # it would be published, or removed
+        raise RequestError(offences)
     path = staging / JOURNAL_NAME
-    if staging.exists() and not path.is_file():
+    if staging.exists() and not path.exists():
         remove(staging, output)
     _make_folder(staging)
     try:
@@ -53,7 +55,7 @@ def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overw
 
 def part_of(staging: Path, name: str) -> Path:
     """Where a safetensors file lies until the output is complete: no loader takes it for a model."""
-    return staging / f"{name}.part"
+    return staging / f"{name}{PART}"
 
 
 def unname(staging: Path, names: Iterable[str]) -> None:
@@ -66,11 +68,16 @@ def unname(staging: Path, names: Iterable[str]) -> None:
 
 
 def clear(staging: Path, names: Collection[str]) -> None:
-    """Remove all but the parts of the safetensors files `names`: what an interrupted run or a calibration left."""
+    """Remove all but the parts of the safetensors files `names`: what an interrupted run or a calibration left.
+
+    Raises:
+        RunError: something is there that is not ours.
+    """
+    _refuse_strangers(staging)
     kept = {JOURNAL_NAME, REPLACED, *(part_of(staging, name).name for name in names)}
     for path in staging.iterdir():
         if path.name not in kept:
-            _remove(path)
+            path.unlink()
 
 
 def publish(staging: Path, output: Path, names: Collection[str], overwrite: bool, last: str = MANIFEST_NAME) -> None:
@@ -78,6 +85,7 @@ def publish(staging: Path, output: Path, names: Collection[str], overwrite: bool
 
     `names` are the files that lie under their `.part` names; without its file `last` no output counts as complete.
     """
+    _refuse_strangers(staging)
     sync_path(staging)  # the manifest is there before anything could be taken for a model
     replace = overwrite or is_half_copied(staging, output, last)
     try:
@@ -97,7 +105,8 @@ def _rename(staging: Path, output: Path, names: Iterable[str], overwrite: bool) 
         part_of(staging, name).rename(staging / name)
     sync_path(staging)
     if overwrite and output.exists():
-        _remove(staging / REPLACED)
+        _refuse_strangers(output)
+        ours.remove(staging / REPLACED, marked=True)
         output.rename(staging / REPLACED)
         sync_path(staging)
         sync_path(output.parent)
@@ -109,12 +118,15 @@ def _copy(staging: Path, output: Path, names: Iterable[str], last: str) -> None:
     own_names = {part_of(staging, name).name: name for name in names}
     files = sorted(p for p in staging.iterdir() if p.name not in (JOURNAL_NAME, REPLACED, last))
     _make_folder(output)
-    (output / JOURNAL_NAME).touch()
-    sync_path(output)
+    _refuse_strangers(output)
+    earlier = [path for path in output.iterdir() if path.name != JOURNAL_NAME]
+    names_after = [own_names.get(path.name, path.name) for path in (*files, staging / last)]
+    if not ours.is_copy(output, torn=False):
+        write_file(output / JOURNAL_NAME, ours.copy_mark([*names_after, *(path.name for path in earlier)]))
+        sync_path(output)
     try:
-        for path in (output / last, *output.iterdir()):
-            if path.name != JOURNAL_NAME:
-                _remove(path)
+        for path in sorted(earlier, key=lambda path: path.name != last):
+            ours.remove(path, marked=True) if path.name == REPLACED else path.unlink()
         for path in (*files, staging / last):
             target = output / own_names.get(path.name, path.name)
             shutil.copyfile(path, target)
@@ -141,37 +153,26 @@ def settle(staging: Path, output: Path) -> None:
 
 
 def remove(staging: Path, output: Path) -> None:
-    """Remove an unfinished output, its journal last; an output that it was about to replace stays."""
+    """Remove an unfinished output, its journal last; an output that it was about to replace stays, and strangers do."""
     if (staging / REPLACED).is_dir() and not output.exists():
         (staging / REPLACED).rename(output)
-    for path in staging.iterdir():
-        if path.name != JOURNAL_NAME:
-            _remove(path)
-    _remove(staging / JOURNAL_NAME)
-    staging.rmdir()
+    if foreign := ours.remove(staging):
+        log.warning("%s: left there, as it is not safeshard's: %s", staging, printable(", ".join(foreign)))
 
 
 def _settle(output: Path) -> None:
-    _remove(output / REPLACED)
+    if foreign := ours.remove(output / REPLACED, marked=True):
+        log.warning("%s: left there, as it is not safeshard's: %s", output / REPLACED, printable(", ".join(foreign)))
     sync_path(output)
-    _remove(output / JOURNAL_NAME)
+    (output / JOURNAL_NAME).unlink(missing_ok=True)
     sync_path(output)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _check_ours(staging: Path) -> None:
-    """Refuse a folder that somebody else filled: it would be published, or removed."""
-    ours = {JOURNAL_NAME, MANIFEST_NAME}
-    filled = staging.exists() and any(staging.iterdir())
-    if staging.is_symlink() or (filled and not any((staging / name).is_file() for name in ours)):
-        expected = "an unfinished output of safeshard"
-        raise RequestError(Offence(str(staging), "", expected, "another folder", "remove it yourself"))
+def _refuse_strangers(folder: Path) -> None:
+    foreign = ours.strangers(folder)
+    if foreign or (foreign is None and folder.exists()):
+        problem = f"{folder} holds what safeshard did not write: {listed(foreign or ['all of it'])}"
+        raise RunError(problem, "move it elsewhere and run the same command again")
 
 
 def _make_folder(folder: Path) -> None:

@@ -24,11 +24,13 @@ from torch import Tensor
 
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.streamer.calibration.hidden_states import SPILL
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.disk import (
     allocate,
     clear_errors,
     copy_range,
+    open_own,
     start_writeback,
     sync_path,
     write_all,
@@ -73,7 +75,7 @@ class Writer:
             recorded = dict(self.journal.sound("tensor", _name_and_hash))
             with clear_errors(self.staging):
                 self.journal.sign()
-                for spill in self.staging.glob("hidden-states-*"):  # of a run killed before it could unname it
+                for spill in self.staging.glob("*".join(SPILL)):  # of a run killed before it could unname it
                     spill.unlink()
                 staging.unname(self.staging, self._names)
                 for file in files:
@@ -91,7 +93,7 @@ class Writer:
 
     def _open(self, file: OutputFile) -> None:
         part = staging.part_of(self.staging, file.name)
-        fd = self._fds[file.name] = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        fd = self._fds[file.name] = open_own(part, os.O_RDWR | os.O_CREAT)
         if os.fstat(fd).st_size != file.nbytes:
             allocate(fd, file.nbytes)
         write_all(fd, memoryview(file.header), 0)
