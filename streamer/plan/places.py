@@ -32,7 +32,11 @@ def unfinished_offences(staging: Path) -> Iterator[Offence]:
     foreign = ours.strangers(staging)
     expected = "an unfinished output of safeshard, and nothing else"
     if os.path.lexists(staging) and foreign is None:
-        got = "another folder" if staging.is_dir() and not staging.is_symlink() else "a file or a link"
+        got = (
+            "another folder, which safeshard did not write"
+            if staging.is_dir() and not staging.is_symlink()
+            else "a file or a link"
+        )
         yield Offence(str(staging), "", expected, got, "remove it yourself")
     elif foreign:
         yield Offence(str(staging), "", expected, f"also {listed(foreign)}", "move it elsewhere")

@@ -19,11 +19,11 @@ from safeshard.manifests import RequestError
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
 from safeshard.streamer import safedelta, safelora, scale
-from safeshard.streamer.api import score_table
 from safeshard.streamer.calibration import factor_files
 from safeshard.streamer.inputs.lora_config import read_config
 from safeshard.streamer.plan import checks
 from safeshard.streamer.plan.jobs_file import read_jobs
+from safeshard.streamer.run.score_table import score_table
 from safeshard.streamer.sources import open_source, read_json
 
 
