@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from safeshard.manifests.bounded import MAX_TENSORS, MAX_VALUES, refuse_many
 from safeshard.manifests.errors import printable
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -83,6 +84,8 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> Head
         raise HeaderError(f"a header that ends at byte {data_start}", f"{size} bytes in the file (truncated)")
     text = read(8, data_start)
     table = _parse(text)
+    if len(table) > MAX_TENSORS + 1:
+        raise HeaderError(f"at most {MAX_TENSORS} tensors", f"{len(table)}")
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError("an object of strings", "something else", "__metadata__")
@@ -92,6 +95,10 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> Head
 
 
 def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        refuse_many(text)
+    except ValueError as error:
+        raise HeaderError(f"a header of at most {MAX_VALUES} values", str(error)) from None
     try:
         table = json.loads(text.decode(), object_pairs_hook=_unique)
         if isinstance(table, dict):

@@ -5,9 +5,7 @@ JSON; NaN and infinity never enter it (a cosine of a zero delta is None, with a 
 function of the content: field order as declared, floats by `repr`, ASCII only, one list entry a line.
 """
 
-import errno
 import json
-import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from safeshard.manifests.bounded import MAX_TENSORS, TooLargeError, read_regular, refuse_many
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 
@@ -32,13 +31,17 @@ SCHEMA = "safeshard.manifest/1"
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
 INLINE_CHARS = 300
-MAX_MANIFEST_BYTES = 1 << 30  # of a million tensors it is about 250 MB
+MAX_MANIFEST_BYTES = 200_000_000  # of as many tensors as are taken it is some 80 MB
+MAX_MANIFEST_VALUES = 6_000_000
+MAX_ENTRIES = 2 * MAX_TENSORS  # of one list
+MAX_KEYS = 10_000  # of one table
 
 Decision = Literal["kept", "merged", "projected", "selected", "scaled", "reverted"]
 Action = Literal["copied", "edited", "new"]
 Name = Annotated[str, Field(min_length=1)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits, lower case")]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
+_First = Field(fail_fast=True)  # of a list's entries that are wrong the first is an error: there may be a million
 
 
 class _Entry(BaseModel):
@@ -91,7 +94,7 @@ class Input(_Entry):
 
     source: str
     revision: str | None = None
-    files: tuple[InputFile, ...]
+    files: Annotated[tuple[InputFile, ...], _First]
 
 
 class Effect(_Entry):
@@ -129,7 +132,7 @@ class ModuleEntry(_Entry):
     cosine: float | None = None
     threshold: float | None = None
     near_threshold: bool | None = None
-    weights: tuple[float, ...] | None = None
+    weights: Annotated[tuple[float, ...], _First] | None = None
     selected_fraction: float | None = None
     budget: float | None = None
     loss: float | None = None
@@ -149,7 +152,7 @@ class TensorEntry(_Entry):
     name: Name
     file: Name
     dtype: Name
-    shape: tuple[Count, ...]
+    shape: Annotated[tuple[Count, ...], _First]
     action: Action
     blake3: Hash
     source: Name | None = None
@@ -203,12 +206,12 @@ class Manifest(_Entry):
     tool: Tool
     method: Method
     inputs: dict[str, Input]
-    modules: tuple[ModuleEntry, ...]
-    tensors: tuple[TensorEntry, ...]
-    files: tuple[FileEntry, ...]
-    fallbacks: tuple[Fallback, ...] = ()
+    modules: Annotated[tuple[ModuleEntry, ...], _First]
+    tensors: Annotated[tuple[TensorEntry, ...], _First]
+    files: Annotated[tuple[FileEntry, ...], _First]
+    fallbacks: Annotated[tuple[Fallback, ...], _First] = ()
     effect: Effect | None = None
-    warnings: tuple[Caution, ...] | None = None
+    warnings: Annotated[tuple[Caution, ...], _First] | None = None
     run: Run
     blake3: Hash | None = None
 
@@ -244,10 +247,11 @@ class Manifest(_Entry):
     def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> "Manifest":
         """Parse manifest.json; RequestError lists every field that is wrong. `blake3` is kept, not compared."""
         try:
-            _reject_ambiguous(text)
+            _reject_ambiguous(text.encode() if isinstance(text, str) else text)
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
-            raise RequestError([_offence(where, detail) for detail in error.errors()]) from error
+            details = error.errors(include_url=False, include_context=False)
+            raise RequestError([_offence(where, detail) for detail in details]) from error
         except (ValueError, RecursionError) as error:
             raise RequestError(Offence(where, expected="a manifest in JSON", got=str(error))) from error
 
@@ -256,12 +260,9 @@ def load(path: Path) -> Manifest:
     """The manifest at `path`: the file, or the output folder that holds it."""
     file = path / MANIFEST_NAME if path.is_dir() else path
     try:
-        status = file.stat()
-        if stat.S_ISFIFO(status.st_mode):  # reading would wait for ever
-            raise OSError(errno.EINVAL, "no regular file")
-        if (size := status.st_size) > MAX_MANIFEST_BYTES:
-            raise RequestError(Offence(str(file), "", f"at most {MAX_MANIFEST_BYTES} bytes", str(size)))
-        text = file.read_bytes()
+        text = read_regular(file, MAX_MANIFEST_BYTES)
+    except TooLargeError as error:
+        raise RequestError(Offence(str(file), "", "at most {} bytes".format(*error.args), str(error.args[1]))) from None
     except OSError as error:
         remedy = f"name an output folder of safeshard, with {MANIFEST_NAME} in it"
         raise RequestError(
@@ -288,18 +289,25 @@ def _offence(where: str, detail: ErrorDetails) -> Offence:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := _repeated(key for key, _ in pairs):
-        raise ValueError(f"key named twice: {', '.join(map(repr, repeated))}")
-    return dict(pairs)
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        raise ValueError(f"key named twice: {', '.join(map(repr, _repeated(key for key, _ in pairs)))}")
+    if len(table) > MAX_KEYS:
+        raise ValueError(f"a table of {len(table)} keys, more than {MAX_KEYS}")
+    return table
 
 
 def _no_constant(constant: str) -> None:
     raise ValueError(f"{constant} is no number of JSON")
 
 
-def _reject_ambiguous(text: str | bytes) -> None:
-    """Raise ValueError for what parsers read differently: a repeated key, NaN, infinity."""
-    json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+def _reject_ambiguous(text: bytes) -> None:
+    """Raise ValueError for what parsers read differently (a repeated key, NaN, infinity), and for what is too much."""
+    refuse_many(text, MAX_MANIFEST_VALUES)
+    document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    for key, value in document.items() if isinstance(document, dict) else ():
+        if isinstance(value, list) and len(value) > MAX_ENTRIES:
+            raise ValueError(f"{key} has {len(value)} entries, more than {MAX_ENTRIES}")
 
 
 def _layout(value: Any, depth: int = 0) -> str:

@@ -13,10 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from safeshard.manifests.bounded import read_regular
 from safeshard.manifests.errors import RequestError, printable
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import HeaderError, TensorRef, header_digest, read_header
-from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, FileEntry, Manifest, TensorEntry, load
+from safeshard.manifests.schema import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    load,
+)
 
 UNLISTED = frozenset({MANIFEST_NAME, JOURNAL_NAME, "report.html"})  # the journal: of a run killed in its last step
 
@@ -47,7 +56,7 @@ def verify(output: Path, *, threads: int = 2, progress: Callable[[int], None] | 
     manifest_file = output / MANIFEST_NAME
     try:
         manifest = load(manifest_file)
-        text = manifest_file.read_bytes()
+        text = read_regular(manifest_file, MAX_MANIFEST_BYTES)
     except RequestError as error:
         if not manifest_file.is_file():
             raise

@@ -142,4 +142,12 @@ def _offence(where: str, details: Any) -> Offence:
         return Offence(where or message, message if where else "")  # a whole sentence
     known = EXPECTED.get(details["type"])
     expected = known.format_map(details.get("ctx", {})) if known else re.split(", (?:unable|got) ", message)[0]
-    return Offence(where or option, option if where else "", expected, repr(details["input"])[:80], "")
+    return Offence(where or option, option if where else "", expected, _shown(details["input"]), "")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value's repr; of a number with thousands of digits Python makes none."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"

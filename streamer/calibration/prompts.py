@@ -11,6 +11,8 @@ does: `[INST] question [/INST]`, tokenized with the tokenizer's special tokens, 
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
 import random
@@ -21,13 +23,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safeshard.manifests.bounded import TooLargeError, read_regular
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.streamer.extras import require_transformers
 
 BUILT_IN = Path(__file__).with_name("data") / "refusals.jsonl"
 BUILT_IN_NAME = "built-in refusals"  # in manifests
-MAX_DATA_BYTES = 256 << 20  # parsed, it takes several times that of memory
+MAX_DATA_BYTES = 256 << 20
+MAX_LIST_BYTES = 32 << 20  # of a JSON list, which is decoded as a whole
+MAX_LINES = 5_000_000
+MAX_LINE_BYTES = 8 << 20  # of one record: a million tokens
+MAX_OFFENCES = 1000
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
@@ -85,72 +92,116 @@ def load_prompts(
             raise RequestError(Offence(option, expected="at least 1", got=str(value)))
     source = str(Path(path)) if path is not None else BUILT_IN_NAME
     data = _read(Path(path) if path is not None else BUILT_IN)
-    records = _records(source, data)
-    if len(records) < samples:
-        where = f"{source}:{records[-1].line if records else 1}"
-        remedy = f"add data, or pass --samples {len(records)}" if records else "add data"
-        raise RequestError(Offence(where, "end of the data", f"{samples} samples", str(len(records)), remedy))
+    count, last = _check_records(source, data)
+    if count < samples:
+        remedy = f"add data, or pass --samples {count}" if count else "add data"
+        raise RequestError(Offence(f"{source}:{last}", "end of the data", f"{samples} samples", str(count), remedy))
     draw = random.Random(seed)  # of its methods only random() is documented to stay the same between releases
-    keys = [draw.random() for _ in records]
-    selected = sorted(sorted(range(len(records)), key=keys.__getitem__)[:samples])
-    tokens = _tokenize(source, [records[index] for index in selected], tokenizer_folder, max_tokens)
-    return Prompts(tokens, source, hash_bytes(data), len(records))
+    keys = [draw.random() for _ in range(count)]
+    selected = set(sorted(range(count), key=keys.__getitem__)[:samples])
+    records = [
+        _record(line, _parsed(item)) for index, (line, item) in enumerate(_items(source, data)) if index in selected
+    ]
+    tokens = _tokenize(source, records, tokenizer_folder, max_tokens)
+    return Prompts(tokens, source, hash_bytes(data), count)
 
 
 def _read(path: Path) -> bytes:
     try:
-        if (size := path.stat().st_size) > MAX_DATA_BYTES:
-            remedy = "take a part of it: --samples are drawn at random"
-            raise RequestError(Offence(str(path), "", f"at most {MAX_DATA_BYTES} bytes", f"{size} bytes", remedy))
-        return path.read_bytes()
+        return read_regular(path, MAX_DATA_BYTES)
+    except TooLargeError as error:
+        raise RequestError(_too_large(str(path), MAX_DATA_BYTES, "bytes", error.args[1])) from None
     except OSError as error:
         raise RequestError(Offence(str(path), expected="a readable file", got=error.strerror or str(error))) from error
 
 
-def _records(source: str, data: bytes) -> list[_Record]:
-    """The records of the file; every malformed one is listed in the error."""
+def _too_large(where: str, most: int, of: str, found: int) -> Offence:
+    remedy = "take a part of it: --samples are drawn at random"
+    return Offence(where, "", f"at most {most} {of}", f"{found} {of}", remedy)
+
+
+def _check_records(source: str, data: bytes) -> tuple[int, int]:
+    """How many records there are, and the line of the last; none is kept.
+
+    Raises:
+        RequestError: records are malformed. The first are listed, all are counted.
+    """
+    count, wrong, last = 0, 0, 1
+    offences: list[Offence] = []
+    for line, item in _items(source, data):
+        count, last = count + 1, line
+        try:
+            _record(line, _parsed(item))
+        except _BadRecord as bad:
+            wrong += 1
+            if len(offences) < MAX_OFFENCES:
+                offences.append(Offence(f"{source}:{line}", "", bad.expected, bad.got))
+    if wrong > len(offences):
+        offences.append(Offence(source, "", "records of one of these forms", f"{wrong} of {count} that are none"))
+    if offences:
+        raise RequestError(offences)
+    return count, last
+
+
+def _items(source: str, data: bytes) -> Iterator[tuple[int, Any]]:
+    """(line, item) of the data: the bytes of a JSON line, or an item of one JSON list."""
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if not data.lstrip().startswith(b"["):
+        if (lines := data.count(b"\n")) > MAX_LINES:
+            raise RequestError(_too_large(source, MAX_LINES, "lines", lines))
+        yield from ((line, content) for line, content in enumerate(io.BytesIO(data), start=1) if content.strip())
+        return
+    if len(data) > MAX_LIST_BYTES:
+        raise RequestError(
+            _too_large(source, MAX_LIST_BYTES, "bytes of a JSON list; JSON lines may have more", len(data))
+        )
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise RequestError(Offence(f"{source}:{line}", expected="UTF-8 text", got=error.reason)) from error
-    records: list[_Record] = []
-    offences = []
-    for line, value in _list_items(source, text) if text.lstrip().startswith("[") else _lines(text):
-        try:
-            records.append(_record(line, value))
-        except _BadRecord as bad:
-            offences.append(Offence(f"{source}:{line}", "", bad.expected, bad.got))
-    if offences:
-        raise RequestError(offences)
-    return records
+    yield from _list_items(source, text)
 
 
-def _lines(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of JSON lines; what is no JSON comes as the exception that says so."""
-    for line, content in enumerate(text.split("\n"), start=1):
-        if content.strip():
-            try:
-                yield line, json.loads(content)
-            except (ValueError, RecursionError) as error:
-                yield line, error
+def _parsed(item: Any) -> Any:
+    """The value of an item; what is no JSON comes as the exception that says so."""
+    if not isinstance(item, bytes):
+        return item
+    if len(item) > MAX_LINE_BYTES:
+        return ValueError(f"a line of {len(item)} bytes, more than {MAX_LINE_BYTES}")
+    try:
+        return json.loads(item.decode())
+    except UnicodeDecodeError as error:
+        return ValueError(f"no UTF-8 text: {error.reason}")
+    except (ValueError, RecursionError) as error:
+        return error
 
 
 def _list_items(source: str, text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of the items of one JSON list."""
+    """(line, value) of the items of one JSON list, one at a time."""
+    decoder, blank = json.JSONDecoder(), re.compile(r"\s*")
+
+    def skip(position: int) -> int:
+        return blank.match(text, position).end()  # type: ignore[union-attr]  # the pattern matches nothing at all, too
+
+    line, counted = 1, 0
+    at = skip(text.index("[") + 1)
     try:
-        values = json.loads(text)
+        while text[at : at + 1] != "]" or counted:
+            line, counted = line + text.count("\n", counted, at), at
+            value, end = decoder.raw_decode(text, at)
+            yield line, value
+            at = skip(end)
+            if text[at : at + 1] == "]":
+                break
+            if text[at : at + 1] != ",":
+                raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+            at = skip(at + 1)
+        if text[at + 1 :].strip():
+            raise json.JSONDecodeError("Extra data", text, skip(at + 1))
     except (ValueError, RecursionError) as error:
         where = f"{source}:{getattr(error, 'lineno', 1)}"
         raise RequestError(Offence(where, "", "a JSON list, or one JSON object a line", str(error))) from error
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, line = 0, 1
-    end = text.index("[") + 1
-    for value in values:
-        start = gap.match(text, end).end()  # type: ignore[union-attr]  # the pattern matches nothing at all, too
-        at, line = start, line + text.count("\n", at, start)
-        _, end = decoder.raw_decode(text, start)
-        yield line, value
 
 
 def _record(line: int, value: Any) -> _Record:
@@ -171,7 +222,7 @@ def _record(line: int, value: Any) -> _Record:
 
 
 def _ids(value: Any) -> list[int]:
-    if not isinstance(value, list) or not value or not all(type(token) is int and token >= 0 for token in value):
+    if not isinstance(value, list) or set(map(type, value)) != {int} or min(value) < 0:
         raise _BadRecord("`input_ids`: token ids, at least one", "something else")
     return value
 

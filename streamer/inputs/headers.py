@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
+from safeshard.manifests.bounded import MAX_TENSORS
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import Header, HeaderError, TensorRef, header_digest, read_header
 from safeshard.manifests.schema import InputFile
@@ -61,9 +62,16 @@ def read_headers(
 ) -> tuple[dict[str, Header], list[Offence]]:
     """The headers of files by name, those that lie far away side by side; and the offences of those that are wrong."""
 
+    count = 0  # of tensors in the files read so far
+
     def read(name: str) -> Header | Offence:
+        nonlocal count
+        if count > MAX_TENSORS:
+            return Offence(source.spec, "", f"at most {MAX_TENSORS} tensors in all files", "more", "check the files")
         try:
-            return read_header(name, sizes[name], partial(source.read, name))
+            header = read_header(name, sizes[name], partial(source.read, name))
+            count += len(header.tensors)
+            return header
         except HeaderError as error:
             where, remedy = f"{source.spec}/{name}", "fetch or save the file again"
             return Offence(where, error.tensor, error.expected, error.got, remedy)
@@ -71,4 +79,4 @@ def read_headers(
     names = list(names)
     found = dict(zip(names, in_parallel(source, read, names), strict=True))
     headers = {name: header for name, header in found.items() if isinstance(header, Header)}
-    return headers, [offence for offence in found.values() if isinstance(offence, Offence)]
+    return headers, list(dict.fromkeys(offence for offence in found.values() if isinstance(offence, Offence)))

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from safeshard.manifests.bounded import refuse_many
 from safeshard.manifests.errors import Offence, RequestError, RunError, without_secrets
 
 MAX_JSON_DEPTH = 64
-MAX_JSON_BYTES = 200_000_000  # the index of a checkpoint with a million tensors is about 100 MB
+MAX_JSON_BYTES = 64_000_000  # the index of a checkpoint with as many tensors as are taken is some 30 MB
 FAR_READERS = 16  # of things that each take a round trip
 
 Checked = Literal["hash", "ranges"]
@@ -92,7 +93,9 @@ def read_json(source: Source, name: str) -> Any:
     if size > MAX_JSON_BYTES:
         raise refuse(f"{source.spec}/{name}", f"at most {MAX_JSON_BYTES} bytes", f"{size} bytes", "check the file")
     try:
-        value = json.loads(source.read(name, 0, size), object_pairs_hook=_unique)
+        data = source.read(name, 0, size)
+        refuse_many(data)
+        value = json.loads(data, object_pairs_hook=_unique)
         _check_depth(value)
         json.dumps(value, ensure_ascii=False).encode()  # escapes can smuggle in lone surrogates
         return value
