@@ -1,6 +1,7 @@
 """Kernel tests run on the CPU: the torch implementations as they are, the Triton ones in Triton's interpreter.
 
-On a machine with a GPU the kernels are compiled and run there instead.
+On a machine with a GPU the kernels are compiled and run there instead. Under `make sanitize` there is none, though torch
+says so: kernels are compiled, and what they were compiled to runs on the CPU.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if torch.cuda.is_available() and not torch.backends.cuda.is_built():  # make sanitize
+    torch.Tensor.pin_memory = lambda self, device=None: self  # type: ignore[method-assign]
 
 
 # Session scope: Hypothesis runs many examples within one set-up of the fixtures.
