@@ -15,6 +15,7 @@ from safeshard.manifests.errors import RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input
 from safeshard.streamer.calibration.hidden_states import HiddenStates
+from safeshard.streamer.device import wait
 from safeshard.streamer.inputs.read import Read, Step
 
 
@@ -66,8 +67,7 @@ class Group:
     def _make(self, gram: Tensor, percdamp: float) -> None:
         try:
             self._made = safety_factor(gram, percdamp)
-            if gram.is_cuda:
-                torch.cuda.current_stream(gram.device).synchronize()  # other workers have streams of their own
+            wait(gram.device)  # other workers have streams of their own
         except NotPositiveDefiniteError as error:
             self.reason = f"its Gram matrix has no factor: {error}"
         except NonFiniteGramError as error:
@@ -79,7 +79,7 @@ def _read_factor(saved: Saved, host: Tensor, device: torch.device) -> Factor:
     if hash_factor(host) != saved.blake3:
         place = f"{saved.read.source.spec}/{saved.read.ref.file}: {saved.read.ref.name}"
         raise RunError(f"{place} is not what calibrate wrote", "calibrate again")
-    return Factor(host.to(device), saved.damping, (saved.damping,))
+    return Factor(host.to(device, non_blocking=True), saved.damping, (saved.damping,))
 
 
 def hash_factor(u: Tensor) -> str:

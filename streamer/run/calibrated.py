@@ -12,6 +12,7 @@ from torch import Tensor
 from safeshard.streamer.calibration.groups import FactorSource, Group, device_bytes, resident_bytes
 from safeshard.streamer.calibration.hidden_states import HiddenStates, clear_states
 from safeshard.streamer.clock import Clock
+from safeshard.streamer.device import tried_twice
 from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.run.compute import compute_step
 from safeshard.streamer.run.steps import JobRun, module_step, workers_for
@@ -101,7 +102,8 @@ def _serve(
 
     def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
         start = time.perf_counter()
-        factor = groups[step.name].factor(percdamp, loaded, device)
+        group = groups[step.name]
+        factor = tried_twice(device, step.name, lambda: group.factor(percdamp, loaded, device))
         clock.add("factor", start)
         compute_step(step, loaded, device, clock, factor)
 

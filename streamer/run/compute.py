@@ -1,25 +1,30 @@
-"""What one step computes: the gates that its jobs share, then each job's edit, written at once."""
+"""What one step computes: the gates that its jobs share, then each job's edit, written at once.
+
+A device is waited for once where the gates decide, and once for every few megabytes of results.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from safeshard.kernels.effect import Tally
+from safeshard.kernels.effect import Products, Tally
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
-from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.manifests.schema import Effect, Fallback, ModuleEntry
+from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
+from safeshard.streamer.device import Arrivals, memory_errors, relieved
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
-from safeshard.streamer.inputs.layouts import Part
-from safeshard.streamer.inputs.read import Read, Step
+from safeshard.streamer.inputs.layouts import Part, Stored
+from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
 from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan.job_plan import Pair, Weight
 from safeshard.streamer.run.effects import effect, measured_pair, measured_tiles
@@ -35,13 +40,28 @@ class Inputs:
     """A step's tensors on the compute device, each moved once."""
 
     def __init__(self, loaded: Mapping[Hashable, Tensor], device: torch.device) -> None:
-        self._loaded, self._device = loaded, device
+        self._loaded, self.device = loaded, device
         self._moved: dict[Hashable, Tensor] = {}
         self._decoded: dict[Hashable, Tensor] = {}
+        self._finite: set[Hashable] = set()
+
+    @property
+    def on_device(self) -> bool:
+        return self.device.type == "cuda"
+
+    def refuse_not_finite(self, reads: Iterable[Read]) -> None:
+        """Look for NaN and infinity, in each tensor once.
+
+        Raises:
+            RunError: there is one; it names the tensor.
+        """
+        new = {read.key: read for read in reads if read.key not in self._finite}
+        refuse_not_finite((read, self.tensor(read)) for read in new.values())
+        self._finite |= new.keys()
 
     def tensor(self, read: Read) -> Tensor:
         if read.key not in self._moved:
-            self._moved[read.key] = self._loaded[read.key].to(self._device, non_blocking=True)
+            self._moved[read.key] = self._loaded[read.key].to(self.device, non_blocking=True)
         return self._moved[read.key]
 
     def weight(self, place: Weight) -> Tensor:
@@ -88,17 +108,13 @@ def compute_step(
         RunError: a tensor holds NaN or infinity, writing failed, or half of the jobs are too many for the device.
     """
     if step.strips:
-        compute_strips(step, device, clock)
+        compute_strips(step, clock)
         return
-    why = None
-    try:
-        _compute(step.tasks, loaded, device, clock, factor)
-    except torch.cuda.OutOfMemoryError as error:
-        why = _first_line(error)
-    if why is not None:  # not while the error is handled: it would keep the memory of what failed
-        _compute_halves(step, loaded, device, clock, factor, why)
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # the buffer that was copied from goes back to the readers
+    relieved(
+        device,
+        lambda: _compute(step.tasks, loaded, device, clock, factor),
+        lambda why: _compute_halves(step, loaded, device, clock, factor, why),
+    )
 
 
 def _compute_halves(
@@ -113,18 +129,12 @@ def _compute_halves(
     for job_run in {id(task.run): task.run for task in step.tasks}.values():
         done = "the jobs in two halves" if middle else "another try"
         job_run.fall_back(Fallback(asked="all jobs of a module at once", done=done, why=why, subject=step.name))
-    try:
+    remedy = "use a device with more memory, fewer jobs a batch, or --device cpu; the same command resumes"
+    with memory_errors(step.name, remedy):
         for half in filter(None, (step.tasks[:middle], step.tasks[middle:])):
+            _compute(half, loaded, device, clock, factor)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            _compute(half, loaded, device, clock, factor)
-    except torch.cuda.OutOfMemoryError as error:
-        remedy = "use a device with more memory, fewer jobs a batch, or --device cpu; the same command resumes"
-        raise RunError(f"{step.name}: the device is out of memory: {_first_line(error)}", remedy) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _compute(
@@ -134,13 +144,16 @@ def _compute(
     clock: Clock,
     factor: Factor | str | None,
 ) -> None:
-    inputs = Inputs(loaded, device)
-    gates = _gates([t for t in tasks if isinstance(t, ModuleTask)], inputs)
-    for task in tasks:
-        if isinstance(task, CopyTask):
-            _copy(task, inputs, clock)
-        elif not task.run.is_done(task.plan.name):
-            _decide(task, inputs, gates, clock, factor)
+    inputs, arrivals = Inputs(loaded, device), Arrivals(device)
+    with arrivals.landing():
+        gates = _gates([t for t in tasks if isinstance(t, ModuleTask)], inputs)
+        cosines = torch.stack([gate.cosine for gate in gates.values()]).tolist() if gates else ()
+        decided = {key: (gate, cosine) for (key, gate), cosine in zip(gates.items(), cosines, strict=True)}
+        for task in tasks:
+            if isinstance(task, CopyTask):
+                _copy(task, inputs, clock)
+            elif not task.run.is_done(task.plan.name):
+                _decide(task, inputs, decided, clock, factor, arrivals)
 
 
 def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
@@ -181,36 +194,41 @@ def _gates(tasks: list[ModuleTask], inputs: Inputs) -> dict[Hashable, Gate]:
 
 
 def _decide(
-    task: ModuleTask, inputs: Inputs, gates: Mapping[Hashable, Gate], clock: Clock, factor: Factor | str | None
+    task: ModuleTask,
+    inputs: Inputs,
+    gates: Mapping[Hashable, tuple[Gate, float]],
+    clock: Clock,
+    factor: Factor | str | None,
+    arrivals: Arrivals,
 ) -> None:
     job_run, plan = task.run, task.plan
-    gate = gates.get(task.gate_key) if job_run.needs_gate(plan.name) else None
+    gate, value = gates.get(task.gate_key, (None, math.nan)) if job_run.needs_gate(plan.name) else (None, math.nan)
     cosine = job_run.cosines.get(plan.name)
     if gate is not None:
-        value = gate.cosine.item()
         cosine = value if math.isfinite(value) else None
         if cosine is None:
-            _refuse_not_finite(task, inputs)
+            inputs.refuse_not_finite(task.reads())
         if plan.name not in job_run.cosines:
             job_run.score(plan.name, cosine)
     if job_run.is_done(plan.name):
         return
     if job_run.job.calibrated or (plan.writes.keys() == {"b"} and gate is None):
-        _refuse_not_finite(task, inputs)  # what is not selected, or an A that is only copied, the writer never sees
+        inputs.refuse_not_finite(task.reads())  # what is not selected, or an A that is only copied, is not written
     module = _module(task, inputs, gate, cosine, factor)
     edit = job_run.job.edit(module)
-    start = time.perf_counter()
-    try:
-        written = _write(task, module, edit.tensors)
-    except NotFiniteError:
-        _refuse_not_finite(task, inputs)
-        raise
-    clock.add("write", start)
-    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields, "effect": written}
+    left = _write(task, module, edit.tensors, inputs, clock, arrivals)
+    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields}
     if job_run.job.gated and cosine is None:
         fields["note"] = UNDEFINED
-    entry = ModuleEntry(name=plan.name, decision=edit.decision, **fields)
-    job_run.decide(plan.name, entry.model_dump(mode="json", exclude_none=True))
+
+    def decide(products: Sequence[float]) -> None:
+        entry = ModuleEntry(name=plan.name, decision=edit.decision, effect=effect(*products), **fields)
+        job_run.decide(plan.name, entry.model_dump(mode="json", exclude_none=True))
+
+    if inputs.on_device:
+        arrivals.add(torch.stack(list(left)).to(inputs.device), torch.float64, lambda values: decide(values.tolist()))
+    else:
+        decide([value.item() for value in left])
 
 
 def _module(
@@ -230,23 +248,63 @@ def _module(
     )
 
 
-def _write(task: ModuleTask, module: Module, tensors: Mapping[str, Tensor | Iterator[Tensor]]) -> Effect:
+@contextmanager
+def _writing(task: ModuleTask, inputs: Inputs, clock: Clock) -> Iterator[None]:
+    """Inside, what is not finite is traced back to the inputs, and the time is that of writing."""
+    start = time.perf_counter()
+    try:
+        yield
+    except NotFiniteError:
+        inputs.refuse_not_finite(task.reads())
+        raise
+    clock.add("write", start)
+
+
+def _write(
+    task: ModuleTask,
+    module: Module,
+    tensors: Mapping[str, Tensor | Iterator[Tensor]],
+    inputs: Inputs,
+    clock: Clock,
+    arrivals: Arrivals,
+) -> Products:
     """Write a module's new tensors, and measure what they leave of its delta."""
     writer, plan = task.run.writer, task.plan
     assert writer is not None
-    if "weight" in plan.writes:
-        return _write_weight(task, module, tensors["weight"])
-    new = {part: tensor for part in plan.writes if isinstance(tensor := tensors[part], Tensor)}
-    for part, tensor in new.items():
-        writer.write(plan.writes[part].name, tensor)
-    old, pair = module.finetuned, plan.finetuned
-    assert isinstance(old, Lora)
-    assert isinstance(pair, Pair)
-    dtypes = {part: writer.place(ref.name).dtype for part, ref in (("a", pair.lora.a), ("b", pair.lora.b))}
-    return measured_pair(old, new, 1.0 if task.run.job.rescales else old.scaling, dtypes)
+
+    def timed(action: Callable[..., None], *args: Any) -> None:
+        with _writing(task, inputs, clock):
+            action(*args)
+
+    def write(stored: Stored, tensor: Tensor | Iterator[Tensor]) -> None:
+        assert writer is not None
+        if not inputs.on_device:
+            writer.write(stored.name, tensor)
+            return
+        under_way = writer.begin(stored.name)
+        for piece in [tensor] if isinstance(tensor, Tensor) else tensor:
+            arrivals.add(piece, TORCH_DTYPES[under_way.dtype], partial(timed, under_way.add_tensor))
+        arrivals.then(partial(timed, under_way.finish))
+
+    with nullcontext() if inputs.on_device else _writing(task, inputs, clock):
+        if "weight" in plan.writes:
+            return _write_weight(task, module, tensors["weight"], write)
+        new = {part: tensor for part in plan.writes if isinstance(tensor := tensors[part], Tensor)}
+        for part, tensor in new.items():
+            write(plan.writes[part], tensor)
+        old, pair = module.finetuned, plan.finetuned
+        assert isinstance(old, Lora)
+        assert isinstance(pair, Pair)
+        dtypes = {part: writer.place(ref.name).dtype for part, ref in (("a", pair.lora.a), ("b", pair.lora.b))}
+        return measured_pair(old, new, 1.0 if task.run.job.rescales else old.scaling, dtypes)
 
 
-def _write_weight(task: ModuleTask, module: Module, tensor: Tensor | Iterator[Tensor]) -> Effect:
+def _write_weight(
+    task: ModuleTask,
+    module: Module,
+    tensor: Tensor | Iterator[Tensor],
+    write: Callable[[Stored, Tensor | Iterator[Tensor]], None],
+) -> Products:
     """Write a module's new weight. Where it is stored quantised, its effect is that of the numbers that are coded."""
     writer, stored = task.run.writer, task.plan.writes["weight"]
     assert writer is not None
@@ -264,9 +322,5 @@ def _write_weight(task: ModuleTask, module: Module, tensor: Tensor | Iterator[Te
     else:
         if stored.transposed:
             tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
-        writer.write(stored.name, tensor)
-    return effect(tally.products())
-
-
-def _refuse_not_finite(task: ModuleTask, inputs: Inputs) -> None:
-    refuse_not_finite((read, inputs.tensor(read)) for read in task.reads())
+        write(stored, tensor)
+    return tally.products()

@@ -14,11 +14,6 @@ from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.methods.base import Lora, Module
 
 
-def effect(products: Products) -> Effect:
-    """The effect on one module; what a zero delta leaves undefined, or sums beyond fp32, are left out."""
-    return _effect(*(value.item() for value in products))
-
-
 def total(entries: Iterable[Mapping[str, Any]]) -> Effect | None:
     """The effect on all modules together, from their manifest entries: as if they were one long vector."""
     before = after = inner = 0.0
@@ -28,15 +23,15 @@ def total(entries: Iterable[Mapping[str, Any]]) -> Effect | None:
             before += norm * norm
             after += (kept * norm) ** 2
             inner += each.get("cosine", 0.0) * kept * norm * norm
-    return _effect(before, after, inner) if before else None
+    return effect(before, after, inner) if before else None
 
 
-def measured_pair(old: Lora, tensors: Mapping[str, Tensor], scaling: float, dtypes: Mapping[str, str]) -> Effect:
-    """The effect of a pair that is written as `dtypes`, to be read with `scaling`; a part without tensor stayed."""
+def measured_pair(old: Lora, tensors: Mapping[str, Tensor], scaling: float, dtypes: Mapping[str, str]) -> Products:
+    """The products of a pair that is written as `dtypes`, to be read with `scaling`; a part without tensor stayed."""
     new = {
         part: tensors.get(part, given).to(TORCH_DTYPES[dtypes[part]]) for part, given in (("a", old.a), ("b", old.b))
     }
-    return effect(lora_products(old.a, old.b, old.scaling, new["a"], new["b"], scaling))
+    return lora_products(old.a, old.b, old.scaling, new["a"], new["b"], scaling)
 
 
 def measured_tiles(module: Module, tiles: Iterable[Tensor], dtype: str, tally: Tally) -> Iterator[Tensor]:
@@ -61,7 +56,8 @@ def measured_tiles(module: Module, tiles: Iterable[Tensor], dtype: str, tally: T
         yield tile
 
 
-def _effect(before: float, after: float, inner: float) -> Effect:
+def effect(before: float, after: float, inner: float) -> Effect:
+    """The effect by its products; what a zero delta leaves undefined, or sums beyond fp32, are left out."""
     if not all(map(math.isfinite, (before, after, inner))):
         return Effect()
     if before <= 0:

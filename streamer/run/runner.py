@@ -18,6 +18,7 @@ import torch
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import Caution, Fallback, Manifest, ModuleEntry
 from safeshard.streamer.clock import Clock
+from safeshard.streamer.device import exact_products
 from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.base import Job
@@ -223,11 +224,17 @@ class Pass:
         self.clock = Clock()
         self._sources: list[Source] = []
         self.buffers = Buffers(int(options.memory), pinned=device.type == "cuda")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # else the manifest would tell of earlier runs
         self.started, self._start = datetime.now(timezone.utc), time.perf_counter()
 
     def execute(self, runs: Sequence[JobRun]) -> None:
         """Decide what needs only its own module; then serve the jobs that rank all modules before they decide."""
         self._sources = [source for job_run in runs for source in job_run.plan.sources()]
+        with exact_products():
+            self._execute(runs)
+
+    def _execute(self, runs: Sequence[JobRun]) -> None:
         steps = [*module_steps(runs), *copy_steps(runs)]
         with Progress(_bytes(steps), quiet=self.options.quiet) as progress:
             self._run(steps, progress)

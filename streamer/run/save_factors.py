@@ -30,6 +30,7 @@ from safeshard.streamer.calibration.factors import Calibration, forward_dtype
 from safeshard.streamer.calibration.groups import Group, device_bytes, hash_factor, resident_bytes
 from safeshard.streamer.calibration.hidden_states import COPIES, HiddenStates, clear_states
 from safeshard.streamer.clock import Clock
+from safeshard.streamer.device import exact_products, tried_twice
 from safeshard.streamer.disk import clear_errors, open_own, sync_path, write_all, write_file
 from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.inputs.read import Step
@@ -123,7 +124,8 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
     with journal:
         try:
             layers = _finished(calibration, journal)
-            layers += _write_layers(calibration, len(layers), options, run, device, journal)
+            with exact_products():
+                layers += _write_layers(calibration, len(layers), options, run, device, journal)
             index = _index(calibration, options, layers)
             with clear_errors(output):
                 write_file(staging / INDEX, (index.model_dump_json(by_alias=True, indent=1) + "\n").encode())
@@ -263,10 +265,12 @@ def _factor(groups: Sequence[Group], percdamp: float, device: torch.device, buff
     by_name = {group.modules[0]: group for group in groups}
 
     def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
-        by_name[step.name].factor(percdamp, loaded, device)
+        group = by_name[step.name]
+        tried_twice(device, step.name, lambda: group.factor(percdamp, loaded, device))
 
     steps = [_step(group) if device.type == "cpu" else Step(group.modules[0]) for group in groups]
-    run_steps(steps, compute, buffers=buffers, clock=Clock(), workers=workers_for(device))
+    workers = workers_for(device) if device.type == "cpu" else 1  # one factor may fill a device
+    run_steps(steps, compute, buffers=buffers, clock=Clock(), workers=workers, device=device)
 
 
 def _save(

@@ -6,8 +6,6 @@ steady state allocates nothing. With a CUDA device they are pinned, so that copi
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -18,7 +16,9 @@ from torch import Tensor
 
 from safeshard.manifests.errors import RunError
 from safeshard.streamer.clock import Clock
+from safeshard.streamer.device import own_stream
 from safeshard.streamer.inputs.read import GRAIN, TORCH_DTYPES, Read, Step, aligned
+from safeshard.streamer.pinned import host_memory
 
 
 class Buffers:
@@ -47,7 +47,7 @@ class Buffers:
             self.used += cost + (0 if buffer is None else buffer.numel() - size)
             self._trim(self.limit - self.used)
             if buffer is None:
-                buffer = _allocate(size, self.pinned)
+                buffer = host_memory(size, pinned=self.pinned)
             self.peak = max(self.peak, self.used + sum(map(Tensor.numel, self._free)))
             return buffer
 
@@ -78,7 +78,7 @@ def run_steps(
 ) -> None:
     """Read and compute all steps. Steps start in order and may end in any.
 
-    On a CUDA device each worker has a stream of its own: while one computes, others copy, hash and write.
+    On a CUDA device each step has a stream of its own: while one computes, others copy, hash and write.
 
     The first exception of any thread is raised after the steps in flight have ended. `stop` is called as soon as there
     is one: it gives up the reads under way, so that these steps end soon.
@@ -93,8 +93,10 @@ def run_steps(
     def work(step: Step, buffer: Tensor) -> None:
         try:
             if not failures:
+                torch.set_num_threads(1)
                 start = time.perf_counter()
-                compute(step, _views(step, buffer))
+                with own_stream(device):
+                    compute(step, _views(step, buffer))
                 if not step.strips:  # whose reading is not computing
                     clock.add("compute", start)
                 done(step)
@@ -113,11 +115,16 @@ def run_steps(
             clock.add("read", start, sum(r.ref.nbytes for r in step.reads.values()))
         except BaseException as error:
             fail(error)
-        computing.submit(work, step, buffer)
+        try:
+            computing.submit(work, step, buffer)
+        except BaseException as error:  # the system gives no thread
+            fail(error)
+            buffers.give(step, buffer)
+            slots.release()
 
     threads = torch.get_num_threads()  # MKL's part of that setting is the process's, whichever thread sets it
     with (
-        ThreadPoolExecutor(workers, "worker", initializer=_start_worker, initargs=(device,)) as computing,
+        ThreadPoolExecutor(workers, "worker") as computing,
         ThreadPoolExecutor(readers, "reader") as reading,
     ):
         try:
@@ -132,22 +139,6 @@ def run_steps(
     torch.set_num_threads(threads)
     if failures:
         raise failures[0]
-
-
-def _start_worker(device: torch.device | None) -> None:
-    torch.set_num_threads(1)
-    if device is not None and device.type == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-
-
-def _allocate(size: int, pinned: bool) -> Tensor:
-    """A host buffer; of huge pages where it is not pinned and the system has them: copying and reading it go faster."""
-    if pinned or not size or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a hint, which a kernel may not know
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)  # keeps the mapping for as long as it lives
 
 
 def _places(step: Step) -> Iterable[tuple[Read, int]]:

@@ -28,8 +28,10 @@ MEASURED = 64  # of so many pieces one, for what is left of the delta: strips pa
 AHEAD_BYTES = 8 << 20  # which the system is asked to read ahead of the strips
 
 
-def compute_strips(step: Step, device: torch.device, clock: Clock) -> None:
-    """Run the element-wise tasks of one name; each strip is read once for all of them.
+def compute_strips(step: Step, clock: Clock) -> None:
+    """Run the element-wise tasks of one name on the CPU; each strip is read once for all of them.
+
+    A device would wait for each strip, and to bring it there and back takes longer than a core does for all of it.
 
     Raises:
         RunError: a tensor holds NaN or infinity, or reading or writing failed.
@@ -38,24 +40,23 @@ def compute_strips(step: Step, device: torch.device, clock: Clock) -> None:
     for task in step.tasks:
         alike.setdefault(next(task.reads()).ref.numel, []).append(task)
     for numel, tasks in alike.items():
-        _compute(tasks, numel, device, clock)
+        _compute(tasks, numel, clock)
 
 
-def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.device, clock: Clock) -> None:
+def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, clock: Clock) -> None:
     """Run tasks whose tensors all have `numel` elements."""
     reads = {read.key: read for task in tasks for read in task.reads()}
-    length = _length(reads.values(), device)
+    length = _length(reads.values())
     buffers = {key: torch.empty(min(length, numel), dtype=TORCH_DTYPES[read.ref.dtype]) for key, read in reads.items()}
     writes = {id(task): _begin(task) for task in tasks}
     edits: dict[int, Edit] = {}
-    tallies = {id(task): Tally(numel, MEASURED, device) for task in tasks}
+    tallies = {id(task): Tally(numel, MEASURED, torch.device("cpu")) for task in tasks}
     for start in range(0, max(numel, 1), length):  # one strip of nothing where there is nothing
         strip = {key: _read(read, start, buffers[key][: numel - start], clock) for key, read in reads.items()}
         began = time.perf_counter()
-        loaded = {key: tensor.to(device) for key, tensor in strip.items()}
         for task in tasks:
             try:
-                _edit(task, loaded, writes[id(task)], edits, tallies[id(task)], clock)
+                _edit(task, strip, writes[id(task)], edits, tallies[id(task)], clock)
             except NotFiniteError:
                 refuse_not_finite((read, strip[read.key]) for read in task.reads())
                 raise
@@ -65,14 +66,14 @@ def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, device: torch.d
         writes[id(task)].finish()
         if isinstance(task, ModuleTask):
             edit = edits[id(task)]  # what is decided is the same for every strip
-            left = effect(tallies[id(task)].products())
+            left = effect(*(value.item() for value in tallies[id(task)].products()))
             entry = ModuleEntry(name=task.plan.name, decision=edit.decision, **edit.fields, effect=left)
             task.run.decide(task.plan.name, entry.model_dump(mode="json", exclude_none=True))
 
 
-def _length(reads: Collection[Read], device: torch.device) -> int:
-    """Elements a strip: few enough to stay in a core's cache, but many for a device and for what is read from afar."""
-    near = device.type == "cpu" and all(read.source.local_path(read.ref.file) is not None for read in reads)
+def _length(reads: Collection[Read]) -> int:
+    """Elements a strip: few enough to stay in a core's cache, but many of what is read from afar."""
+    near = all(read.source.local_path(read.ref.file) is not None for read in reads)
     return (NEAR_BYTES if near else STRIP_BYTES) // max(read.ref.item_bytes for read in reads)
 
 

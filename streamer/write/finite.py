@@ -33,6 +33,14 @@ def all_finite(tensor: Tensor) -> bool:
     return all(int(part.bitwise_and(mask).max()) != mask for part in parts if part.numel())
 
 
+def _finite_on_device(tensor: Tensor) -> Tensor:
+    """Whether a tensor holds neither NaN nor infinity, as a 0-d tensor on its device: nothing waits for it here."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    values = tensor if tensor.dtype in _EXPONENTS else tensor.float()
+    return torch.stack(torch.aminmax(values)).isfinite().all()  # both are NaN where one value is
+
+
 def check_copy(copy: Copy, data: memoryview) -> None:
     """Refuse NaN and infinity in bytes of a tensor that is copied; NotFiniteError names it."""
     dtype = TORCH_DTYPES.get(copy.ref.dtype)
@@ -42,12 +50,15 @@ def check_copy(copy: Copy, data: memoryview) -> None:
 
 
 def refuse_not_finite(tensors: Iterable[tuple[Read, Tensor]]) -> None:
-    """Name the input tensor that holds NaN or infinity, if one does.
+    """Name the input tensor that holds NaN or infinity, if one does; tensors of a device are waited for once.
 
     Raises:
         RunError: one does.
     """
-    for read, tensor in tensors:
-        if not all_finite(tensor):
+    given = list(tensors)
+    far = [tensor for _, tensor in given if tensor.is_cuda]
+    flags = iter(torch.stack([_finite_on_device(tensor) for tensor in far]).tolist() if far else ())
+    for read, tensor in given:
+        if not (next(flags) if tensor.is_cuda else all_finite(tensor)):
             where = f"{read.source.spec}/{read.ref.file}: {read.ref.name}"
             raise RunError(f"{where} holds NaN or infinity", "mend the checkpoint, then run again")

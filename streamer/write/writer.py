@@ -274,7 +274,7 @@ class TensorWrite:
     def add_tensor(self, tensor: Tensor) -> None:
         """Write a tensor of any size; raises as `Writer.write` does."""
         if tensor.is_cuda:  # in one copy
-            tensor = tensor.to(TORCH_DTYPES[self._ref.dtype]).cpu()
+            tensor = tensor.to(TORCH_DTYPES[self.dtype]).cpu()
         for piece in torch.split(tensor.reshape(-1), PIECE):
             self.add(piece)
 
@@ -286,7 +286,7 @@ class TensorWrite:
     def add(self, piece: Tensor) -> None:
         """Write what follows in row-major order; raises as `Writer.write` does."""
         output = self._writer.output
-        host = piece.to("cpu", TORCH_DTYPES[self._ref.dtype]).contiguous()
+        host = piece.to("cpu", TORCH_DTYPES[self.dtype]).contiguous()
         if not all_finite(host):
             problem = "is not finite" if not bool(torch.isfinite(piece).all()) else f"does not fit {self._ref.dtype}"
             remedy = "check the inputs, or choose another --dtype"

@@ -1,7 +1,7 @@
 """Kernel tests run on the CPU: the torch implementations as they are, the Triton ones in Triton's interpreter.
 
-On a machine with a GPU the kernels are compiled and run there instead. Under `make sanitize` there is none, though torch
-says so: kernels are compiled, and what they were compiled to runs on the CPU.
+On a machine with a GPU the kernels are compiled and run there instead. Under `make sanitize` there is none, though
+torch says so: kernels are compiled, and what they were compiled to runs on the CPU.
 """
 
 from __future__ import annotations

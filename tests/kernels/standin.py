@@ -7,9 +7,11 @@ host without pinned memory or `non_blocking`, copying from pageable memory, size
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -23,6 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from safeshard.kernels import backend
 
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda:1")
 aten = torch.ops.aten
 ASKING = {
@@ -65,18 +68,32 @@ class Device(TorchDispatchMode):
     Attributes:
         waits: where the host waited for the device: the innermost lines of the project, or the operation.
         launches: names of kernels and operations, in order.
+        streams: how many were made.
+        refuses_to_pin: what the driver says when it is asked.
+        registered: address -> size of host memory that the driver knows as pinned.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
         self.launches: list[str] = []
+        self.streams = 0
+        self.refuses_to_pin = False
+        self.registered: dict[int, int] = {}
         self._pinned: set[int] = set()
         self._held: list[Tensor] = []  # so that no other memory comes to lie where pinned memory lay
 
+    def for_another_thread(self) -> Device:
+        """A mode that counts for this one."""
+        other = Device()
+        other.__dict__.update(
+            {name: value for name, value in vars(self).items() if isinstance(value, (list, dict, set))}
+        )
+        return other
+
     def wait(self, what: object) -> None:
-        own = [f for f in traceback.extract_stack() if "safeshard" in f.filename or "/kernels/" in f.filename]
-        place = next((f for f in reversed(own) if "/tests/" not in f.filename), None)
+        stack = [f for f in reversed(traceback.extract_stack()) if f.filename.startswith(str(ROOT))]
+        place = next((f for f in stack if "/tests/" not in f.filename and "site-packages" not in f.filename), None)
         self.waits.append(f"{what} at {place.filename}:{place.lineno}" if place else str(what))
 
     def pin(self, tensor: Tensor) -> Tensor:
@@ -85,7 +102,8 @@ class Device(TorchDispatchMode):
         return tensor
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._pinned
+        address = tensor.untyped_storage().data_ptr()
+        return address in self._pinned or address in self.registered
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -142,7 +160,7 @@ class Device(TorchDispatchMode):
         def run(*args: Any, **settings: Any) -> None:
             self.launches.append(kernel.fn.__name__)
             args, settings = tree_map(lambda x: x.held if isinstance(x, OnDevice) else x, (args, settings))
-            with torch.utils._python_dispatch._disable_current_modes():
+            with _INTERPRETER, torch.utils._python_dispatch._disable_current_modes():
                 launch(kernel, grid)(*args, **settings)
 
         launch = _GETITEM
@@ -150,28 +168,54 @@ class Device(TorchDispatchMode):
 
 
 _GETITEM = InterpretedFunction.__getitem__
+_INTERPRETER = threading.Lock()  # it changes Triton's own module while a kernel runs
 
 
 @contextmanager
 def stand_in() -> Iterator[Device]:
-    """Inside, "cuda" is the stand-in device, for this thread."""
+    """Inside, "cuda:0" and "cuda:1" are the stand-in device, for this thread and others within `torch.cuda.stream`."""
     device = Device()
 
     @contextmanager
     def guard(_: object) -> Iterator[None]:
         yield
 
-    stream = SimpleNamespace(synchronize=lambda: device.wait("synchronize"), wait_event=lambda _: None)
-    event = SimpleNamespace(record=lambda *_: None, synchronize=lambda: device.wait("event"))
+    @contextmanager
+    def on_stream(_: object) -> Iterator[None]:
+        with Indexing(), device.for_another_thread():
+            yield
+
+    def register(address: int, nbytes: int, _: int) -> int:
+        if device.refuses_to_pin:
+            return 2
+        device.registered[address] = nbytes
+        return 0
+
+    event = SimpleNamespace(synchronize=lambda: device.wait("event"))
+    stream = SimpleNamespace(
+        synchronize=lambda: device.wait("synchronize"), record_event=lambda *_: event, wait_event=lambda _: None,
+        wait_stream=lambda _: None,
+    )  # fmt: skip
+    driver = SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=lambda address: device.registered.pop(address) * 0
+    )
+
+    def make_stream(*_: object) -> SimpleNamespace:
+        device.streams += 1
+        return stream
+
+    properties = SimpleNamespace(major=9, minor=0)
     with ExitStack() as stack:
-        properties = SimpleNamespace(major=9, minor=0)
         for name, value in {
-            "get_device_properties": lambda _: properties, "device": guard, "current_stream": lambda *_: stream,
-            "empty_cache": lambda: None, "synchronize": lambda *_: device.wait("synchronize"),
-            "Event": lambda *_, **__: event, "_lazy_init": lambda: None,
+            "_lazy_init": lambda: None, "Stream": make_stream, "cudart": lambda: driver,
+            "current_stream": lambda *_: stream, "stream": on_stream, "device": guard, "device_count": lambda: 2,
+            "is_available": lambda: True, "empty_cache": lambda: None, "max_memory_allocated": lambda *_: 1,
+            "reset_peak_memory_stats": lambda *_: None, "get_device_name": lambda *_: "stand-in",
+            "get_device_properties": lambda _: properties, "synchronize": lambda *_: device.wait("synchronize"),
         }.items():  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         stack.enter_context(mock.patch.object(Tensor, "pin_memory", lambda own: device.pin(own.clone())))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream", return_value=None))
         stack.enter_context(
             mock.patch.object(InterpretedFunction, "__getitem__", lambda own, grid: device.launch(own, grid))
         )
