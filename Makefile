@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: all demo test test-fast soak check fix clean
+.PHONY: all demo test test-fast soak sanitize check fix clean
 
 all: .venv/installed
 
@@ -36,6 +36,13 @@ FAULTS ?= 20
 SEED ?= $(shell date +%s)
 soak: .venv/installed
 	SAFESHARD_FAULTS=$(FAULTS) SAFESHARD_FAULTS_SEED=$(SEED) SAFESHARD_SOAK=$(FAULTS) $(BIN)/pytest tests/faults tests/fuzz
+
+# Kernels compiled as for a device and run on the CPU, each access checked against its tensor, and programs against each
+# other: ttsem asks for a newer Python and Triton than it needs.
+sanitize: .venv/installed
+	$(BIN)/python -c 'import ttsem' 2>/dev/null || $(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
+	$(BIN)/python -m ttsem.sanitize pytest $(SANITIZED:%=tests/kernels/test_%.py) -k "triton and not golden" -q
+SANITIZED := compensation dense gate gram merge projection selection
 
 check: .venv/installed
 	$(BIN)/ruff check .

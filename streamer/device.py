@@ -6,7 +6,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -211,7 +211,7 @@ def tried_twice(device: torch.device, what: str, work: Callable[[], T]) -> T:
 
 _exact_lock = threading.Lock()
 _exact_depth = 0
-_before: tuple[str | None, list[tuple[object, str]]] = (None, [])
+_before: tuple[str | None, list[tuple[Any, str]]] = (None, [])
 
 
 @contextmanager
@@ -232,9 +232,9 @@ def exact_products() -> Iterator[None]:
                 _restore(*_before)
 
 
-def _precision() -> tuple[str | None, list[tuple[object, str]]]:
+def _precision() -> tuple[str | None, list[tuple[Any, str]]]:
     """What is set: by torch's old interface (None where old and new contradict), and by its new one (from 2.9 on)."""
-    places = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    places: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     new = [(place, place.fp32_precision) for place in places if hasattr(place, "fp32_precision")]
     try:
         return torch.get_float32_matmul_precision(), new
@@ -242,8 +242,8 @@ def _precision() -> tuple[str | None, list[tuple[object, str]]]:
         return None, new
 
 
-def _restore(old: str | None, new: list[tuple[object, str]]) -> None:
+def _restore(old: str | None, new: list[tuple[Any, str]]) -> None:
     if old is not None:
         torch.set_float32_matmul_precision(old)
     for place, value in new:
-        place.fp32_precision = value  # type: ignore[attr-defined]
+        place.fp32_precision = value
