@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from safeshard.bench import io, kernels, models, peers, pictures, pipeline, rows, safety
+from safeshard.bench import durability, io, kernels, models, peers, pictures, pipeline, rows
 from safeshard.bench.toy import experiment, table
 from safeshard.bench.toy import pictures as toy_pictures
 from safeshard.bench.toy.defences import WHOLE
@@ -61,7 +61,9 @@ def make_models(
 
 @app.callback()
 def bench(
-    results: Annotated[Path | None, typer.Option(help="where rows go; default: bench/results")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="where rows go (default: bench/results in a checkout, else bench-results here)")
+    ] = None,
 ) -> None:
     """Make synthetic models and measure."""
     if results is not None:
@@ -129,12 +131,18 @@ def _measured(name: str, what: str, run: Callable[[Path, str, int | None, int, b
 
 
 _measured("io", "Time plain reading, by each method, and writing.", io.run)
-_measured("safety", "Time hashing and syncing as a share of a job that writes a checkpoint.", safety.run)
+_measured("durability", "Time hashing and syncing as a share of a job that writes a checkpoint.", durability.run)
 
 
 @app.command("report")
 def report() -> None:
-    """Make the tables in README.md and bench/README.md, and the pictures, anew from the rows in bench/results."""
+    """Make the pictures, and in a checkout the tables in README.md and bench/README.md, anew from the rows.
+
+    Raises:
+        RequestError: there are no rows.
+    """
+    if not any(rows.RESULTS.glob("*.csv")):
+        raise RequestError(Offence("--results", str(rows.RESULTS), "rows (*.csv)", "none", "measure something first"))
     print("\n".join(map(str, pictures.draw(rows.RESULTS))))
     for document in rows.documents():
         document.write_text(rows.refresh(document))

@@ -39,9 +39,9 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="fewer settings, and no attack without a task")] = False,
 ) -> None:
     """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
-    _claim(folder)
     import_libraries()
     pictures.pyplot()  # fail before the training without it, and import it while the workers import theirs
+    _claim(folder)
     grid = QUICK if quick else WHOLE
     first = folder_of(folder, 0, grid)
     rows = run(folder, range(seeds), grid, lambda text: print(text, flush=True))

@@ -17,7 +17,9 @@ from typing import Any
 
 from safeshard.bench.toy import table
 
-RESULTS = Path(__file__).parent / "results"
+_HERE = Path(__file__).resolve().parent
+IN_CHECKOUT = (_HERE.parent / "pyproject.toml").is_file()
+RESULTS = _HERE / "results" if IN_CHECKOUT else Path("bench-results")
 COLUMNS = (
     "what", "shape", "dtype", "backend", "layers", "adapters", "rank", "median_s", "min_s", "max_s", "runs", "bytes",
     "GB_per_s", "operations", "TFLOP_per_s", "ceiling", "share_of_ceiling", "against", "time_ratio", "memory_ratio",
@@ -133,10 +135,13 @@ def hardware() -> str:
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
     )
     gpu = f" + {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{model} x{len(os.sched_getaffinity(0))}{gpu}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model} x{cores}{gpu}"
 
 
 def _commit() -> str:
+    if not IN_CHECKOUT:  # else the commit of whatever repository an environment lies in
+        return "unknown"
     run = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
@@ -191,9 +196,8 @@ def _seconds(text: str) -> str:
 
 
 def documents() -> list[Path]:
-    """The documents that show tables of rows."""
-    here = Path(__file__).resolve().parent
-    return [here / "README.md", here.parent / "README.md"]
+    """The documents that show tables of rows; an installed package has none."""
+    return [_HERE / "README.md", _HERE.parent / "README.md"] if IN_CHECKOUT else []
 
 
 def refresh(document: Path) -> str:

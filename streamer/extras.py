@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
+
+
+def require_installed(package: str, extra: str) -> None:
+    """Refuse a missing optional package before any work, without importing it.
+
+    Raises:
+        RequestError: it is not installed; names the extra that brings it.
+    """
+    if importlib.util.find_spec(package) is None:
+        remedy = f"pip install 'safeshard[{extra}]'"
+        raise RequestError(Offence(package, "", "an installed package", "none", remedy))
 
 
 def require(package: str, extra: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from safeshard.streamer.extras import require
+from safeshard.streamer.extras import require, require_installed
 
 PROCESSES = 2
 LIBRARIES = ["safeshard.bench.toy.experiment", "peft", "transformers.models.llama.modeling_llama"]  # imported once
@@ -31,7 +31,13 @@ class Task:
 
 
 def import_libraries() -> None:
-    """Start the process that the workers are forked from, so that it imports while the caller goes on."""
+    """Start the process that the workers are forked from, so that it imports while the caller goes on.
+
+    Raises:
+        RequestError: a package that the toy models need is not installed.
+    """
+    for package in ("transformers", "tokenizers", "peft"):
+        require_installed(package, "bench")
     multiprocessing.set_forkserver_preload(LIBRARIES)
     forkserver.ensure_running()
 

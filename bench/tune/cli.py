@@ -1,4 +1,4 @@
-"""`safeshard tune`."""
+"""Try many settings on one model and choose one by what models answer."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from safeshard.bench import io, measure, rows, safety
+from safeshard.bench import durability, io, measure, rows
 from safeshard.bench.models import prepare
 
 
@@ -91,13 +91,13 @@ def test_a_failure_says_what_failed() -> None:
         measure.process([sys.executable, "-S", "-c", "import sys; sys.stderr.write('broken'); sys.exit(3)"])
 
 
-def test_safety_is_set_against_the_job(
+def test_durability_is_set_against_the_job(
     models: tuple[Path, dict[str, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, paths = models
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    safety.run(folder, "llama-tiny", 1, runs=1, cold=True)
-    job, *parts = rows.read("safety")
+    durability.run(folder, "llama-tiny", 1, runs=1, cold=True)
+    job, *parts = rows.read("durability")
     tensors = [measure.tensor_bytes([paths[name]]) for name in ("aligned", "finetuned", "aligned")]
     assert int(job["bytes"]) == pytest.approx(sum(tensors), rel=0.05)  # and headers
     assert [part["what"].split()[0] for part in parts] == ["hash", "sync"]

@@ -1,4 +1,4 @@
-"""What safety costs: hashing and syncing, each on its own, beside a job that edits and writes a checkpoint."""
+"""What it costs that nothing is lost: hashing and syncing, each alone, beside a job that writes a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from safeshard.manifests.hashing import hash_tensor_region
 def run(folder: Path, shape: str, layers: int | None, runs: int, cold: bool) -> None:
     """Measure `scale` on a full checkpoint, then hashing and syncing the bytes of its output; append a row each.
 
-    Hashing and syncing on their own run on one thread and overlap with nothing, so that they bound what safety costs.
+    Hashing and syncing on their own run on one thread and overlap with nothing, so that they bound what it costs.
     """
     label, paths = prepare(folder, shape, layers, finetuned=True)
     inputs = [paths["aligned"], paths["finetuned"]]
     output = tensor_files(inputs[:1])  # the output holds as many bytes
-    bench = Bench(label, tensor_files(inputs), runs, cold, file="safety")
+    bench = Bench(label, tensor_files(inputs), runs, cold, file="durability")
     name = "scale, full checkpoint"
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
         outputs = Path(scratch, "outputs")
