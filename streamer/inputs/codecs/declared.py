@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.inputs.codecs.base import Codec
-from safeshard.streamer.inputs.codecs.int4 import PER_WORD, PackedInt4
-from safeshard.streamer.inputs.codecs.mxfp4 import GROUP, Mxfp4
-from safeshard.streamer.inputs.codecs.scaled import Scaled
 
+if TYPE_CHECKING:
+    from safeshard.streamer.inputs.codecs.base import Codec
+
+# Codecs, which bring torch, are imported where a quantised weight is found: names and headers need none.
 BYTES = {"F8_E4M3": "fp8", "I8": "int8"}
 _FLOATS = ("F32", "BF16", "F16", "F64")
 _ORIGINAL = "use the original checkpoint, or one in bf16 or fp8"
@@ -76,6 +76,8 @@ def encoding(module: str, tensors: Mapping[str, TensorRef], config: Mapping[str,
         return _packed(module, packed, tensors, declared)
     for values, scales in (("_blocks", "_scales"), (".weight_blocks", ".weight_scales")):  # GPT-OSS
         if (blocks := tensors.get(module + values)) is not None and blocks.dtype == "U8":
+            from safeshard.streamer.inputs.codecs.mxfp4 import GROUP, Mxfp4
+
             shape = (*blocks.shape[:-2], blocks.shape[-2] * GROUP)
             return _checked(Mxfp4(values, scales), module, tensors, shape, "U8")
     for weight, inverse in ((".weight", ".weight_scale_inv"), ("", "_scale_inv"), (".weight", ".weight_scale")):
@@ -91,6 +93,9 @@ def encoding(module: str, tensors: Mapping[str, TensorRef], config: Mapping[str,
 def _packed(
     module: str, packed: TensorRef, tensors: Mapping[str, TensorRef], declared: list[Mapping[str, Any]]
 ) -> Encoding | Refused:
+    from safeshard.streamer.inputs.codecs.int4 import PER_WORD, PackedInt4
+    from safeshard.streamer.inputs.codecs.mxfp4 import Mxfp4
+
     scales = tensors.get(f"{module}.weight_scale")
     if packed.dtype == "U8":
         return _checked(Mxfp4(), module, tensors, (*packed.shape[:-1], packed.shape[-1] * 2), "U8")
@@ -115,6 +120,8 @@ def _bytes(
     module: str, ref: TensorRef, weight: str, scale: str, tensors: Mapping[str, TensorRef],
     declared: list[Mapping[str, Any]],
 ) -> Encoding | Refused:  # fmt: skip
+    from safeshard.streamer.inputs.codecs.scaled import Fused, Scaled
+
     if ref.dtype not in BYTES:
         return Refused(ref.name, f"fp8 in {ref.dtype}", _ORIGINAL)
     kind, scales = BYTES[ref.dtype], tensors[module + scale]
@@ -137,14 +144,6 @@ def _bytes(
     if weight == "":
         codec = Fused(codec.name, codec.rows, codec.columns, scale, powers)
     return _checked(codec, module, tensors, ref.shape, *_FLOATS, "F8_E8M0")
-
-
-class Fused(Scaled):
-    """Scaled values of fused experts, whose tensor's name ends without `.weight`."""
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        return {"values": "", "scales": self.scales}
 
 
 def _checked(

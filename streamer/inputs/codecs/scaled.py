@@ -76,6 +76,14 @@ class Scaled:
         return {"values": quotients.to(dtype), "scales": scales.reshape(like["scales"].shape)}
 
 
+class Fused(Scaled):
+    """Scaled values of fused experts, whose tensor's name ends without `.weight`."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        return {"values": "", "scales": self.scales}
+
+
 def _grid(scales: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     """The scales as fp32, a row and a column a block."""
     return scales.float().view(-(-values.shape[0] // rows), -(-values.shape[1] // columns))

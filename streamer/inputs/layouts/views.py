@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.inputs.codecs import Codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeshard.streamer.inputs.codecs.base import Codec
 
 Range = tuple[int, int, int]  # start, stop, step
 
