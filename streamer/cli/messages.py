@@ -96,7 +96,7 @@ def factors_plan(made: Factors) -> str:
 
 def scores(results: Sequence[Result]) -> str:
     """A table of cosines: a row a module, a column a fine-tuned model."""
-    names = [str(r.job.adapter or r.job.finetuned) for r in results]
+    names = [r.plan.finetuned.source.spec for r in results]
     short = [printable(name.rstrip("/").rsplit("/", 1)[-1], 24) for name in names]
     heads = [printable(name) if short.count(s) > 1 else s for name, s in zip(names, short, strict=True)]
     modules = list(dict.fromkeys(module for r in results for module in r.cosines))
@@ -138,7 +138,7 @@ def outcome(result: Result) -> dict[str, Any]:
             base["effect"] = manifest.effect.model_dump(mode="json", exclude_none=True)
         return base | {"decisions": dict(decisions), "run": manifest.run.model_dump(mode="json")}
     if result.cosines:
-        return base | {"source": job.adapter or job.finetuned, "cosines": dict(result.cosines)}
+        return base | {"source": result.plan.finetuned.source.spec, "cosines": dict(result.cosines)}
     from safeshard.streamer.run.downloads import download
     from safeshard.streamer.run.steps import JobRun
 

@@ -12,7 +12,7 @@ from safeshard.streamer.run.runner import Result
 
 def score_table(results: Sequence[Result], suffix: str) -> str:
     """Scores as CSV (columns source, module, cosine) or as JSON ({source: {module: cosine}})."""
-    cosines = {str(r.job.adapter or r.job.finetuned): r.cosines for r in results}
+    cosines = {r.plan.finetuned.source.spec: r.cosines for r in results}
     if suffix == ".json":
         return json.dumps(cosines, indent=2) + "\n"
     text = io.StringIO()

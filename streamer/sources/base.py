@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ FAR_READERS = 16  # of things that each take a round trip
 
 Checked = Literal["hash", "ranges"]
 Transfer = Literal["none", "ranges", "whole"]
+_S3_ANSWER = re.compile(r"non-2xx (status code: \d{3}[^:]*):.*?<Code>(\w+)</Code>", re.DOTALL)
 T = TypeVar("T")
 S = TypeVar("S")
 
@@ -141,5 +143,7 @@ def short(where: str, end: int, expected: int) -> RunError:
 def reason(error: BaseException) -> str:
     """An exception of a library in one line."""
     text = str(error).partition("\n\nDebug source")[0]  # obstore's
+    if match := _S3_ANSWER.search(text):
+        text = f"{match[1]} ({match[2]})"
     words = without_secrets(getattr(error, "strerror", None) or " ".join(text.split()))
     return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -83,6 +83,7 @@ class StandinHub:
         self.peak = self._under_way = 0  # requests at the same time
         self.xet: dict[str, str] = dict(xet or {})  # sha256 -> hash in the content-addressed store
         self.xet_store = ""
+        self._folders: list[Path] = []
         self._commits: dict[str, dict[str, dict[str, Stored]]] = {}
         self._branches: dict[tuple[str, str], str] = {}
         self._stopping = threading.Event()
@@ -125,6 +126,11 @@ class StandinHub:
         self._commits.setdefault(repo, {})[commit] = files
         self._branches[repo, branch] = commit
         return commit
+
+    def web(self, folder: Path) -> str:
+        """Serve a folder as a plain web server does; returns its URL."""
+        self._folders.append(folder)
+        return f"{self.url}/web/{len(self._folders) - 1}"
 
     def fail(self, match: str, kind: str = "status", **details: Any) -> Fault:
         """Let requests whose path matches the pattern go wrong; returns the fault, whose `times` counts down."""
@@ -176,6 +182,15 @@ class StandinHub:
             return self._send(handler, request, 200, page, {"Content-Type": "text/html"})
         if match := re.fullmatch(r"/cdn/(\w+)/(.+)", path):
             return self._cdn(handler, request, match[1], query.get("Signature", [""])[0], fault)
+        if match := re.fullmatch(r"/web/(\d+)/([^/]+)", path):
+            file = self._folders[int(match[1])] / match[2]
+            if not file.is_file():
+                return self._send(handler, request, 404, b"", {})
+            mark = hashlib.sha1(file.read_bytes()).hexdigest()
+            if handler.headers["If-Match"] not in (None, f'"{mark}"'):
+                return self._send(handler, request, 412, b"", {})
+            stored = Stored(file, file.stat().st_size, "", mark, False)
+            return self._file(handler, request, stored, {"ETag": f'"{mark}"'}, fault)
         routes: list[tuple[str, Callable[..., None]]] = [
             (r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", self._info),
             (r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", self._tree),

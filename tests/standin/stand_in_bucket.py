@@ -1,0 +1,95 @@
+"""moto's S3 server on the loopback interface, with faults in front of it, and every request kept."""
+
+from __future__ import annotations
+
+import re
+import threading
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "very-secret", "AWS_REGION": "us-east-1"}
+
+
+@dataclass
+class Asked:
+    """A request: `sent` are the bytes of its answer's body."""
+
+    method: str
+    path: str
+    range: str | None
+    if_match: str | None
+    sent: int = 0
+
+
+class StandinBucket:
+    """A bucket of its own; `env` is what makes clients find it."""
+
+    def __init__(self, bucket: str = "models") -> None:
+        self.requests: list[Asked] = []
+        self.before: Callable[[Asked], int | None] = lambda asked: None  # a status in place of an answer
+        self.peak = self._under_way = 0
+        self._lock = threading.Lock()
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.bucket, self.env = bucket, KEYS | {"AWS_ENDPOINT_URL": self.url}
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        key, secret, region = KEYS.values()
+        self._client = boto3.client(
+            "s3", endpoint_url=self.url, aws_access_key_id=key, aws_secret_access_key=secret, region_name=region
+        )
+        self._client.create_bucket(Bucket=bucket)
+
+    def close(self) -> None:
+        """Stop answering, and forget all objects."""
+        urllib.request.urlopen(f"{self.url}/moto-api/reset", data=b"", timeout=30).close()
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add(self, prefix: str, folder: Path) -> str:
+        """Upload a folder's files; returns its URL."""
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        return f"s3://{self.bucket}/{prefix}"
+
+    def put(self, key: str, data: bytes) -> None:
+        """Upload one object."""
+        self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
+
+    def taken(self) -> list[Asked]:
+        """The requests since the last call."""
+        with self._lock:
+            requests, self.requests = self.requests, []
+        return requests
+
+    def _answer(self, environ: dict[str, Any], start: Any) -> Iterable[bytes]:
+        asked = Asked(
+            environ["REQUEST_METHOD"], environ["PATH_INFO"], environ.get("HTTP_RANGE"), environ.get("HTTP_IF_MATCH")
+        )
+        with self._lock:
+            self.requests.append(asked)
+            self._under_way += 1
+            self.peak = max(self.peak, self._under_way)
+        try:
+            status = self.before(asked) if re.fullmatch("GET|HEAD", asked.method) else None
+            if status is not None:
+                start(f"{status} fault", [("Content-Length", "0")])
+                return [b""]
+            body = list(self._app(environ, start))
+            asked.sent = sum(map(len, body))
+            return body
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+
+class _Quiet(WSGIRequestHandler):
+    def log(self, *_: object) -> None:
+        pass
