@@ -14,6 +14,7 @@ from safeshard.streamer.sources.hub.kept_headers import keep_header, load_header
 from safeshard.streamer.sources.hub.place import HubPlace
 from safeshard.streamer.sources.hub.shard_cache import ShardCache, Wanted, damaged, hub_cache, keep_small, note_branch
 from safeshard.streamer.sources.hub.stated import Stated
+from safeshard.streamer.sources.hub.xet import XetRanges
 from safeshard.streamer.sources.remote import OPENING, UNDERWAY, Final, Line
 
 ADAPTER = "adapter_model.safetensors"  # which every job reads whole
@@ -35,6 +36,7 @@ class HubSource:
 
     def __init__(self, spec: str, place: HubPlace, cache: ShardCache) -> None:
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         self.spec, self._place, self._cache, self._line = spec, place, cache, Line()
         api = HfApi()
@@ -52,6 +54,8 @@ class HubSource:
         }
         if place.folder and not self._files:
             raise refuse(spec, f"a folder of {place.repo}", _folders(info), "correct the name")
+        self._headers = build_hf_headers()
+        self._xet = XetRanges(place.repo, commit, self._headers)
         self._wanted = {name: self._want(name, file, commit) for name, file in self._files.items()}
         self._held: dict[str, Held] = {}
         self._heads: dict[str, bytes] = {}
@@ -68,7 +72,6 @@ class HubSource:
 
     def _want(self, name: str, file: Stated, commit: str) -> Wanted:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         def check(answer: Answer) -> None:
             heads = [head for head in (answer.first, answer.headers) if head is not None]
@@ -78,12 +81,14 @@ class HubSource:
                         f"{self.spec}/{name}: the server sends another file ({key} {head[key]}, {stated} expected)"
                     )
                     raise Final(problem, "use another mirror, then run the same command again")
+            if answer.first is not None and (xet_hash := answer.first.get("X-Xet-Hash")):
+                self._xet.hashes[name] = xet_hash
 
         expected = {"X-Repo-Commit": commit, "X-Linked-Size": str(file.size)}
         if file.sha256:
             expected["X-Linked-ETag"] = file.sha256
         url = hf_hub_url(self._place.repo, file.path, revision=commit)
-        target = Target(f"{self.spec}/{name}", url, file.size, build_hf_headers(), check=check)
+        target = Target(f"{self.spec}/{name}", url, file.size, self._headers, check=check)
         return Wanted(self._wanted_place, commit, file, target)
 
     def sizes(self) -> dict[str, int]:
@@ -108,7 +113,8 @@ class HubSource:
             self._checked[name] = "hash"
         else:
             self._checked.setdefault(name, "ranges")
-            self._wanted[name].target.fill(self._line, offset, view)
+            if not self._xet.readinto(self._line, name, self._files[name].size, offset, view):
+                self._wanted[name].target.fill(self._line, offset, view)
 
     def prefetch(self, name: str, offset: int, nbytes: int) -> None:
         pass

@@ -61,7 +61,7 @@ class TestUrls:
         one_line(error)
 
     def test_a_missing_driver_names_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("s3fs", "obstore"):
+        for name in ("gcsfs", "obstore"):
             monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(RequestError, match=r"safeshard\[buckets\]"):
-            open_source("s3://bucket/model")
+            open_source("gs://bucket/model")
