@@ -124,7 +124,10 @@ class ModuleEntry(_Entry):
 
     `reverted` means that the aligned weights were kept. `cosine` is the gate's; `near_threshold` marks one within
     1e-5 of the threshold. `selected_fraction`, `budget`, `loss` and `damping` are Safe Delta's; `rank` is the written
-    adapter's and `lost_fraction` what truncation to it lost, as a fraction of the Frobenius norm.
+    adapter's and `lost_fraction` what truncation to it lost, as a fraction of the Frobenius norm. Of a quantised weight
+    `blocks` is how many blocks it has, `blocks_changed` how many of them were written anew, and `encoding_error`
+    how far these are from what was to be written, as a fraction of its Frobenius norm; where an expert's gate and up
+    lie in one region, the second one's entry speaks for both.
     """
 
     name: Name
@@ -139,6 +142,9 @@ class ModuleEntry(_Entry):
     damping: float | None = None
     rank: Count | None = None
     lost_fraction: float | None = None
+    blocks: Count | None = None
+    blocks_changed: Count | None = None
+    encoding_error: float | None = None
     effect: Effect | None = None
     note: str | None = None
 

@@ -96,6 +96,7 @@ class Job(Options):
     dtype: Dtype | None = Field(
         None, description="dtype of the output (default: the aligned checkpoint's, or the adapter's)"
     )
+    dequantize: bool = Field(False, description="write quantised weights of a full checkpoint in --dtype, or bfloat16")
     expert_packing: Packing | None = Field(
         None, description="how LoRA on fused experts is packed, where its config does not tell"
     )
@@ -116,7 +117,8 @@ class Job(Options):
         return {
             key: value
             for key, value in options.items()
-            if key not in ("adapter", "finetuned", "safe_adapter", "safe") and (key, value) != ("expert_packing", None)
+            if key not in ("adapter", "finetuned", "safe_adapter", "safe")
+            and (key, value) not in (("expert_packing", None), ("dequantize", False))
         }
 
     @property

@@ -21,6 +21,7 @@ from safeshard.streamer.inputs.layouts import Stored
 from safeshard.streamer.inputs.names.unbuilt import excused
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
+from safeshard.streamer.plan.layout import Layout
 from safeshard.streamer.sources import Source
 
 
@@ -146,6 +147,7 @@ class JobPlan:
     expected: int = 0
     adapter_config: dict[str, Any] | None = None
     factors: FactorSource | None = None
+    layout: Layout | None = None  # of a checkpoint that is written
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already
 
     def sources(self) -> list[Source]:

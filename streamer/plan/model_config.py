@@ -9,6 +9,7 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.checkpoint import Checkpoint, is_head
 from safeshard.streamer.inputs.names.unbuilt import text_config
 from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.layout import quantised_as
 from safeshard.streamer.plan.vocabulary import with_vocabulary
 
 TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -36,7 +37,8 @@ def model_config(plan: JobPlan) -> dict[str, Any]:
     """config.json of the output; {} where neither model has one."""
     owner = config_owner(plan)
     written: dict[str, TensorRef] = {name: ref for file in plan.files for name, ref in file.tensors.items()}
-    config = with_vocabulary(owner.config, owner, written)
+    said = quantised_as(owner.config, plan.aligned, plan.job.dequantize)
+    config = with_vocabulary(said, owner, written)
     if not config:
         return {}
     if any(map(is_head, written)):  # or the head that is written would be passed over on loading

@@ -14,6 +14,7 @@ from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, OutputFile, Pair, Weight
+from safeshard.streamer.plan.layout import Layout, layout_of
 from safeshard.streamer.plan.model_config import is_other_class
 from safeshard.streamer.plan.storage import encoded_counterparts, moved
 from safeshard.streamer.plan.vocabulary import added_rows, common_rows, only_rows_differ, row_notes
@@ -49,7 +50,7 @@ def _pair_modules(plan: JobPlan, adapter: Adapter) -> None:
     for name, lora in adapter.modules.items():
         other = pairs.get(name)
         if job.writes_checkpoint:
-            writes = {"weight": _weight(plan.aligned, name).stored}
+            writes = {"weight": _written(plan, name)}
         else:
             ranks = job.parts(lora, other)
             writes = {part: output(lora.a if part == "a" else lora.b, part, rank) for part, rank in ranks.items()}
@@ -87,7 +88,7 @@ def _weight_modules(plan: JobPlan) -> None:
             _weight(safe, name, aligned) if isinstance(safe, Checkpoint) else None,
             Weight(aligned.source, stored),
             _weight(plan.inputs["unaligned"], name) if job.gated else None,
-            {"weight": stored},
+            {"weight": _written(plan, name)},
         )
     if isinstance(safe, Checkpoint):
         written = {name for module in plan.modules.values() for name in module.outputs}
@@ -97,6 +98,21 @@ def _weight_modules(plan: JobPlan) -> None:
         lacking = plan.excused["unaligned"]
         among = linears - plan.excused["finetuned"].keys()
         plan.fallbacks += _grouped(job.title, "carried over", plan.inputs["unaligned"], lacking, among)
+
+
+def _written(plan: JobPlan, module: str) -> Stored:
+    """Where in the output a module's weight goes."""
+    stored = output_layout(plan).modules.find(module)
+    assert stored is not None
+    return stored
+
+
+def output_layout(plan: JobPlan) -> Layout:
+    """How the checkpoint that a job writes is laid out."""
+    if plan.layout is None:
+        job = plan.job
+        plan.layout = layout_of(plan.aligned, job.dequantize, DTYPES[job.dtype or "bfloat16"])
+    return plan.layout
 
 
 def _alike(stored: Stored, other: Stored | None) -> bool:
@@ -160,15 +176,19 @@ def _checkpoint_files(plan: JobPlan) -> None:
     written = {name: module for module in plan.modules.values() for name in module.outputs}
     same = encoded_counterparts(aligned, rest)
     shards: dict[str, list[Named]] = {}
-    for name, ref in aligned.tensors.items():
+    laid_out = output_layout(plan).tensors
+    alone = len({ref.file for ref in laid_out.values()}) < 2
+    for name, ref in laid_out.items():
         encoded = name in aligned.encoded_tensors
         if (module := written.get(name)) is not None:
             shape = _written_shape(name, ref, module)
-        else:
+        elif name in aligned.tensors:  # else it was to be dequantised, and is refused
             copy = _taken_over(plan, name, same.get(name) if encoded else counterpart(rest, name), rest)
             plan.copies.append(copy)
             shape = copy.ref.shape if copy.added is None else _stacked(copy.ref, copy.added.ref)
-        file = ref.file if len(aligned.files) > 1 else SINGLE
+        else:
+            continue
+        file = SINGLE if alone else ref.file
         shards.setdefault(file, []).append((name, ref.dtype if encoded else _dtype(job, ref.dtype), shape))
     if isinstance(tuned, Adapter):
         plan.fallbacks += [_left_out(key, "--rest aligned") for key in sorted(tuned.saved)]
@@ -188,7 +208,7 @@ def _taken_over(plan: JobPlan, name: str, ref: TensorRef | None, rest: Checkpoin
     """An output tensor that no module writes: `rest`'s, with the rows that the fine-tuned model's vocabulary adds."""
     aligned, tuned = plan.aligned, plan.finetuned
     if ref is None:
-        if name not in plan.excused.get("finetuned", ()):
+        if name not in plan.excused.get("finetuned", ()) and name not in aligned.beside_encoded:
             why = f"{rest.source.spec} stores it in another format"
             plan.fallbacks.append(
                 Fallback(asked="the fine-tuned tensor", done="the aligned one", why=why, subject=name)

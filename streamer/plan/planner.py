@@ -26,6 +26,7 @@ from safeshard.streamer.plan.cautions import cautions
 from safeshard.streamer.plan.checks import input_offences
 from safeshard.streamer.plan.identity import finished
 from safeshard.streamer.plan.job_plan import JobPlan, Weight
+from safeshard.streamer.plan.layout import left_encoded
 from safeshard.streamer.plan.outputs import plan_outputs
 from safeshard.streamer.plan.places import output_offences
 from safeshard.streamer.plan.side_files import plan_side_files
@@ -100,6 +101,9 @@ class Planner:
                 plan_side_files(plan)
             plan.cautions += cautions(plan)
             offences = list(self._equal_offences(plan))
+            if plan.layout is not None and job.dequantize:
+                written = {name for module in plan.modules.values() for name in module.outputs}
+                offences += left_encoded(plan.aligned, written, plan.layout)
         self.offences += offences
         return None if offences else plan
 

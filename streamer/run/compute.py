@@ -22,12 +22,14 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import Arrivals, memory_errors, relieved
+from safeshard.streamer.inputs.codecs.base import Encoded
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
-from safeshard.streamer.inputs.layouts import Part, Stored
+from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
 from safeshard.streamer.methods.base import Lora, Module
 from safeshard.streamer.plan.job_plan import Pair, Weight
 from safeshard.streamer.run.effects import effect, measured_pair, measured_tiles
+from safeshard.streamer.run.encoded import encoding_fields, known_parts
 from safeshard.streamer.run.steps import CopyTask, ModuleTask
 from safeshard.streamer.run.strips import compute_strips
 from safeshard.streamer.sources import Source
@@ -215,9 +217,10 @@ def _decide(
     if job_run.job.calibrated or (plan.writes.keys() == {"b"} and gate is None):
         inputs.refuse_not_finite(task.reads())  # what is not selected, or an A that is only copied, is not written
     module = _module(task, inputs, gate, cosine, factor)
-    edit = job_run.job.edit(module)
-    left = _write(task, module, edit.tensors, inputs, clock, arrivals)
-    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields}
+    edit = task.job.edit(module)
+    encoded: list[Encoded] = []
+    left = _write(task, module, edit.tensors, inputs, clock, arrivals, encoded)
+    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields, **encoding_fields(encoded)}
     if job_run.job.gated and cosine is None:
         fields["note"] = UNDEFINED
 
@@ -267,8 +270,9 @@ def _write(
     inputs: Inputs,
     clock: Clock,
     arrivals: Arrivals,
+    encoded: list[Encoded],
 ) -> Products:
-    """Write a module's new tensors, and measure what they leave of its delta."""
+    """Write a module's new tensors, and measure what they leave of its delta; `encoded` gets what was encoded."""
     writer, plan = task.run.writer, task.plan
     assert writer is not None
 
@@ -276,8 +280,16 @@ def _write(
         with _writing(task, inputs, clock):
             action(*args)
 
-    def write(stored: Stored, tensor: Tensor | Iterator[Tensor]) -> None:
+    def write(what: str, tensor: Tensor | Iterator[Tensor]) -> None:
         assert writer is not None
+        stored = plan.writes[what]
+        if not stored.is_tensor:
+            known = partial(known_parts, plan, load=inputs.tensor)
+            with _writing(task, inputs, clock) if inputs.on_device else nullcontext():
+                encoded.extend(task.run.assembler.write(plan.name, what, stored, tensor, known))
+            return
+        if stored.transposed:
+            tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
         if not inputs.on_device:
             writer.write(stored.name, tensor)
             return
@@ -291,7 +303,7 @@ def _write(
             return _write_weight(task, module, tensors["weight"], write)
         new = {part: tensor for part in plan.writes if isinstance(tensor := tensors[part], Tensor)}
         for part, tensor in new.items():
-            write(plan.writes[part], tensor)
+            write(part, tensor)
         old, pair = module.finetuned, plan.finetuned
         assert isinstance(old, Lora)
         assert isinstance(pair, Pair)
@@ -303,7 +315,7 @@ def _write_weight(
     task: ModuleTask,
     module: Module,
     tensor: Tensor | Iterator[Tensor],
-    write: Callable[[Stored, Tensor | Iterator[Tensor]], None],
+    write: Callable[[str, Tensor | Iterator[Tensor]], None],
 ) -> Products:
     """Write a module's new weight. Where it is stored quantised, its effect is that of the numbers that are coded."""
     writer, stored = task.run.writer, task.plan.writes["weight"]
@@ -317,10 +329,5 @@ def _write_weight(
             pass
     else:
         tensor = measured_tiles(module, tensor, dtype, tally)
-    if not stored.is_tensor:
-        task.run.assembler.write(task.plan.name, "weight", stored, tensor)
-    else:
-        if stored.transposed:
-            tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
-        write(stored, tensor)
+    write("weight", tensor)
     return tally.products()

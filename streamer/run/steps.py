@@ -119,6 +119,12 @@ class ModuleTask:
             yield self.plan.unaligned
 
     @property
+    def job(self) -> Job:
+        """The job, which gives a weight that is encoded again in full precision, whatever the others are cast to."""
+        encoded = any(stored.encoded for stored in self.plan.writes.values())
+        return self.run.job.model_copy(update={"dtype": None}) if encoded else self.run.job
+
+    @property
     def elementwise(self) -> bool:
         """Whether it treats tensors of one form element by element."""
         return self.run.job.edits_all and all(isinstance(p, Weight) and p.stored.is_tensor for p in self.places())

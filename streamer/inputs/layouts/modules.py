@@ -6,7 +6,7 @@ A module is one expert's one linear: `...experts.7.up_proj`, whether the experts
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,8 @@ _ENDINGS = re.compile(
     r"(\.weight_packed|\.weight_scale_inv|\.weight_scale|_scale_inv|_blocks|\.qweight|\.W_q|\.SCB|\.weight\.absmax"
     r"|\.weight\._data|\.weight_scale_2)$"
 )
+_EXPERTS = ".experts."
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # beside `experts`
 _BESIDE = re.compile(r".*(_scale_inv|_scales?|_bias|\.bias|_shape|_zero_point|_g_idx)")
 _BY_SAVING = "save it with transformers' save_pretrained, which writes the release's layout"
 
@@ -45,7 +47,7 @@ class Modules:
 
     @cached_property
     def names(self) -> list[str]:
-        """Every linear inside of a numbered layer, in model order. One without elements is not among them."""
+        """Every linear inside of a numbered layer, in model order. Routers, and what has no elements, are none."""
         names = {
             name.removesuffix(".weight")
             for name, ref in self._tensors.items()
@@ -57,7 +59,8 @@ class Modules:
         for (experts, role), found in self._fused.items():
             roles = ROLES[:2] if role == GATE_UP else (role,)
             names |= {f"{experts}.{index}.{each}" for index in range(found.shape[0]) for each in roles}
-        return sorted(names - self.refused.keys(), key=natural)
+        stacks = {name.partition(_EXPERTS)[0] for name in names if _EXPERTS in name}
+        return sorted((name for name in names - self.refused.keys() if not _routes(name, stacks)), key=natural)
 
     def experts(self, path: str) -> int:
         """How many experts there are under a path, 0 for none."""
@@ -194,6 +197,14 @@ class Modules:
         if role == GATE_UP and found.shape[2 if transposed else 1] % 2:
             return Refused(name, f"{list(found.shape)}, an odd number of gate and up rows", "check the checkpoint")
         return None
+
+
+def _routes(module: str, stacks: Container[str]) -> bool:
+    """Whether a module chooses among experts; `stacks` are the blocks that have experts."""
+    parts = module.split(".")
+    return any(
+        part in _ROUTERS and ".".join(parts[:-count]) in stacks for count, part in enumerate(reversed(parts[-2:]), 1)
+    )
 
 
 def _place(name: str, family: Family) -> tuple[str, str] | None:
