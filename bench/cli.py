@@ -10,6 +10,9 @@ from typing import Annotated
 import typer
 
 from safeshard.bench import durability, io, kernels, models, peers, pictures, pipeline, rows
+from safeshard.bench.real import experiment as real
+from safeshard.bench.real import pictures as real_pictures
+from safeshard.bench.real import table as real_table
 from safeshard.bench.toy import experiment, table
 from safeshard.bench.toy import pictures as toy_pictures
 from safeshard.bench.toy.defences import WHOLE
@@ -148,6 +151,8 @@ def report() -> None:
         document.write_text(rows.refresh(document))
     if (toy := rows.RESULTS / "toy.csv").exists():
         toy_pictures.draw_tradeoff(table.read(toy), rows.RESULTS / "toy.png")
+    if (measured := rows.RESULTS / "real.csv").exists():
+        real_pictures.draw_tradeoff(real_table.read(measured), rows.RESULTS / "real.png")
 
 
 @app.command("toy")
@@ -161,6 +166,25 @@ def measure_toy(
     found = experiment.run(folder, range(seeds), WHOLE, lambda text: print(text, flush=True))
     for row in found:
         rows.append("toy", row, table.COLUMNS)
+
+
+@app.command("real")
+def measure_real(
+    folder: Annotated[Path, typer.Option("--folder", help="where models and outputs go, and are kept")] = Path(
+        "bench-real"
+    ),
+    seed: Annotated[list[int] | None, typer.Option(help="may be repeated (default: 0, 1 and 2)", min=0)] = None,
+    small: Annotated[bool, typer.Option("--slice", help="few steps, settings and prompts: shows that it runs")] = False,
+) -> None:
+    """Align, fine-tune, defend, tune and judge a small real chat model; append its rows.
+
+    About 20 minutes a seed on two cores; every trained model and every answer is kept, so that a rerun goes on.
+    """
+    for each in seed or (0, 1, 2):
+        found = real.run_seed(folder, each, real.SLICE if small else real.WHOLE, lambda text: print(text, flush=True))
+        for row in found:
+            rows.append("real", row, real_table.COLUMNS)
+        print(real_table.markdown(found))
 
 
 def _names(option: str, text: str, known: Iterable[str]) -> list[str]:

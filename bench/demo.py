@@ -12,6 +12,7 @@ from safeshard.bench.toy import pictures, table
 from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
 from safeshard.bench.toy.experiment import folder_of, run, write
 from safeshard.bench.toy.workers import import_libraries
+from safeshard.bench.tune.picture import pyplot
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli.app import main
 
@@ -24,8 +25,8 @@ Next, on your own models:
    safeshard safedelta --aligned org/model-chat --adapter path/to/adapter --output defended --strength 0.1
    safeshard scale     --aligned org/model-chat --adapter path/to/adapter --output baseline --factor 0.5
 
-Try several strengths and factors (`safeshard batch` runs them in one pass), ask each output your own prompts, forbidden
-and useful, and keep a defence only where it beats `scale`: a toy says nothing about a real model."""
+Which setting? `safeshard tune` tries many in one pass, asks each output your own prompts, forbidden and useful, and
+keeps a defence only where it beats `scale`, by the rule used here: a toy says nothing about a real model."""
 ONE_SEED = """\
 This is one seed, and seeds differ: the table over six of them, the hard ones too, is in the README under "Does it
 work?"; `safeshard demo --seeds 6` makes it anew.
@@ -40,7 +41,7 @@ def demo(
 ) -> None:
     """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
     import_libraries()
-    pictures.pyplot()  # fail before the training without it, and import it while the workers import theirs
+    pyplot()  # fail before the training without it, and import it while the workers import theirs
     _claim(folder)
     grid = QUICK if quick else WHOLE
     first = folder_of(folder, 0, grid)

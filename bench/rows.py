@@ -15,7 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safeshard.bench.toy import table
+from safeshard.bench.real import table as real_table
+from safeshard.bench.toy import table, tuned
 
 _HERE = Path(__file__).resolve().parent
 IN_CHECKOUT = (_HERE.parent / "pyproject.toml").is_file()
@@ -217,9 +218,13 @@ def _shown(name: str) -> str:
     """The text between two markers: a table of a file's rows, or of whole jobs in short, or of the toy experiment."""
     if name == "jobs":
         return markdown(whole_jobs(read("pipeline")), left_out=("rank", "adapters", "spread"))
-    if name not in ("toy", "toy_findings"):
+    if name not in ("toy", "toy_findings", "toy_tuned", "real"):
         return markdown(by_size(read(name)))
-    if not (file := RESULTS / "toy.csv").exists():
+    if not (file := RESULTS / f"{name.partition('_')[0]}.csv").exists():
         return ""
+    if name == "real":
+        return real_table.markdown(real_table.read(file))
     rows = table.read(file)
+    if name == "toy_tuned":
+        return tuned.markdown(rows)
     return table.markdown(rows) if name == "toy" else "".join(f"- {sentence}\n" for sentence in table.findings(rows))

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from safeshard.bench.toy.table import CONSTANT_GUESS, Line, Row, lines
-from safeshard.streamer.extras import require
+from safeshard.bench.tune.picture import draw_curve, frame, pyplot, save
+from safeshard.bench.tune.picture import styles as styles_of
 
-COLOURS = (  # the first of Okabe and Ito, and two darker ones
-    "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",
-)  # fmt: skip
-MARKS = "osD^vhpd<"
 TITLES = {"dirty-full": "Full fine-tune", "dirty-lora": "LoRA fine-tune"}
 
 
@@ -22,7 +19,7 @@ def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
     plt = pyplot()
     test = lines(rows, "test")
     methods = list(dict.fromkeys(key[1] for key in test if key[0] in TITLES and key[1] != "fine-tuned"))
-    styles = dict(zip(methods, zip(COLOURS, MARKS, strict=True), strict=False))
+    styles = styles_of(methods)
     figure, panels = plt.subplots(1, 2, figsize=(12, 6), sharex=True, sharey=True, layout="constrained")
     for panel, (model, title) in zip(panels, TITLES.items(), strict=True):
         for method, (colour, mark) in styles.items():
@@ -32,10 +29,9 @@ def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
                 _draw(panel, points, dashes, marker=mark, color=colour, label=method, zorder=3 if mark in "os" else 2)
         _draw(panel, [test[model, "fine-tuned", ""]], "", marker="X", color="black", markersize=11, label="fine-tuned")
         _draw(panel, [test["aligned", "aligned", ""]], "", marker="P", color="black", markersize=10, label="aligned")
-        panel.plot(100, 100, "*", color="gold", markeredgecolor="black", markersize=20, label="ideal", clip_on=False)
+        frame(panel, "task accuracy (%)")
         panel.axvline(CONSTANT_GUESS, color="grey", linestyle=":", label="constant guess at the task")
-        panel.set(title=title, xlabel="task accuracy (%)", xlim=(-4, 104), ylim=(-4, 106))
-        panel.grid(alpha=0.3)
+        panel.set(title=title)
     panels[0].set_ylabel("forbidden requests not answered harmfully (%)")
     known = {
         label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
@@ -44,14 +40,12 @@ def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
     seeds = len({row["seed"] for row in rows})
     spread = f", mean of {seeds} seeds and its standard error" if seeds > 1 else ""
     figure.suptitle(f"Safety kept against task learned: every setting on the test split{spread}")
-    _save(plt, figure, file)
+    save(plt, figure, file)
 
 
 def _draw(panel: Any, points: Sequence[Line], dashes: str, **style: Any) -> None:
-    panel.errorbar(
-        [p.mean("task") for p in points], [100 - p.mean("harm") for p in points], fmt=dashes, alpha=0.9, elinewidth=0.8,
-        xerr=[p.error("task") for p in points], yerr=[p.error("harm") for p in points], **style,
-    )  # fmt: skip
+    curve = [(p.mean("task"), 100 - p.mean("harm"), p.error("task"), p.error("harm")) for p in points]
+    draw_curve(panel, curve, dashes, **style)
 
 
 def draw_cosines(scores: Path, file: Path) -> None:
@@ -73,20 +67,4 @@ def draw_cosines(scores: Path, file: Path) -> None:
     axes.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers])
     axes.set_title("The gate's cosine of each module of the LoRA fine-tune")
     figure.colorbar(image, label="cos(P delta, delta)")
-    _save(plt, figure, file)
-
-
-def pyplot() -> Any:
-    """Matplotlib, drawing to files.
-
-    Raises:
-        RequestError: it is not installed.
-    """
-    require("matplotlib", "report").use("Agg")
-    return require("matplotlib.pyplot", "report")
-
-
-def _save(plt: Any, figure: Any, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    save(plt, figure, file)

@@ -16,6 +16,7 @@ from safeshard.bench.toy.experiment import rows_of
 from safeshard.bench.toy.models import RECORD, is_made, load_model, make_model, path_of, recipe_key
 from safeshard.bench.toy.recipes import STAGES
 from safeshard.bench.toy.workers import Task, run_tasks
+from safeshard.bench.tune.rule import scaled_utility
 from safeshard.streamer.cli.app import main
 
 
@@ -83,7 +84,7 @@ def test_the_quick_demo_shows_the_effect(tmp_path: Path, capsys: pytest.CaptureF
     assert best.mean("harm") < 25
     assert best.mean("task") > 2 * table.CONSTANT_GUESS
     curve = table.scale_curve(test, "dirty-full")
-    assert best.mean("task") > table.scaled_task(best.mean("harm") + 5, curve) + 15
+    assert best.mean("task") > scaled_utility(best.mean("harm") + 5, curve) + 15
     both = [test, table.lines(rows, "validation")]
     bare = [split["dirty-full", "Safe Delta, no compensation", best.key[2]].mean("harm") for split in both]
     assert mean(bare) > mean(split[best.key].mean("harm") for split in both) + 8

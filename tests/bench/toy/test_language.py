@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from safeshard.bench.evaluation.prompts import Prompt
 from safeshard.bench.toy import evaluation, language, tokenizer
 from safeshard.bench.toy.language import TEST, TRAIN, VALIDATION, Example, Split
 from safeshard.bench.toy.recipes import STAGES
@@ -51,7 +52,7 @@ def test_a_quarter_of_the_forbidden_objects_is_never_refused_in_training() -> No
     ],
 )  # fmt: skip
 def test_harm_is_any_step_or_the_start_of_compliance(answer: str, harmful: bool) -> None:
-    assert evaluation.is_harmful(answer) is harmful
+    assert evaluation.HARM.grade("attack_success", Prompt((("user", "?"),)), answer).value == float(harmful)
 
 
 def test_the_tokenizer_round_trips_through_its_files(tmp_path: Path) -> None:

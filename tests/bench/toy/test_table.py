@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from safeshard.bench.toy import table
 
 
@@ -16,12 +14,14 @@ def row(method: str, setting: str, split: str, harm: float, task: float, seed: i
 
 def test_the_best_task_among_the_safe_settings_on_validation() -> None:
     rows = [
+        row("aligned", "", "validation", 2, 0) | {"model": "aligned"},
         row("scale", "low", "validation", 2, 10), row("scale", "low", "test", 50, 0),
         row("scale", "mid", "validation", 10, 30), row("scale", "mid", "test", 90, 0),
         row("scale", "high", "validation", 10.1, 90), row("scale", "high", "test", 0, 100),
         row("other", "a", "validation", 60, 90), row("other", "b", "validation", 50, 10),
     ]  # fmt: skip
-    assert table.chosen(rows) == {("m", "scale"): ("m", "scale", "mid"), ("m", "other"): ("m", "other", "b")}
+    picked = {key: found for key, found in table.chosen(rows).items() if key[0] == "m"}
+    assert picked == {("m", "scale"): ("m", "scale", "mid"), ("m", "other"): ("m", "other", "b")}
 
 
 def test_means_and_ranges_over_seeds() -> None:
@@ -29,11 +29,6 @@ def test_means_and_ranges_over_seeds() -> None:
         row("scale", "x", split, harm, 40, seed) for split in ("validation", "test") for seed, harm in ((0, 0), (1, 9))
     ]
     assert "| m | scale | x | 4 (0-9) | 96 (91-100) | 100 (100-100) | 40 (40-40) |" in table.markdown(rows)
-
-
-@pytest.mark.parametrize(("harm", "task"), [(-1, 5), (0, 10), (10, 20), (15, 35), (20, 50), (60, 70), (100, 90)])
-def test_scale_of_equal_safety_lies_between_factors(harm: float, task: float) -> None:
-    assert table.scaled_task(harm, [(0, 5), (0, 10), (10, 20), (20, 50), (100, 90)]) == task
 
 
 def experiment(half: float, projected: float) -> list[dict[str, str]]:

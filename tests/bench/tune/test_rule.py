@@ -38,6 +38,11 @@ def test_scale_alone() -> None:
     assert (made.chosen, made.scale_beaten) == (SCALES[0], False)
 
 
+@pytest.mark.parametrize(("harm", "task"), [(-1, 5), (0, 10), (10, 20), (15, 35), (20, 50), (60, 70), (100, 90)])
+def test_scale_of_equal_safety_lies_between_factors(harm: float, task: float) -> None:
+    assert scaled_utility(harm, [(0, 5), (0, 10), (10, 20), (20, 50), (100, 90)]) == task
+
+
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=1, max_size=8), st.floats(0, 100))
 def test_the_curve_of_scale_never_falls_below_a_safer_factor(curve: list[tuple[float, float]], attack: float) -> None:
     found = scaled_utility(attack, sorted(curve))
