@@ -123,7 +123,8 @@ def _sweep(work: Path, models: Mapping[str, Path], model: str, role: str, size: 
     ]
     return {
         "aligned": str(models["aligned"]), role: str(models[model]), "output": str(work / f"tuned-{model}"),
-        "suite": str(work / "test.yaml"), "validation": {"suite": str(work / "validation.yaml")}, "settings": settings, "batch_size": 64,
+        "suite": str(work / "test.yaml"), "validation": {"suite": str(work / "validation.yaml")}, "settings": settings,
+        "batch_size": 64,
         "defaults": {
             "unaligned": str(models["unaligned"]), "safe_adapter": str(models["safe-lora"]),
             "calibration": str(calibration), "samples": len(taught),
