@@ -73,6 +73,7 @@ def read_headers(
             count += len(header.tensors)
             return header
         except HeaderError as error:
+            source.local_path(name)  # a damaged copy in a cache says so itself, and where it lies
             where, remedy = f"{source.spec}/{name}", "fetch or save the file again"
             return Offence(where, error.tensor, error.expected, error.got, remedy)
 

@@ -33,7 +33,9 @@ def shard_cache(options: RunOptions) -> ShardCache:
 
 def download(runs: Sequence[JobRun]) -> Download:
     """What runs will fetch, as far as headers tell."""
-    reads = {read.key: read for step in _steps(runs) for read in _reads(step)}.values()
+    reads = [*{read.key: read for step in _steps(runs) for read in _reads(step)}.values()]
+    forward = [read for job_run in runs for read in _forward(job_run)]
+    reads = [*reads, *{read.key: read for read in forward}.values()]
     sources = {read.source.identity: read.source for read in reads}
     whole = {(r.source.identity, r.ref.file) for r in reads if r.source.transfer(r.ref.file) == "whole"}
     sizes = [sources[place].sizes()[name] for place, name in whole]
@@ -56,6 +58,15 @@ def download_offences(need: Download, options: RunOptions) -> Iterator[Offence]:
         if room > free:
             remedy = "free some (`hf cache rm`), set HF_HOME, give --cache-budget, or leave out --cache"
             yield Offence("--cache", str(folder), f"{room} bytes ({human(room)}) of free space", human(free), remedy)
+
+
+def _forward(job_run: JobRun) -> Iterator[Read]:
+    """What running the aligned model reads of it: all but the head."""
+    factors, aligned = job_run.plan.factors, job_run.plan.aligned
+    if factors is not None and factors.forward_bytes:
+        for name, ref in aligned.tensors.items():
+            if not name.startswith("lm_head"):
+                yield Read(aligned.source, ref)
 
 
 def _steps(runs: Sequence[JobRun]) -> Iterable[Step]:

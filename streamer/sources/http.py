@@ -5,6 +5,7 @@ An answer is taken only if it is the range that was asked for, and never more of
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from safeshard.manifests.errors import without_secrets
 from safeshard.streamer.sources.remote import UNDERWAY, BrokenAnswer, Final, Line, StatusError, Stopped, retry_after
 
 TIMEOUT = 30.0  # seconds without a byte
@@ -21,6 +23,18 @@ SLOW_SECONDS, SLOW_BYTES = 30.0, 64 << 10  # fewer bytes in that time: another c
 CHUNK = 1 << 18
 PIECE = 8 << 20  # bytes of one request
 MAX_BODY = 64 << 20  # of an answer that is read whole
+
+
+class _WithoutSecrets(logging.Filter):
+    """Leaves signatures and passwords out of what HTTP clients log of their requests."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), ()
+        return True
+
+
+for _client in ("httpx", "httpx2", "urllib3.connectionpool", "huggingface_hub.utils._http"):
+    logging.getLogger(_client).addFilter(_WithoutSecrets())
 
 
 @dataclass(frozen=True)

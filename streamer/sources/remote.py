@@ -34,6 +34,8 @@ NEVER_NAMES = {  # of libraries that may not be there
     "UnknownConfigurationKeyError", "GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError",
     "EntryNotFoundError", "OfflineModeIsEnabled", "NoCredentialsError", "UnsupportedProtocol",
 }  # fmt: skip
+METADATA_HOST = "169.254.169.254"
+NO_CREDENTIALS = "give credentials (AWS_ACCESS_KEY_ID and so on), or AWS_SKIP_SIGNATURE=true for a public bucket"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,8 @@ class Fault:
 
 def fault_of(error: BaseException) -> Fault:
     """What to do about an error of any library that talks to a server."""
+    if METADATA_HOST in str(error):  # asked for the machine's own role, as no other credentials were found
+        return Fault(False, None, NO_CREDENTIALS)
     status = _status(error)
     after = getattr(error, "after", None) or retry_after(getattr(getattr(error, "response", None), "headers", {}))
     if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -83,7 +87,7 @@ def fault_of(error: BaseException) -> Fault:
         return Fault(False, None, _remedy(None, str(error)))
     if not isinstance(error, Exception):
         return Fault(False, None, "")
-    return Fault("169.254.169.254" not in str(error), after, _remedy(None, str(error)))
+    return Fault(True, after, _remedy(None, str(error)))
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -209,8 +213,8 @@ def _remedy(status: int | None, words: str = "") -> str:
         return "the server limits requests: run the same command again later, or log in"
     if status is not None and status >= 500:
         return "the server is in trouble: run the same command again later"
-    if "169.254.169.254" in words or "credential" in words.lower():
-        return "give credentials (AWS_ACCESS_KEY_ID and so on), or AWS_SKIP_SIGNATURE=true for a public bucket"
+    if "credential" in words.lower():
+        return NO_CREDENTIALS
     if "CERTIFICATE" in words.upper():
         return "let Python trust the certificate (SSL_CERT_FILE), or correct the clock"
     return "check the network, then run the same command again"

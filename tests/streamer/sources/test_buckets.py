@@ -118,6 +118,26 @@ class TestObstore:
         with pytest.raises(RequestError, match="check the network"):
             open_source(model)
 
+    def test_a_profile(
+        self, bucket: StandinBucket, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        keys = [f"{n.lower()} = {v}" for n, v in bucket.env.items() if "KEY" in n]
+        (tmp_path / "credentials").write_text("\n".join(["[mine]", *keys]))
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        monkeypatch.setenv("AWS_PROFILE", "mine")
+        assert "config.json" in open_source(model).sizes()
+
+    def test_no_credentials(self, bucket: StandinBucket, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+        with pytest.raises(RequestError, match="AWS_SKIP_SIGNATURE=true for a public bucket") as error:
+            open_source(model)
+        one_line(error)
+
     def test_a_stop(self, bucket: StandinBucket, model: str) -> None:
         checkpoint = open_checkpoint(open_source(model))
 

@@ -213,6 +213,18 @@ class TestOffline:
         with pytest.raises(RunError, match=rf"damaged: {blob} .*remove {blob}, and run again online"):
             read_weight(checkpoint, 1)
 
+    def test_a_truncated_copy_is_named(
+        self, hub: StandinHub, tmp_path: Path, digests: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        checkpoint = cached()
+        for layer in (0, 1):
+            read_weight(checkpoint, layer)
+        offline(hub, monkeypatch)
+        blob = tmp_path / "cache" / "hub" / "models--org--name" / "blobs" / digests[1]
+        blob.write_bytes(blob.read_bytes()[:3000])
+        with pytest.raises(RunError, match=rf"damaged: {blob} .*remove {blob}, and run again online"):
+            open_checkpoint(open_source("org/name"))
+
     def test_a_shard_that_is_missing_is_named(self, hub: StandinHub, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoint = cached()
         read_weight(checkpoint, 0)
