@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safeshard.kernels import compensation, dense, factor, merge
+    from safeshard.kernels import compensation, dense, factor, leak, merge, ridge
 
-__all__ = ["compensation", "dense", "factor", "merge"]
+__all__ = ["compensation", "dense", "factor", "leak", "merge", "ridge"]
 
 
 def __getattr__(name: str) -> ModuleType:

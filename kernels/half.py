@@ -13,12 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from safeshard.kernels.backend import Backend, resolve
+from safeshard.kernels.backend import Backend, blocks, launch, resolve
 
 PANEL = 128
 BLOCK = 64  # of the Triton kernels' tiles; divides PANEL, so that a tile's rows lie in one panel
-
-_SIGNATURE = {"packed_ptr": "*fp32", "gram_ptr": "*fp32", "size": "i32", "stride_gram": "i64"}
 
 
 @triton.jit
@@ -68,8 +66,7 @@ def _unpack_kernel(
     tl.store(gram_ptr + tl.trans(col) * stride_gram + tl.trans(row), tl.trans(values), mask=tl.trans(inside))
 
 
-_TILE = {"PANEL": PANEL, "BLOCK": BLOCK}
-COMPILE_CASES = [(kernel, _SIGNATURE, _TILE, {"num_warps": 4}) for kernel in (_pack_kernel, _unpack_kernel)]
+_SETTINGS = {"PANEL": PANEL, "BLOCK": BLOCK, "num_warps": 4, "enable_fp_fusion": True}
 
 
 def packed_size(n: int) -> int:
@@ -95,6 +92,10 @@ def _unpack_torch(packed: torch.Tensor, gram: torch.Tensor) -> None:
         gram[lo + PANEL :, lo : lo + PANEL] = panel[:, PANEL:].T
 
 
+def _grid(gram: torch.Tensor) -> tuple[int, int]:
+    return blocks(len(gram), BLOCK), blocks(len(gram), BLOCK)
+
+
 def pack(gram: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
     """The packed half of a symmetric matrix.
 
@@ -112,7 +113,7 @@ def pack(gram: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor:
         raise ValueError(f"gram must be square fp32 with contiguous rows, got {tuple(gram.shape)} {gram.dtype}")
     packed = torch.empty(packed_size(len(gram)), device=gram.device)
     if resolve(backend, gram) == "triton":
-        _launch(_pack_kernel, packed, gram)
+        launch(_pack_kernel, _grid(gram), packed, gram, len(gram), gram.stride(0), **_SETTINGS)
     else:
         _pack_torch(gram, packed)
     return packed
@@ -128,13 +129,7 @@ def unpack(packed: torch.Tensor, n: int, *, backend: Backend = "auto") -> torch.
         raise ValueError(f"packed must be {packed_size(n)} fp32 values, got {tuple(packed.shape)} {packed.dtype}")
     gram = torch.empty(n, n, device=packed.device)
     if resolve(backend, packed) == "triton":
-        _launch(_unpack_kernel, packed, gram)
+        launch(_unpack_kernel, _grid(gram), packed, gram, len(gram), gram.stride(0), **_SETTINGS)
     else:
         _unpack_torch(packed, gram)
     return gram
-
-
-def _launch(kernel, packed: torch.Tensor, gram: torch.Tensor) -> None:
-    tiles = triton.cdiv(len(gram), BLOCK)
-    if tiles:
-        kernel[(tiles, tiles)](packed, gram, len(gram), gram.stride(0), **_TILE, num_warps=4)

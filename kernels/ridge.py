@@ -19,6 +19,7 @@ Shapes: D and X are O x I, H and P I x I; all fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +128,30 @@ def _anchor(gram: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
             work[lo : lo + LEAF, lo:].copy_(keep[lo : lo + LEAF, lo:]).mul_(1 / mean if mean > 0 else 0.0)
         work.diagonal().add_(ANCHOR_DAMPING)
     return work
+
+
+@dataclass
+class Grams:
+    """The Grams of one linear's inputs, and the closed form that was made of them last.
+
+    Jobs that are served one after another by their penalty make each closed form once.
+    """
+
+    safe: torch.Tensor
+    keep: torch.Tensor | None = None
+    _last: tuple[float, Ridge] | None = None
+
+    def ridge(self, penalty: float) -> Ridge:
+        """The closed form at one penalty; the one before it is dropped first."""
+        if self._last is None or self._last[0] != penalty:
+            self._last = None
+            self._last = (penalty, ridge(self.safe, penalty, self.keep))
+        return self._last[1]
+
+    def energies(self, rows: torch.Tensor, penalties: Sequence[float]) -> list[float]:
+        """What is left of the energy of rows at each penalty, by their `spectrum`."""
+        found = spectrum(rows, self.safe, self.keep)
+        return energies(found, torch.tensor(penalties, dtype=torch.float64)).tolist()
 
 
 def _times_gram(rows: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:

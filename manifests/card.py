@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Literal
 
 from safeshard.manifests.errors import printable
-from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, effect_text
+from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, effect_text, number_name
 from safeshard.manifests.render import caution_text
 from safeshard.manifests.schema import MANIFEST_NAME, Input, Manifest, ModuleEntry
 
@@ -114,8 +114,7 @@ def _decisions(manifest: Manifest) -> list[str]:
 
 
 def _key(modules: tuple[ModuleEntry, ...]) -> str:
-    value = "share of the delta's entries kept" if any(m.selected_fraction is not None for m in modules) else "cosine"
-    return f"Each cell: {value} and decision; `{NEAR}` marks a cosine within 1e-5 of the threshold."
+    return f"Each cell: {number_name(modules)} and decision; `{NEAR}` marks a cosine within 1e-5 of the threshold."
 
 
 def _grid(stack: Stack) -> str:

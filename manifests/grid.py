@@ -17,6 +17,7 @@ MARKS: dict[Decision, str] = {
     "merged": "●",
     "projected": "▼",
     "selected": "◆",
+    "shrunk": "▽",
     "scaled": "◇",
     "reverted": "○",
 }
@@ -25,6 +26,7 @@ MEANINGS: dict[Decision, str] = {
     "merged": "merged",
     "projected": "projected",
     "selected": "selected and compensated",
+    "shrunk": "shrunk where safe inputs excite it",
     "scaled": "scaled",
     "reverted": "kept as aligned",
 }
@@ -76,8 +78,18 @@ def cell_text(modules: tuple[ModuleEntry, ...]) -> str:
 
 
 def number(module: ModuleEntry) -> float | None:
-    """The value that a cell shows: the share of entries that Safe Delta kept, else the gate's cosine."""
-    return module.cosine if module.selected_fraction is None else module.selected_fraction
+    """The value that a cell shows: the share of entries that Safe Delta kept, the gate's cosine, or ridge's leak."""
+    known = (module.selected_fraction, module.cosine, module.leak)
+    return next((value for value in known if value is not None), None)
+
+
+def number_name(modules: Iterable[ModuleEntry]) -> str:
+    """What `number` is of these modules."""
+    modules = tuple(modules)
+    if any(m.selected_fraction is not None for m in modules):
+        return "share of the delta's entries kept"
+    leaks = any(m.leak is not None for m in modules) and all(m.cosine is None for m in modules)
+    return "leak" if leaks else "cosine"
 
 
 def kept_text(modules: tuple[ModuleEntry, ...]) -> str:
@@ -145,4 +157,6 @@ def _endings(kind: str) -> list[str]:
 def _value(module: ModuleEntry) -> str:
     if module.selected_fraction is not None:
         return f"{module.selected_fraction:.1%}"
+    if module.cosine is None and module.leak is not None:
+        return f"{module.leak:.2%}"
     return "" if module.cosine is None else f"{module.cosine:.3f}"

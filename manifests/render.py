@@ -24,6 +24,7 @@ COLOURS: dict[Decision, str] = {
     "merged": "33",
     "projected": "36",
     "selected": "32",
+    "shrunk": "92",
     "scaled": "35",
     "reverted": "34",
 }
@@ -56,6 +57,8 @@ def render_summary(manifest: Manifest) -> str:
         rows.append(("threshold", _threshold(thresholds, manifest.modules)))
     if effect := effect_text(manifest.effect):
         rows.append(("effect", effect))
+    if (leak := manifest.leak) is not None:
+        rows.append(("leak", f"{leak_text(leak)} of the delta's energy on safe inputs"))
     rows.append(("tensors", _counts(tensor.action for tensor in manifest.tensors)))
     rows += [
         (printable(role), printable(i.source + (f"@{i.revision}" if i.revision else "")))
@@ -164,6 +167,11 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         ("time", f"{run.wall_s:.1f} s" + (f" ({stages})" if stages else "")),
         ("peak memory", memory),
     ]
+
+
+def leak_text(leak: float) -> str:
+    """A share in percent, to three digits."""
+    return f"{100 * leak:.3g} %"
 
 
 def bytes_text(count: int) -> str:

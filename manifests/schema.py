@@ -6,6 +6,7 @@ function of the content: field order as declared, floats by `repr`, ASCII only, 
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ MAX_MANIFEST_VALUES = 6_000_000
 MAX_ENTRIES = 2 * MAX_TENSORS  # of one list
 MAX_KEYS = 10_000  # of one table
 
-Decision = Literal["kept", "merged", "projected", "selected", "scaled", "reverted"]
+Decision = Literal["kept", "merged", "projected", "selected", "shrunk", "scaled", "reverted"]
 Action = Literal["copied", "edited", "new"]
 Name = Annotated[str, Field(min_length=1)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="64 hexadecimal digits, lower case")]
@@ -123,11 +124,13 @@ class ModuleEntry(_Entry):
     """What was decided about one module.
 
     `reverted` means that the aligned weights were kept. `cosine` is the gate's; `near_threshold` marks one within
-    1e-5 of the threshold. `selected_fraction`, `budget`, `loss` and `damping` are Safe Delta's; `rank` is the written
-    adapter's and `lost_fraction` what truncation to it lost, as a fraction of the Frobenius norm. Of a quantised weight
-    `blocks` is how many blocks it has, `blocks_changed` how many of them were written anew, and `encoding_error`
-    how far these are from what was to be written, as a fraction of its Frobenius norm; where an expert's gate and up
-    lie in one region, the second one's entry speaks for both.
+    1e-5 of the threshold. `selected_fraction`, `budget`, `loss`, `damping` and `strength` (where a leak decided it) are
+    Safe Delta's, `penalty` is ridge's; `rank` is the written adapter's and `lost_fraction` what truncation to it lost,
+    as a fraction of the Frobenius norm. `energy` is tr(D H D^T) of the fine-tuned delta D on safe inputs of Gram H, and
+    `leak` the share of it that is left.
+    Of a quantised weight `blocks` is how many blocks it has, `blocks_changed` how many of them were written anew, and
+    `encoding_error` how far these are from what was to be written, as a fraction of its Frobenius norm; where an
+    expert's gate and up lie in one region, the second one's entry speaks for both.
     """
 
     name: Name
@@ -140,6 +143,10 @@ class ModuleEntry(_Entry):
     budget: float | None = None
     loss: float | None = None
     damping: float | None = None
+    strength: float | None = None
+    penalty: float | None = None
+    energy: float | None = None
+    leak: float | None = None
     rank: Count | None = None
     lost_fraction: float | None = None
     blocks: Count | None = None
@@ -234,6 +241,13 @@ class Manifest(_Entry):
         if unlisted := sorted({t.file for t in self.tensors} - with_header):
             raise ValueError(f"files has no header_sha256 for {', '.join(map(repr, unlisted))}")
         return self
+
+    @property
+    def leak(self) -> float | None:
+        """The share of the delta's energy on safe inputs that is left, over all modules; None where none is known."""
+        known = [(m.energy, m.leak * m.energy) for m in self.modules if m.leak is not None and m.energy is not None]
+        energy = math.fsum(whole for whole, _ in known)
+        return math.fsum(left for _, left in known) / energy if energy else None
 
     def content_hash(self) -> str:
         """BLAKE3 of the content: canonical JSON (sorted keys, no spaces) without the `blake3` field."""

@@ -30,6 +30,7 @@ __all__ = [
     "calibrate",
     "inspect",
     "report",
+    "ridge",
     "safedelta",
     "safelora",
     "safemerge",
@@ -93,11 +94,21 @@ def safedelta(**options: Any) -> Result:
     return _run_one("safedelta", options)
 
 
+@_takes(METHODS["ridge"], RunOptions)
+def ridge(**options: Any) -> Result:
+    """Ridge: shrink a delta where safe inputs excite it.
+
+    The closed form of what Safe Delta approximates; of a LoRA adapter only A changes.
+    Keywords are the fields of `safeshard.streamer.methods.ridge.Ridge` and of `RunOptions`.
+    """
+    return _run_one("ridge", options)
+
+
 @_takes(Calibrate, RunOptions)
 def calibrate(**options: Any) -> Factors:
-    """Save the factors that Safe Delta jobs share.
+    """Save what jobs of Safe Delta and ridge share: factors and Grams.
 
-    Returns their folder, and the modules of the aligned model that have none.
+    Returns their folder, and the modules of the aligned model that have no factor.
     Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.
     """
     from safeshard.streamer.run.save_factors import run_calibrate

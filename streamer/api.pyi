@@ -34,12 +34,15 @@ def calibrate(
     *,
     aligned: str | PathLike[str],
     output: str | PathLike[str],
+    task_data: str | PathLike[str] | None = None,
+    keep_data: str | PathLike[str] | None = None,
     calibration: str | PathLike[str] | None = None,
     samples: int = 128,
     max_tokens: int = 512,
     seed: int = 0,
     percdamp: float = 0.01,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    save: Literal["both", "factors", "grams"] = "both",
     device: str = "auto",
     memory: int | str = 2147483648,
     dry_run: bool = False,
@@ -49,9 +52,9 @@ def calibrate(
     quiet: bool = False,
     strict: bool = False,
 ) -> Factors:
-    """Save the factors that Safe Delta jobs share.
+    """Save what jobs of Safe Delta and ridge share: factors and Grams.
 
-    Returns their folder, and the modules of the aligned model that have none.
+    Returns their folder, and the modules of the aligned model that have no factor.
     Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.
     """
 
@@ -83,6 +86,40 @@ def report(
         overwrite: replace an existing file.
     """
 
+def ridge(
+    *,
+    aligned: str | PathLike[str],
+    output: str | PathLike[str],
+    task_data: str | PathLike[str] | None = None,
+    keep_data: str | PathLike[str] | None = None,
+    calibration: str | PathLike[str] | None = None,
+    samples: int = 128,
+    max_tokens: int = 512,
+    seed: int = 0,
+    adapter: str | PathLike[str] | None = None,
+    finetuned: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    dequantize: bool = False,
+    expert_packing: Literal["peft", "unsloth"] | None = None,
+    factors: str | PathLike[str] | None = None,
+    leak: float | None = None,
+    penalty: float | None = None,
+    rest: Literal["finetuned", "aligned"] = "finetuned",
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    strict: bool = False,
+) -> Result:
+    """Ridge: shrink a delta where safe inputs excite it.
+
+    The closed form of what Safe Delta approximates; of a LoRA adapter only A changes.
+    Keywords are the fields of `safeshard.streamer.methods.ridge.Ridge` and of `RunOptions`.
+    """
+
 def safedelta(
     *,
     aligned: str | PathLike[str],
@@ -99,6 +136,7 @@ def safedelta(
     expert_packing: Literal["peft", "unsloth"] | None = None,
     factors: str | PathLike[str] | None = None,
     strength: float = 0.1,
+    leak: float | None = None,
     selection: Literal["block", "row"] = "block",
     block_size: int = 2048,
     sub_block: int = 4,

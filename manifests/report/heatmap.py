@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from xml.etree.ElementTree import Element
 
-from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, number, prevailing
+from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, number, number_name, prevailing
 from safeshard.manifests.report.markup import tag
 from safeshard.manifests.schema import ModuleEntry
 
@@ -45,7 +45,7 @@ def heat_maps(modules: tuple[ModuleEntry, ...]) -> tuple[list[Element], list[Mod
 
 def value_name(modules: tuple[ModuleEntry, ...]) -> str:
     """What the number of a cell is."""
-    return "share of entries kept" if any(m.selected_fraction is not None for m in modules) else "cosine"
+    return number_name(modules).replace("the delta's ", "")
 
 
 def _bounded(value: float) -> float:

@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element
 from safeshard.manifests.card import PLAIN_LINK, shown_source
 from safeshard.manifests.errors import MAX_LISTED, printable
 from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, share_text
-from safeshard.manifests.render import bytes_text, caution_text
+from safeshard.manifests.render import bytes_text, caution_text, leak_text
 from safeshard.manifests.report.heatmap import heat_maps
 from safeshard.manifests.report.histogram import histogram
 from safeshard.manifests.report.markup import MAX_ROWS, Child, bar, facts, folded, table, tag
@@ -72,6 +72,8 @@ def _figures(manifest: Manifest) -> Element:
         figures.append((f"{near} {NEAR}", "within 1e-5 of the threshold"))
     if manifest.effect is not None and manifest.effect.kept_norm is not None:
         figures.append((share_text(manifest.effect.kept_norm), "of the delta's norm left"))
+    if (leak := manifest.leak) is not None:
+        figures.append((leak_text(leak), "of the delta's energy on safe inputs let through"))
     figures += [
         (str(len(manifest.fallbacks)), "fallbacks"),
         (f"{run.wall_s:.3g} s", "wall-clock time"),

@@ -1,44 +1,73 @@
-"""Factors on disk: one safetensors file a decoder layer, and factors.json, which ties them to model and data."""
+"""Factors and Grams on disk: one safetensors file a decoder layer, and factors.json, which ties them to model and data.
+
+A factor is an I x I tensor under the name of its first module; a Gram lies packed (`safeshard.kernels.half`) under that
+name and its role: `model.layers.0.mlp.up_proj:safe`. Folders of schema 1, which hold factors alone, are read as well.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Literal
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
 
+from safeshard.kernels.half import packed_size
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Hash, Input, InputFile
 from safeshard.streamer.calibration.factors import Calibration, forward_dtype
-from safeshard.streamer.calibration.groups import FactorSource, Group, Saved
+from safeshard.streamer.calibration.groups import FactorSource, Group, Saved, SavedFactor
 from safeshard.streamer.calibration.hidden_states import HiddenStates
+from safeshard.streamer.calibration.joined import Joined
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.headers import read_file_header
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.samples import hash_samples
+from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import Finite, Options
 from safeshard.streamer.sources import MAX_JSON_BYTES, open_source
 from safeshard.streamer.tensor_names import layer_of
 
 INDEX = "factors.json"
-SCHEMA: Literal["safeshard.factors/1"] = "safeshard.factors/1"
+SCHEMA: Literal["safeshard.factors/2"] = "safeshard.factors/2"
 FILE = r"factors-\d{5}\.safetensors"
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
+Role = Literal["safe", "task", "keep"]
+
+
+class SavedGram(Options):
+    """A packed Gram: its tensor in the group's file, and the BLAKE3 of its bytes."""
+
+    tensor: str
+    blake3: Hash
+
+
 class SavedGroup(Options):
-    """Linears that share a factor, the file and tensor it lies in, and the BLAKE3 of its bytes."""
+    """Linears that share an input, the file that holds their factor and Grams, and the BLAKE3 of the factor's bytes.
+
+    `added` is what was added to the Gram's diagonal, and 1 more at each of `dead`, before the factor was made.
+    """
 
     modules: Names
     file: str = Field(pattern=f"^{FILE}$")
-    tensor: str
-    damping: Finite = Field(gt=0)
-    blake3: Hash
+    tensor: str | None = None
+    damping: Finite | None = Field(None, gt=0)
+    added: Finite | None = None
+    dead: tuple[int, ...] = ()
+    blake3: Hash | None = None
+    grams: dict[Role, SavedGram] = Field(default_factory=dict)
+    reason: str = ""  # why there is no factor, where one was to be saved
+
+    def tensors(self) -> dict[str, str]:
+        """The BLAKE3 of each tensor of the file that belongs to this group."""
+        found = {gram.tensor: gram.blake3 for gram in self.grams.values()}
+        return found if self.tensor is None or self.blake3 is None else {self.tensor: self.blake3, **found}
 
 
 class FactorIndex(Options):
@@ -49,12 +78,14 @@ class FactorIndex(Options):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_: Literal["safeshard.factors/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["safeshard.factors/1", "safeshard.factors/2"] = Field(default=SCHEMA, alias="schema")
     safeshard: str
     torch: str
     aligned: Input
     sample: Hash  # of some of the aligned model's weights
     calibration: Input
+    task_data: Input | None = None
+    keep_data: Input | None = None
     options: dict[str, int | float | str | None]
     layers: tuple[tuple[SavedGroup, ...], ...]
     reverted: dict[str, str] = Field(default_factory=dict)  # module -> why it has no factor
@@ -132,17 +163,34 @@ class SavedFactors:
         for layer in index.layers:
             groups = []
             for group in layer:
-                ref, width = headers[group.file].get(group.tensor), _width(group, aligned)
-                if ref is None or ref.dtype != "F32" or ref.shape != (width, width):
-                    expected, got = f"F32 {[width, width]}", _shown(ref)
-                    offences.append(self._offence(group.file, group.tensor, expected, got))
-                else:
-                    saved = Saved(Read(self.source, ref), group.damping, group.blake3)
-                    groups.append(Group(group.modules, width, saved=saved))
+                width = _width(group, aligned)
+                expected: dict[str, tuple[int, ...]] = {
+                    gram.tensor: (packed_size(width),) for gram in group.grams.values()
+                }
+                if group.tensor is not None:
+                    expected[group.tensor] = (width, width)
+                for name, shape in expected.items():
+                    ref = headers[group.file].get(name)
+                    if ref is None or ref.dtype != "F32" or ref.shape != shape:
+                        offences.append(self._offence(group.file, name, f"F32 {list(shape)}", _shown(ref)))
+                if not offences:
+                    groups.append(self._group(group, width, headers[group.file]))
             layers.append(groups)
         if offences:
             raise RequestError(offences)
         return [*layers, [Group((name,), 0, reason=why) for name, why in index.reverted.items()]]
+
+    def _group(self, group: SavedGroup, width: int, tensors: Mapping[str, TensorRef]) -> Group:
+        saved = {name: Saved(Read(self.source, tensors[name]), blake3) for name, blake3 in group.tensors().items()}
+        factor = None
+        if group.tensor is not None and group.damping is not None:
+            factor = SavedFactor(saved[group.tensor], group.damping, group.added, group.dead)
+        grams: dict[str, Saved] = {role: saved[gram.tensor] for role, gram in group.grams.items()}
+        percdamp = float(self.index.options.get("percdamp") or 0.01)
+        keeps = len({"task", "keep"} & grams.keys())
+        return Group(
+            group.modules, width, saved=factor, saved_grams=grams, keeps=keeps, percdamp=percdamp, reason=group.reason
+        )  # fmt: skip
 
     def _offence(self, file: str, what: str, expected: str, got: str) -> Offence:
         return Offence(f"{self.source.spec}/{file}", what, expected, got, "calibrate again")
@@ -169,12 +217,35 @@ def _shown(ref: TensorRef | None) -> str:
     return "no such tensor" if ref is None else f"{ref.dtype} {list(ref.shape)}"
 
 
-def open_factors(aligned: Checkpoint, job: SafeDelta) -> FactorSource:
-    """The factors that a job asks for: saved ones, or those of a calibration run.
+def open_factors(aligned: Checkpoint, job: SafeDelta | Ridge) -> FactorSource:
+    """The factors or Grams that a job asks for: saved ones, or those of a calibration run, or of both.
 
     Raises:
-        RequestError: the model or the data is refused, or the saved factors belong to another model.
+        RequestError: the model or the data is refused, or what was saved belongs to another model.
     """
-    if job.factors is not None:
-        return SavedFactors(job.factors, aligned)
-    return Calibration(aligned, job, forward_dtype(aligned, job.dtype))
+    if job.factors is None:
+        return Calibration(aligned, job, forward_dtype(aligned, job.dtype))
+    saved = SavedFactors(job.factors, aligned)
+    if not isinstance(job, Ridge) or job.task_data is None:
+        return saved
+    if any(group.keeps for layer in saved.planned() for group in layer):
+        expected, got = "factors without task data, to add --task-data", "they have their own"
+        raise RequestError(Offence(saved.source.spec, "", expected, got, "leave out --task-data"))
+    return Joined(saved, Calibration(aligned, job, forward_dtype(aligned, job.dtype), ("task", "keep")))
+
+
+def factor_offences(source: FactorSource, job: SafeDelta | Ridge) -> Iterator[Offence]:
+    """What a job needs of saved factors, and what they lack."""
+    if job.factors is None:
+        return
+    what = ""
+    for group in (group for layer in source.planned() for group in layer):
+        old = group.saved is not None and group.saved.added is None
+        if (job.takes_grams or job.damping is not None) and "safe" not in group.saved_grams:
+            what = "Gram matrices"
+        elif job.target_leak is not None and not job.takes_grams and old:
+            what = "factors that say what was added to the diagonal"
+        elif not job.takes_grams and not group.is_saved and not group.reason:
+            what = "factors, or Gram matrices"
+    if what:
+        yield Offence(job.factors, "", what, "none", "calibrate again with this version")

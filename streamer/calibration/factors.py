@@ -17,16 +17,17 @@ from torch import Tensor
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
-from safeshard.streamer.calibration.forward import calibrate, check_lengths
+from safeshard.streamer.calibration.forward import LayerGrams, calibrate, check_lengths
 from safeshard.streamer.calibration.groups import Group
-from safeshard.streamer.calibration.hidden_states import HiddenStates
+from safeshard.streamer.calibration.hidden_states import HiddenStates, UnsavedStates
 from safeshard.streamer.calibration.prompts import BUILT_IN, Prompts, load_prompts
 from safeshard.streamer.calibration.skeleton import Skeleton, read_config
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.read import TORCH_DTYPES
-from safeshard.streamer.methods.calibrate import Calibrated
+from safeshard.streamer.methods.calibrate import Sampled
 from safeshard.streamer.sources import Source
 
+DATA = {"safe": "calibration", "task": "task_data", "keep": "keep_data"}  # role of a Gram -> option that names its data
 BATCH_TOKENS = 4096  # part of what decides the last bits of a Gram
 # What transformers reads to build a model and its tokenizer.
 MODEL_FILES = (
@@ -38,8 +39,10 @@ MODEL_FILES = (
 class Calibration:
     """Factors from a calibration run of the aligned model."""
 
-    def __init__(self, aligned: Checkpoint, options: Calibrated, dtype: torch.dtype) -> None:
-        """Check model and data.
+    def __init__(
+        self, aligned: Checkpoint, options: Sampled, dtype: torch.dtype, roles: Sequence[str] = tuple(DATA)
+    ) -> None:
+        """Check model and data. `roles` are the data sets to run, as far as they are given.
 
         Raises:
             RequestError: the model is none that can be calibrated, or the data is refused.
@@ -52,50 +55,57 @@ class Calibration:
             skeleton = Skeleton(self.folder, aligned.tensors.keys(), dtype)
             _check_shapes(aligned, skeleton)
             self._layers = {path: list(skeleton.linears(path)) for path in skeleton.layers}
-            data, samples, longest = options.calibration, options.samples, options.max_tokens
-            self.prompts: Prompts = load_prompts(
-                data, self.folder, samples=samples, max_tokens=longest, seed=options.seed
-            )
-            check_lengths(self.folder, self.prompts.tokens, skeleton.max_positions)
+            given = {role: getattr(options, DATA[role], None) for role in roles}
+            self.prompts: dict[str, Prompts] = {
+                role: load_prompts(
+                    place, self.folder, samples=options.samples, max_tokens=options.max_tokens, seed=options.seed
+                )
+                for role, place in given.items()
+                if role == "safe" or place is not None
+            }  # fmt: skip
+            tokens = [sample for prompts in self.prompts.values() for sample in prompts.tokens]
+            check_lengths(self.folder, tokens, skeleton.max_positions)
         self.modules = frozenset(name for names in self._layers.values() for name in names)
-        longest = max(map(len, self.prompts.tokens))
+        longest = max(map(len, tokens))
         width = int(read_config(self.folder).get_text_config().hidden_size)
-        self.hidden_bytes = len(self.prompts.tokens) * longest * width * dtype.itemsize
-        tokens = max(BATCH_TOKENS, longest)
-        self.forward_bytes = self._forward_bytes(skeleton.shapes(), tokens)
+        self.hidden_bytes = dtype.itemsize * width * sum(map(_positions, self.prompts.values()))
+        batch = max(BATCH_TOKENS, longest)
+        self.forward_bytes = self._forward_bytes(skeleton.shapes(), batch)
         features = max(sum(sum(self._shape(name)) for name in names) for names in self._layers.values())
-        self.batch_bytes = tokens * features * dtype.itemsize
+        self.batch_bytes = batch * features * dtype.itemsize
 
     def inputs(self) -> dict[str, Input]:
-        path = Path(self.options.calibration) if self.options.calibration else BUILT_IN
-        file = InputFile(name=path.name, size=path.stat().st_size, blake3=self.prompts.blake3)
-        return {"calibration": Input(source=self.prompts.source, files=(file,))}
+        return {
+            DATA[role]: _input(prompts, getattr(self.options, DATA[role])) for role, prompts in self.prompts.items()
+        }
 
     def planned(self) -> list[list[Group]]:
-        return [[Group((name,), self._shape(name)[1]) for name in names] for names in self._layers.values()]
+        keeps = len(self.prompts.keys() - {"safe"})
+        return [
+            [Group((name,), self._shape(name)[1], keeps=keeps) for name in names] for names in self._layers.values()
+        ]
 
     def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
+        total = sum(map(_positions, self.prompts.values()))
         with _named(self.folder, self.aligned.source):
-            for layer in calibrate(
-                self.folder, self._load, self.aligned.tensors.keys(), self.prompts.tokens, device=device,
-                dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget, key=self.states_key(device),
-                saved=saved, workers=workers,
-            ):  # fmt: skip
-                shared: dict[int, list[str]] = {}
-                for name, gram in layer.grams.items():
-                    shared.setdefault(id(gram), []).append(name)
-                groups = [
-                    Group(tuple(names), len(layer.grams[names[0]]), layer.grams[names[0]]) for names in shared.values()
-                ]
-                layer.grams.clear()
-                yield groups
+            runs = {
+                role: calibrate(
+                    self.folder, self._load, self.aligned.tensors.keys(), prompts.tokens, device=device,
+                    dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget * _positions(prompts) // total,
+                    key=self.states_key(device, prompts),
+                    saved=saved if number == 0 else UnsavedStates(saved.folders, saved.first), workers=workers,
+                )
+                for number, (role, prompts) in enumerate(self.prompts.items())
+            }  # fmt: skip
+            for layers in zip(*runs.values(), strict=True):
+                yield _groups(dict(zip(runs, layers, strict=True)))
 
-    def states_key(self, device: torch.device) -> str:
+    def states_key(self, device: torch.device, prompts: Prompts) -> str:
         """Hash of all that the hidden states depend on, as far as headers tell."""
         decisive = (
             {package: version(package) for package in ("safeshard", "torch", "transformers")},
             self.aligned.source.identity, [(file.name, file.size, file.sha256) for file in self.aligned.files],
-            hash_bytes((self.folder / "config.json").read_bytes()), self.prompts.tokens,
+            hash_bytes((self.folder / "config.json").read_bytes()), prompts.tokens,
             str(self.dtype), device.type, BATCH_TOKENS,
         )  # fmt: skip
         return hash_bytes(json.dumps(decisive).encode())
@@ -120,6 +130,34 @@ class Calibration:
         for path, names in self._layers.items():
             held[path] += tokens * sum(sum(self._shape(name)) for name in names)
         return max(held.values()) * self.dtype.itemsize
+
+
+def _positions(prompts: Prompts) -> int:
+    """Positions of all samples, each as long as the longest: at least those of the padded batches."""
+    return len(prompts.tokens) * max(map(len, prompts.tokens))
+
+
+def _input(prompts: Prompts, place: str | None) -> Input:
+    path = Path(place) if place else BUILT_IN
+    return Input(
+        source=prompts.source, files=(InputFile(name=path.name, size=path.stat().st_size, blake3=prompts.blake3),)
+    )
+
+
+def _groups(layers: dict[str, LayerGrams]) -> list[Group]:
+    """The groups of one decoder layer, of its Grams by role; what the layers held goes over to them."""
+    shared: dict[tuple[int, ...], list[str]] = {}
+    for name in next(iter(layers.values())).grams:
+        shared.setdefault(tuple(id(layer.grams[name]) for layer in layers.values()), []).append(name)
+    groups = []
+    for names in shared.values():
+        grams = {role: layer.grams[names[0]] for role, layer in layers.items()}
+        kept = {role: gram for role, gram in grams.items() if role != "safe"}
+        width = len(next(iter(grams.values())))
+        groups.append(Group(tuple(names), width, grams.get("safe"), kept, keeps=len(kept)))
+    for layer in layers.values():
+        layer.grams.clear()
+    return groups
 
 
 def _check_shapes(aligned: Checkpoint, skeleton: Skeleton) -> None:

@@ -86,6 +86,16 @@ class HiddenStates:
         self._cost = self._last - start
 
 
+class UnsavedStates(HiddenStates):
+    """For a run beside another that saves: hidden states that are never on disk under a name."""
+
+    def load(self, key: str, states: Tensor) -> int:
+        return 0
+
+    def save(self, key: str, layer: int, states: Tensor) -> None:
+        pass
+
+
 def clear_states(folders: Iterable[Path]) -> None:
     """Remove saved hidden states, and what a kill may have left of others: they are never published."""
     for folder in folders:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.errors import printable
 from safeshard.manifests.grid import effect_text
-from safeshard.manifests.render import caution_text
+from safeshard.manifests.render import caution_text, leak_text
+from safeshard.manifests.schema import Manifest
 from safeshard.streamer.progress import human
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def summary(results: Sequence[Result]) -> str:
         kinds = result.plan.kinds
         if any("experts" in kind for kind in kinds):
             lines.append("  " + ", ".join(f"{kind} {n} of {of}" for kind, (n, of) in sorted(kinds.items())))
+        if (leak := manifest.leak) is not None:
+            lines.append(f"  leak {leak_text(leak)} of the delta's energy on safe inputs{_strength(manifest)}")
         lines += [f"  note: {f.asked} -> {f.done} ({f.why})" + (f": {printable(f.subject)}" if f.subject else "")
                   for f in manifest.fallbacks[:5]]  # fmt: skip
         if len(manifest.fallbacks) > 5:
@@ -49,6 +52,15 @@ def summary(results: Sequence[Result]) -> str:
             f"peak memory {human(last.peak_host_bytes)}"
         )
     return "\n".join(lines)
+
+
+def _strength(manifest: Manifest) -> str:
+    """At which strength, where that followed from a leak."""
+    for name in ("penalty", "strength"):
+        for module in manifest.modules:
+            if (value := getattr(module, name)) is not None:
+                return f", at {name} {value:g}"
+    return ""
 
 
 def plan(plans: Sequence[JobPlan], memory: int) -> str:
@@ -136,6 +148,8 @@ def outcome(result: Result) -> dict[str, Any]:
         decisions = Counter(entry.decision for entry in manifest.modules)
         if manifest.effect is not None:
             base["effect"] = manifest.effect.model_dump(mode="json", exclude_none=True)
+        if manifest.leak is not None:
+            base["leak"] = manifest.leak
         return base | {"decisions": dict(decisions), "run": manifest.run.model_dump(mode="json")}
     if result.cosines:
         return base | {"source": result.plan.finetuned.source.spec, "cosines": dict(result.cosines)}

@@ -7,7 +7,7 @@ hands it one `Module` at a time and writes the `Edit` it returns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # nobody waits for torch to read a method's options
     from torch import Tensor
 
     from safeshard.kernels.factor import Factor
+    from safeshard.kernels.ridge import Grams
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
 # A cosine this close to the threshold is marked in the manifest: the published codes, which round it to five decimals,
@@ -49,7 +50,8 @@ class Module:
     `finetuned` and `safe` are pairs for adapters and weights for full checkpoints; `safe` is None where the safe
     adapter has no such module. `cosine` (NaN where undefined) and `projected` (P B for a pair, P delta for a weight,
     fp32) are the gate's. `chosen` is set where the decision needed the cosines of all modules first. `factor` is
-    Safe Delta's; where its Gram has none, `note` says why.
+    Safe Delta's; where its Gram has none, `note` says why. `grams` are ridge's. `strength` is what was found for
+    `target_leak`.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Module:
     cosine: float | None = None
     chosen: bool | None = None
     factor: Factor | None = None
+    grams: Grams | None = None
+    strength: float | None = None
     note: str = ""
 
 
@@ -84,7 +88,8 @@ class Job(Options):
     gated: ClassVar[bool] = False
     edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, element by element
     keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
-    calibrated: ClassVar[bool] = False  # needs the factors of the aligned model's Gram matrices
+    calibrated: ClassVar[bool] = False  # needs the aligned model's Gram matrices, or their factors
+    takes_grams: ClassVar[bool] = False  # the Gram matrices themselves
     writes_model: ClassVar[bool] = True
     rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
     keeps_more: ClassVar[str] = ""  # what to choose to keep more of the delta
@@ -145,6 +150,25 @@ class Job(Options):
         """The modules to change, given every module's cosine; asked only where `ranks_first`."""
         raise NotImplementedError
 
+    @property
+    def damping(self) -> float | None:
+        """At which damping a calibrated job asks for factors; None for what was saved with them."""
+        return None
+
+    @property
+    def target_leak(self) -> float | None:
+        """The share of the delta's energy on safe inputs to let through, where the strength follows from it."""
+        return None
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        """The strengths that `measure` tries, the safest first."""
+        raise NotImplementedError
+
+    def measure(self, module: Module) -> list[float]:
+        """The energy of a module's delta on safe inputs, and of what is left at each of `strengths`."""
+        raise NotImplementedError
+
     def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
         """Offences that the inputs' headers show."""
         yield from ()
@@ -182,6 +206,11 @@ def unit_scaling_config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str,
     return adapter.config.raw | {
         "r": common, "lora_alpha": common, "use_rslora": False, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
     }  # fmt: skip
+
+
+def product(pair: Lora) -> Tensor:
+    """The delta of a pair, O x I fp32."""
+    return (pair.b.float() * pair.scaling) @ pair.a.float()
 
 
 def random_key(seed: int, *names: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -14,16 +14,28 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
-from safeshard.streamer.methods.base import Edit, Job, Lora, Module, pad_rank, unit_scaling_config
-from safeshard.streamer.methods.calibrate import Calibrated
+from safeshard.streamer.methods.base import (
+    Edit,
+    Job,
+    Lora,
+    Module,
+    pad_rank,
+    product,
+    random_key,
+    unit_scaling_config,
+)  # fmt: skip
+from safeshard.streamer.methods.calibrate import Calibrated, Sampled
+from safeshard.streamer.methods.leak import ladder
 from safeshard.streamer.options import Finite, Place
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from safeshard.kernels.compensation import LoraCompensated, Scores
+    from safeshard.kernels.compensation import Compensated, LoraCompensated, Scores
     from safeshard.kernels.factor import Factor
+
+STRENGTHS = ladder(1e-3, 1e4, 2)
 
 
 class SafeDelta(Job, Calibrated):
@@ -38,6 +50,12 @@ class SafeDelta(Job, Calibrated):
 
     factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
     strength: Finite = Field(0.1, ge=0, description="the safety budget s; the paper uses about 0.1 on Llama-2-7B")
+    leak: Finite | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="in place of --strength: share of the delta's energy on safe inputs to let through",
+    )
     selection: Literal["block", "row"] = Field("block", description="a budget for a block of columns, or for each row")
     block_size: int = Field(
         2048, gt=0, description="columns selected together; of each, 15 % at least are left aligned"
@@ -54,8 +72,11 @@ class SafeDelta(Job, Calibrated):
 
     @model_validator(mode="after")
     def _consistent(self) -> SafeDelta:
-        if self.factors is not None and (fixed := sorted(self.model_fields_set & Calibrated.model_fields.keys())):
+        fixed = sorted((self.model_fields_set & Calibrated.model_fields.keys()) - {"percdamp"})
+        if self.factors is not None and fixed:
             raise ValueError(f"factors were made with their own {', '.join(fixed)}: leave that to calibrate")
+        if self.leak is not None and "strength" in self.model_fields_set:
+            raise ValueError("give either leak or strength")
         if self.finetuned is not None and (self.output_format == "adapter" or self.rank is not None):
             raise ValueError("a full checkpoint gives a checkpoint: output_format and rank go with adapter")
         if self.output_format == "checkpoint" and self.rank is not None:
@@ -65,16 +86,27 @@ class SafeDelta(Job, Calibrated):
         return self
 
     def factors_key(self) -> str:
-        """Equal for jobs that share their factors."""
-        decisive = (
-            {"aligned", "factors"} if self.factors is not None else {"aligned", "dtype", *Calibrated.model_fields}
-        )
+        """Equal for jobs that share a calibration."""
+        decisive = {"aligned", "factors"} if self.factors is not None else {"aligned", "dtype", *Sampled.model_fields}
         return json.dumps(self.model_dump(mode="json", include=decisive), sort_keys=True)
 
+    @property
+    def damping(self) -> float | None:
+        return self.percdamp if self.factors is None or "percdamp" in self.model_fields_set else None
+
     def settings(self) -> dict[str, Any]:
-        places = {"calibration", "factors"}
-        left_out = places | (Calibrated.model_fields.keys() if self.factors is not None else set())
+        left_out = {"calibration", "factors"}
+        if self.factors is not None:
+            left_out |= Calibrated.model_fields.keys() - ({"percdamp"} & self.model_fields_set)
         return {key: value for key, value in super().settings().items() if key not in left_out}
+
+    @property
+    def target_leak(self) -> float | None:
+        return self.leak
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        return STRENGTHS
 
     @property
     def dense_scratch(self) -> int:
@@ -103,59 +135,88 @@ class SafeDelta(Job, Calibrated):
         config = unit_scaling_config(adapter, ranks)
         return config if self.rest == "finetuned" else config | {"modules_to_save": None}
 
+    def measure(self, module: Module) -> list[float]:
+        assert module.factor is not None
+        factor, pair = module.factor, module.finetuned
+        if isinstance(pair, Lora) and self.selection == "block":
+            a, b = pair.a.float(), pair.b.float() * pair.scaling
+            rows = [kernels.leak.lora_rows(a, b)]
+            rows += [_lora_rows(self._lora(a, b, factor, strength), b) for strength in self.strengths]
+        else:
+            delta, seed = self._delta(module), random_key(0, module.name)
+            rows = [kernels.leak.dense_rows(delta, seed)]
+            for strength in self.strengths:
+                rows.append(kernels.leak.dense_rows(self._dense(delta, factor, strength).delta, seed))
+        return [kernels.leak.energy_by_factor(each, factor) for each in rows]
+
     def edit(self, module: Module) -> Edit:
         if module.factor is None:
             return self._rest(module)
         pair, factor = module.finetuned, module.factor
+        strength = self.strength if module.strength is None else module.strength
         if not self.writes_checkpoint:
-            return self._adapter(module, factor)
+            return self._adapter(module, factor, strength)
         assert module.aligned is not None
         dtype = self.dense_dtype(module.aligned)
         if isinstance(pair, Lora) and self.selection == "block":
-            b = pair.b.float() * pair.scaling
-            result = self._lora(pair.a.float(), b, factor)
+            a, b = pair.a.float(), pair.b.float() * pair.scaling
+            result = self._lora(a, b, factor, strength)
+            rows = kernels.leak.lora_rows(a, b), _lora_rows(result, b)
+            fields = self._fields(result.scores, factor, strength) | _leaked(*rows, factor)
             if result.scores.selected_fraction == 0:
-                return Edit("selected", {"weight": module.aligned}, _fields(result.scores, factor))
+                return Edit("selected", {"weight": module.aligned}, fields)
             delta = kernels.dense.stacked(b[start:stop] @ m for start, stop, m in result.groups)
-            return Edit(
-                "selected", {"weight": kernels.dense.add(module.aligned, delta, dtype)}, _fields(result.scores, factor)
-            )
-        return self._dense(module, factor, module.aligned, dtype)
+            return Edit("selected", {"weight": kernels.dense.add(module.aligned, delta, dtype)}, fields)
+        return self._weight(module, factor, strength, module.aligned, dtype)
 
-    def _dense(self, module: Module, factor: Factor, aligned: Tensor, dtype: torch.dtype) -> Edit:
-        tuned = module.finetuned
-        delta = _product(tuned) if isinstance(tuned, Lora) else (tuned.float() - aligned.float()).contiguous()
-        result = kernels.compensation.safe_delta_dense(
-            delta, factor, self.strength, selection=self.selection, block_size=self.block_size,
-            sub_block=self.sub_block, compensate=self.compensate,
-        )  # fmt: skip
+    def _weight(self, module: Module, factor: Factor, strength: float, aligned: Tensor, dtype: torch.dtype) -> Edit:
+        tuned, delta, seed = module.finetuned, self._delta(module), random_key(0, module.name)
+        result = self._dense(delta, factor, strength)
+        rows = kernels.leak.dense_rows(delta, seed), kernels.leak.dense_rows(result.delta, seed)
+        fields = self._fields(result.scores, factor, strength) | _leaked(*rows, factor)
         if result.scores.selected_fraction == 0:  # to the bit, where adding zero would turn -0 into 0
-            return Edit("selected", {"weight": aligned}, _fields(result.scores, factor))
+            return Edit("selected", {"weight": aligned}, fields)
         new = kernels.dense.add(aligned, result.delta, dtype)
         if not isinstance(tuned, Lora):  # to the bit, where adding the delta back may round otherwise
             new = kernels.dense.where(result.mask, tuned, new, dtype)
-        return Edit("selected", {"weight": new}, _fields(result.scores, factor))
+        return Edit("selected", {"weight": new}, fields)
 
-    def _lora(self, a: Tensor, b: Tensor, factor: Factor) -> LoraCompensated:
+    def _delta(self, module: Module) -> Tensor:
+        """The fine-tuned delta, O x I fp32."""
+        tuned, aligned = module.finetuned, module.aligned
+        if isinstance(tuned, Lora):
+            return product(tuned)
+        assert aligned is not None
+        return (tuned.float() - aligned.float()).contiguous()
+
+    def _dense(self, delta: Tensor, factor: Factor, strength: float) -> Compensated:
+        return kernels.compensation.safe_delta_dense(
+            delta, factor, strength, selection=self.selection, block_size=self.block_size,
+            sub_block=self.sub_block, compensate=self.compensate,
+        )  # fmt: skip
+
+    def _lora(self, a: Tensor, b: Tensor, factor: Factor, strength: float) -> LoraCompensated:
         return kernels.compensation.safe_delta_lora(
-            a,
-            b,
-            factor,
-            self.strength,
-            block_size=self.block_size,
-            sub_block=self.sub_block,
-            compensate=self.compensate,
-        )
+            a, b, factor, strength, block_size=self.block_size, sub_block=self.sub_block, compensate=self.compensate
+        )  # fmt: skip
 
-    def _adapter(self, module: Module, factor: Factor) -> Edit:
+    def _fields(self, scores: Scores, factor: Factor, strength: float) -> dict[str, Any]:
+        found = {
+            "selected_fraction": scores.selected_fraction, "budget": scores.budget, "loss": scores.loss,
+            "damping": factor.damping,
+        }  # fmt: skip
+        return found if self.leak is None else found | {"strength": strength}
+
+    def _adapter(self, module: Module, factor: Factor, strength: float) -> Edit:
         assert isinstance(module.finetuned, Lora)
         a, b = module.finetuned.a.float(), module.finetuned.b.float() * module.finetuned.scaling
-        result = self._lora(a, b, factor)
-        fields = _fields(result.scores, factor) | {"rank": len(a) * len(result.groups)}
+        result = self._lora(a, b, factor, strength)
+        fields = self._fields(result.scores, factor, strength) | {"rank": len(a) * len(result.groups)}
         new_a, new_b = kernels.compensation.groups_to_adapter(result.groups, b)
         if self.rank is not None:
             new_a, new_b, lost = kernels.merge.truncate(new_a, new_b, self.rank)
             fields |= {"rank": self.rank, "lost_fraction": float(lost)}
+        fields |= _leaked(kernels.leak.lora_rows(a, b), kernels.leak.lora_rows(new_a, new_b), factor)
         new_a, new_b = self._padded(module.finetuned, new_a, new_b)
         return Edit("selected", {"a": new_a, "b": new_b}, fields)
 
@@ -178,18 +239,20 @@ class SafeDelta(Job, Calibrated):
         dtype = self.dense_dtype(aligned)
         return Edit(
             decision,
-            {"weight": kernels.dense.add(aligned, _product(pair), dtype) if isinstance(pair, Lora) else pair},
+            {"weight": kernels.dense.add(aligned, product(pair), dtype) if isinstance(pair, Lora) else pair},
             fields,
         )
 
 
-def _product(pair: Lora) -> Tensor:
-    """The delta of a pair, O x I fp32."""
-    return (pair.b.float() * pair.scaling) @ pair.a.float()
+def _lora_rows(result: LoraCompensated, b: Tensor) -> Tensor:
+    """Rows that stand for what is written of a pair."""
+    return kernels.leak.lora_rows(*kernels.compensation.groups_to_adapter(result.groups, b))
 
 
-def _fields(scores: Scores, factor: Factor) -> dict[str, Any]:
-    return {
-        "selected_fraction": scores.selected_fraction, "budget": scores.budget, "loss": scores.loss,
-        "damping": factor.damping,
-    }  # fmt: skip
+def _leaked(rows: Tensor, new: Tensor, factor: Factor) -> dict[str, float]:
+    """The manifest's `energy` of a delta and the `leak` of what is written of it, where the factor tells them."""
+    if factor.added is None:
+        return {}
+    energy = kernels.leak.energy_by_factor(rows, factor)
+    left = kernels.leak.energy_by_factor(new, factor)
+    return {"energy": energy, "leak": left / energy if energy else 0.0}

@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import JOURNAL_NAME
-from safeshard.streamer.calibration.factor_files import open_factors
+from safeshard.streamer.calibration.factor_files import factor_offences, open_factors
 from safeshard.streamer.inputs.adapter import Adapter, open_adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.inputs.compare import same_tensors
 from safeshard.streamer.inputs.expert_lora import Packing
 from safeshard.streamer.inputs.names.apply import in_names_of
 from safeshard.streamer.methods.base import Job
+from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.plan.cautions import cautions
 from safeshard.streamer.plan.checks import input_offences
@@ -91,10 +92,11 @@ class Planner:
             return None
         plan = JobPlan(job, inputs)
         offences = list(input_offences(plan))
-        if not offences and isinstance(job, SafeDelta):
+        if not offences and isinstance(job, SafeDelta | Ridge):
             plan.factors = self._open(("factors", job.factors_key()), partial(open_factors, plan.aligned, job))
             if plan.factors is None:
                 return None
+            offences = list(factor_offences(plan.factors, job))
         if not offences:
             plan_outputs(plan)
             if job.writes_model:

@@ -12,6 +12,7 @@ from pathlib import Path
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import Input, InputFile, Manifest
 from safeshard.manifests.verify import Finding
+from safeshard.streamer.calibration.factors import DATA
 from safeshard.streamer.calibration.prompts import BUILT_IN, BUILT_IN_NAME
 from safeshard.streamer.inputs.headers import file_header, read_file_header
 from safeshard.streamer.inputs.samples import hash_file
@@ -54,7 +55,7 @@ def check_inputs(manifest: Manifest, places: Mapping[str, str], note: Note) -> l
     for role, place in places.items():
         given = manifest.inputs[role]
         try:
-            findings += _data(given, place) if role == "calibration" else _folder(role, given, place, note)
+            findings += _data(role, given, place) if role in DATA.values() else _folder(role, given, place, note)
         except RequestError as error:
             problem = f"{role} cannot be opened"
             findings += [Finding(o.where, o.what, problem, o.expected, o.got) for o in error.offences]
@@ -63,18 +64,18 @@ def check_inputs(manifest: Manifest, places: Mapping[str, str], note: Note) -> l
     return findings
 
 
-def _data(given: Input, place: str) -> Iterator[Finding]:
-    """Calibration data: one file, wherever it lies."""
+def _data(role: str, given: Input, place: str) -> Iterator[Finding]:
+    """Data of a calibration: one file, wherever it lies."""
     try:
         path = (BUILT_IN if place == BUILT_IN_NAME else Path(place)).resolve()
         is_file = path.is_file()
     except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a null byte
         is_file = False
     if not is_file:
-        yield Finding(place, "", "calibration: missing")
+        yield Finding(place, "", f"{role}: missing")
         return
     for file in given.files:
-        yield from _file("calibration", LocalSource(path.parent, str(path.parent)), path.name, file)
+        yield from _file(role, LocalSource(path.parent, str(path.parent)), path.name, file)
 
 
 def _folder(role: str, given: Input, place: str, note: Note) -> Iterator[Finding]:

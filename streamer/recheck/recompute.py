@@ -33,7 +33,7 @@ from safeshard.streamer.run.runner import Pass, largest_step
 from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.write.writer import Writer
 
-PLACES = frozenset({*ROLES, "calibration", "factors"})
+PLACES = frozenset({*ROLES, "calibration", "factors", "task_data", "keep_data"})
 
 
 def recompute(manifest: Manifest, places: Mapping[str, str], count: int, seed: int, note: Note) -> list[Finding]:
@@ -119,6 +119,8 @@ def _computed_differences(plan: JobPlan, manifest: Manifest, note: Note) -> list
     job_run.writer = Writer(plan.job.output, plan.files, {}, overwrite=False)
     if plan.job.ranks_first:  # the choice depends on all cosines: the others' are taken from the manifest
         job_run.cosines = {m.name: m.cosine for m in manifest.modules if m.name not in plan.modules}
+    if plan.job.target_leak is not None:  # it follows from all modules
+        job_run.strength = next((s for m in manifest.modules for s in (m.penalty, m.strength) if s is not None), None)
     try:
         pass_ = Pass(options, device)
         pass_.execute([job_run])

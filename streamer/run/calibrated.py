@@ -9,12 +9,13 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from safeshard.streamer.calibration.groups import FactorSource, Group, device_bytes, resident_bytes
+from safeshard.streamer.calibration.groups import FactorSource, Group, Needs, device_bytes, resident_bytes
 from safeshard.streamer.calibration.hidden_states import HiddenStates, clear_states
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import tried_twice
 from safeshard.streamer.inputs.read import Step
-from safeshard.streamer.run.compute import compute_step
+from safeshard.streamer.methods.base import Job
+from safeshard.streamer.run.compute import Given, compute_step
 from safeshard.streamer.run.steps import JobRun, module_step, workers_for
 from safeshard.streamer.run.stream import Buffers
 from safeshard.streamer.write.writer import Writer
@@ -28,9 +29,14 @@ def run_calibrated(
 ) -> None:
     """Serve all jobs that share a factor source in one pass over its layers; nothing is run where all is done."""
     for source, sharing in _by_source(runs):
-        if _all_steps(source, sharing):
-            _serve(source, sharing, run_steps, device, buffers, clock)
-        clear_states(writer.staging for writer in _writers(sharing))
+        measuring = [r for r in sharing if r.measures]
+        for serving in filter(None, (measuring, sharing)):
+            if _all_steps(source, serving):
+                _serve(source, serving, run_steps, device, buffers, clock)
+            clear_states(writer.staging for writer in _writers(serving))
+            for job_run in measuring:
+                job_run.choose_strength()
+            measuring = []
 
 
 def planned_steps(runs: Sequence[JobRun]) -> list[Step]:
@@ -40,7 +46,10 @@ def planned_steps(runs: Sequence[JobRun]) -> list[Step]:
 
 def arithmetic_bytes(runs: Sequence[JobRun]) -> int:
     """What the calibrated pass holds at most where the arithmetic is done, one step at a time."""
-    return max([device_bytes(source, _all_steps(source, sharing)) for source, sharing in _by_source(runs)], default=0)
+    return max(
+        [device_bytes(source, _all_steps(source, sharing), _needs(sharing)) for source, sharing in _by_source(runs)],
+        default=0,
+    )  # fmt: skip
 
 
 def host_bytes(runs: Sequence[JobRun], device: torch.device) -> int:
@@ -51,9 +60,9 @@ def host_bytes(runs: Sequence[JobRun], device: torch.device) -> int:
     return max([step.cost for step in steps], default=0)
 
 
-def batches_at_once(source: FactorSource, device: torch.device, memory: int) -> int:
+def batches_at_once(source: FactorSource, device: torch.device, memory: int, needs: Needs) -> int:
     """How many batches of a layer to run side by side, one a core, as far as host `memory` goes beside its Grams."""
-    room = memory - resident_bytes(source) - source.forward_bytes
+    room = memory - resident_bytes(source, needs) - source.forward_bytes
     if device.type != "cpu" or not source.batch_bytes:
         return 1
     return max(1, min(workers_for(device), 1 + room // source.batch_bytes))
@@ -67,21 +76,42 @@ def _by_source(runs: Sequence[JobRun]) -> list[tuple[FactorSource, list[JobRun]]
     return list(shared.values())
 
 
+def _needs(runs: Sequence[JobRun]) -> Needs:
+    """What jobs that share a source take of it."""
+    return Needs(any(r.job.takes_grams for r in runs), len(set(_dampings(runs))))
+
+
+def _dampings(runs: Sequence[JobRun]) -> list[float | None]:
+    """The dampings at which jobs ask for factors, in the order that serves each once."""
+    return sorted({r.job.damping for r in runs if not r.job.takes_grams}, key=lambda d: d or 0.0)
+
+
+def _served(job_run: JobRun) -> tuple[bool, float]:
+    """Jobs in this order share what was made last."""
+    job = job_run.job
+    return job.takes_grams, (job_run.strength_or(0.0) if job.takes_grams else job.damping or 0.0)
+
+
 def _all_steps(source: FactorSource, runs: Sequence[JobRun], on_device: bool = False) -> list[Step]:
     return [step for layer in source.planned() for group in layer for step in _steps(group, runs, on_device)]
 
 
 def _steps(group: Group, runs: Sequence[JobRun], on_device: bool = False) -> list[Step]:
-    """A step a linear, or one for the group where its factor is read; `on_device` leaves out what arithmetic takes."""
+    """A step a linear, or one for the group where a step makes what its linears share.
+
+    `on_device` leaves out what the arithmetic takes.
+    """
+    needs = _needs(runs)
+    together = group.is_saved or needs.keeps_gram
+    runs = sorted(runs, key=_served)
     block = max(getattr(r.job, "block_size", 0) for r in runs)
     rows_of_u = 4 * group.width * min(block, group.width)  # those of a block's kept columns
     steps = []
-    for modules in [group.modules] if group.saved else [(name,) for name in group.modules]:
+    for modules in [group.modules] if together else [(name,) for name in group.modules]:
         step = module_step(modules[0], [(r, name) for r in runs for name in modules])
-        if group.saved is not None:
-            step.reads[group.saved.read.key] = group.saved.read
+        step.reads |= {read.key: read for read in group.reads(needs, _dampings(runs))}
         if not on_device:
-            step.scratch = max(step.scratch + rows_of_u, group.scratch)
+            step.scratch = max(step.scratch + rows_of_u, group.scratch(needs))
         if step.tasks:
             steps.append(step)
     return steps
@@ -96,20 +126,27 @@ def _serve(
     clock: Clock,
 ) -> None:
     on_device = device.type != "cpu"
-    percdamp = getattr(runs[0].job, "percdamp", 0.0)
+    needs = _needs(runs)
     hidden = min(source.hidden_bytes, buffers.limit // 2, buffers.limit - host_bytes(runs, device))
     groups: dict[str, Group] = {}
 
     def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
-        start = time.perf_counter()
         group = groups[step.name]
-        factor = tried_twice(device, step.name, lambda: group.factor(percdamp, loaded, device))
-        clock.add("factor", start)
-        compute_step(step, loaded, device, clock, factor)
+
+        def given(job: Job) -> Given:
+            start = time.perf_counter()
+            found = tried_twice(device, step.name, lambda: group.serve(job, needs, loaded, device))
+            clock.add("factor", start)
+            return found
+
+        try:
+            compute_step(step, loaded, device, clock, given)
+        finally:
+            group.forget()
 
     left = {name for r in runs for name in r.plan.modules if r.has_factor(name) and not r.is_done(name)}
-    with _held(buffers, hidden + (0 if on_device else resident_bytes(source))):
-        workers = batches_at_once(source, device, buffers.limit - hidden)
+    with _held(buffers, hidden + (0 if on_device else resident_bytes(source, needs))):
+        workers = batches_at_once(source, device, buffers.limit - hidden, needs)
         layers = source.layers(device, hidden, _hidden_states(source, runs), workers)
         forward = 0 if on_device else source.forward_bytes + (workers - 1) * source.batch_bytes
         while left and (layer := _next(source, layers, buffers, forward, clock)) is not None:

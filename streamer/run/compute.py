@@ -18,6 +18,7 @@ from torch import Tensor
 from safeshard.kernels.effect import Products, Tally
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
+from safeshard.kernels.ridge import Grams
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
@@ -26,7 +27,7 @@ from safeshard.streamer.inputs.codecs.base import Encoded
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
-from safeshard.streamer.methods.base import Lora, Module
+from safeshard.streamer.methods.base import Job, Lora, Module
 from safeshard.streamer.plan.job_plan import Pair, Weight
 from safeshard.streamer.run.effects import effect, measured_pair, measured_tiles
 from safeshard.streamer.run.encoded import encoding_fields, known_parts
@@ -35,6 +36,7 @@ from safeshard.streamer.run.strips import compute_strips
 from safeshard.streamer.sources import Source
 from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
 
+Given = Factor | Grams | str  # what a job gets of a module's calibration, or why there is no factor
 UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
 
 
@@ -100,9 +102,9 @@ def compute_step(
     loaded: Mapping[Hashable, Tensor],
     device: torch.device,
     clock: Clock,
-    factor: Factor | str | None = None,
+    given: Callable[[Job], Given] | None = None,
 ) -> None:
-    """Run all tasks of a step. `factor` is that of the step's modules, or says why they have none.
+    """Run all tasks of a step. `given` is what a job gets of its modules' calibration, or why there is nothing.
 
     Where the device runs out of memory, the jobs are served again in two halves, which the manifest records.
 
@@ -114,8 +116,8 @@ def compute_step(
         return
     relieved(
         device,
-        lambda: _compute(step.tasks, loaded, device, clock, factor),
-        lambda why: _compute_halves(step, loaded, device, clock, factor, why),
+        lambda: _compute(step.tasks, loaded, device, clock, given),
+        lambda why: _compute_halves(step, loaded, device, clock, given, why),
     )
 
 
@@ -124,7 +126,7 @@ def _compute_halves(
     loaded: Mapping[Hashable, Tensor],
     device: torch.device,
     clock: Clock,
-    factor: Factor | str | None,
+    given: Callable[[Job], Given] | None,
     why: str,
 ) -> None:
     middle = len(step.tasks) // 2
@@ -134,7 +136,7 @@ def _compute_halves(
     remedy = "use a device with more memory, fewer jobs a batch, or --device cpu; the same command resumes"
     with memory_errors(step.name, remedy):
         for half in filter(None, (step.tasks[:middle], step.tasks[middle:])):
-            _compute(half, loaded, device, clock, factor)
+            _compute(half, loaded, device, clock, given)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -144,7 +146,7 @@ def _compute(
     loaded: Mapping[Hashable, Tensor],
     device: torch.device,
     clock: Clock,
-    factor: Factor | str | None,
+    given: Callable[[Job], Given] | None,
 ) -> None:
     inputs, arrivals = Inputs(loaded, device), Arrivals(device)
     with arrivals.landing():
@@ -155,7 +157,7 @@ def _compute(
             if isinstance(task, CopyTask):
                 _copy(task, inputs, clock)
             elif not task.run.is_done(task.plan.name):
-                _decide(task, inputs, decided, clock, factor, arrivals)
+                _decide(task, inputs, decided, clock, given, arrivals)
 
 
 def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
@@ -200,7 +202,7 @@ def _decide(
     inputs: Inputs,
     gates: Mapping[Hashable, tuple[Gate, float]],
     clock: Clock,
-    factor: Factor | str | None,
+    given: Callable[[Job], Given] | None,
     arrivals: Arrivals,
 ) -> None:
     job_run, plan = task.run, task.plan
@@ -216,7 +218,10 @@ def _decide(
         return
     if job_run.job.calibrated or (plan.writes.keys() == {"b"} and gate is None):
         inputs.refuse_not_finite(task.reads())  # what is not selected, or an A that is only copied, is not written
-    module = _module(task, inputs, gate, cosine, factor)
+    module = _module(task, inputs, gate, cosine, given(job_run.job) if given is not None else "")
+    if job_run.measures:
+        job_run.measured(plan.name, [] if module.note else task.job.measure(module))
+        return
     edit = task.job.edit(module)
     encoded: list[Encoded] = []
     left = _write(task, module, edit.tensors, inputs, clock, arrivals, encoded)
@@ -234,9 +239,7 @@ def _decide(
         decide([value.item() for value in left])
 
 
-def _module(
-    task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None, factor: Factor | str | None
-) -> Module:
+def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None, given: Given) -> Module:
     job_run, plan = task.run, task.plan
     return Module(
         plan.name,
@@ -246,8 +249,10 @@ def _module(
         projected=gate.projected if gate is not None else None,
         cosine=math.nan if job_run.job.gated and cosine is None else cosine,
         chosen=plan.name in job_run.chosen if job_run.chosen is not None else None,
-        factor=factor if isinstance(factor, Factor) else None,
-        note=factor if isinstance(factor, str) else "",
+        factor=given if isinstance(given, Factor) else None,
+        grams=given if isinstance(given, Grams) else None,
+        strength=job_run.strength,
+        note=given if isinstance(given, str) else "",
     )
 
 

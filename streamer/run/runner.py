@@ -168,7 +168,11 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite)
     entries, cosines = _decided(plan, writer)
     fallbacks = list(writer.journal.sound("fallback", lambda record: Fallback(**record["entry"])))
-    return JobRun(plan, writer, entries, cosines, fallbacks=fallbacks)
+    curves = {}
+    if plan.job.target_leak is not None:
+        records = writer.journal.sound("curve", lambda record: (record["name"], [float(x) for x in record["curve"]]))
+        curves = {name: curve for name, curve in records if name in plan.modules}
+    return JobRun(plan, writer, entries, cosines, fallbacks=fallbacks, curves=curves)
 
 
 def _decided(plan: JobPlan, writer: Writer) -> tuple[dict[str, dict[str, Any]], dict[str, float | None]]:

@@ -1,4 +1,4 @@
-"""`calibrate`: run the aligned model over the calibration data once and save every factor, for later jobs."""
+"""`calibrate`: run the aligned model over the calibration data once and save Grams and factors, for later jobs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeshard.kernels.factor import Factor
+from safeshard.kernels.half import packed_size
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
@@ -23,11 +25,12 @@ from safeshard.streamer.calibration.factor_files import (
     INDEX,
     FactorIndex,
     SavedFactors,
+    SavedGram,
     SavedGroup,
     sample_weights,
 )
-from safeshard.streamer.calibration.factors import Calibration, forward_dtype
-from safeshard.streamer.calibration.groups import Group, device_bytes, hash_factor, resident_bytes
+from safeshard.streamer.calibration.factors import DATA, Calibration, forward_dtype
+from safeshard.streamer.calibration.groups import Group, Needs, device_bytes, hash_host, resident_bytes
 from safeshard.streamer.calibration.hidden_states import COPIES, HiddenStates, clear_states
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import exact_products, tried_twice
@@ -86,9 +89,10 @@ class _Layer(Options):
             with path.open("rb") as file:
                 fd, size = file.fileno(), os.fstat(file.fileno()).st_size
                 tensors = read_header(path.name, size, lambda start, stop: os.pread(fd, stop - start, start)).tensors
-                places = [(tensors[group.tensor], group) for group in self.groups if group.file == path.name]
-                return (sorted(named), len(places)) == (sorted(modules), len(self.groups)) and all(
-                    hash_tensor_region(fd, ref.offset, ref.nbytes) == group.blake3 for ref, group in places
+                hashes = {tensors[name]: blake3 for group in self.groups for name, blake3 in group.tensors().items()}
+                own = all(group.file == path.name for group in self.groups)
+                return (sorted(named), own) == (sorted(modules), True) and all(
+                    hash_tensor_region(fd, ref.offset, ref.nbytes) == blake3 for ref, blake3 in hashes.items()
                 )
         except (OSError, EOFError, HeaderError, KeyError):
             return False
@@ -119,7 +123,7 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
         if not run.overwrite and (output / INDEX).is_file():  # killed in its last step
             Journal.open(_journal_of(staging, output), fingerprint).close()
             settle(staging, output)
-            return Factors(output, SavedFactors(str(output), aligned).index.reverted)
+            return Factors(output, _failed(SavedFactors(str(output), aligned).index))
         journal = open_journal(staging, output, fingerprint, run.overwrite)
     with journal:
         try:
@@ -136,7 +140,7 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
                 with contextlib.suppress(OSError):
                     remove(staging, output)  # nothing to resume
             raise
-    return Factors(output, index.reverted)
+    return Factors(output, _failed(index))
 
 
 def _fingerprint(calibration: Calibration, options: Calibrate, device: torch.device) -> dict[str, Any]:
@@ -151,12 +155,12 @@ def _fingerprint(calibration: Calibration, options: Calibrate, device: torch.dev
         "options": _decisive(options),
         "files": [INDEX, *(_file(number) for number in range(len(calibration.planned())))],
         "inputs": {role: given.model_dump(mode="json") for role, given in inputs.items()},
-        "modified": times, "hidden_states": calibration.states_key(device),
+        "modified": times, "hidden_states": calibration.states_key(device, next(iter(calibration.prompts.values()))),
     }  # fmt: skip
 
 
 def _decisive(options: Calibrate) -> dict[str, Any]:
-    return options.model_dump(mode="json", exclude={"aligned", "calibration", "output"})
+    return options.model_dump(mode="json", exclude={"aligned", *DATA.values(), "output"})
 
 
 def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
@@ -191,16 +195,28 @@ def _check_room(output: Path, memory: int, need: int, size: int) -> None:
 def _host_bytes(calibration: Calibration, device: torch.device) -> int:
     """Host memory that a layer takes besides the hidden states: on a device only its finished factors."""
     if device.type != "cpu":
-        return resident_bytes(calibration)
-    return device_bytes(calibration, [_step(group) for layer in calibration.planned() for group in layer])
+        return resident_bytes(calibration, _needs(calibration))
+    needs = _needs(calibration)
+    return device_bytes(calibration, [_step(group, needs) for layer in calibration.planned() for group in layer], needs)
+
+
+def _needs(calibration: Calibration) -> Needs:
+    """What is saved of a group: both are held until its layer is written."""
+    save = getattr(calibration.options, "save", "both")
+    return Needs(save != "factors", save != "grams", solves=False)
 
 
 def _disk_bytes(calibration: Calibration) -> int:
-    return sum(group.resident for layer in calibration.planned() for group in layer)
+    needs = _needs(calibration)
+    return sum(
+        4 * (needs.dampings * group.width**2 + needs.grams * (1 + group.keeps) * packed_size(group.width))
+        for layer in calibration.planned()
+        for group in layer
+    )
 
 
-def _step(group: Group) -> Step:
-    return Step(group.modules[0], scratch=group.scratch)
+def _step(group: Group, needs: Needs) -> Step:
+    return Step(group.modules[0], scratch=group.scratch(needs))
 
 
 def _finished(calibration: Calibration, journal: Journal) -> list[_Layer]:
@@ -229,13 +245,15 @@ def _write_layers(
     written = []
     memory = int(run.memory)
     hidden = min(memory // 2, memory - _host_bytes(calibration, device))
-    buffers = Buffers(memory - hidden - resident_bytes(calibration))
-    workers = batches_at_once(calibration, device, memory - hidden)
+    needs = _needs(calibration)
+    buffers = Buffers(memory - hidden - resident_bytes(calibration, needs))
+    workers = batches_at_once(calibration, device, memory - hidden, needs)
     layers = calibration.layers(device, hidden, HiddenStates([staging], first), workers)
     with Progress(sum(map(len, left)), run.quiet, unit="module") as progress:
         for number, groups in enumerate(layers, first):
-            _factor(groups, options.percdamp, device, buffers)
-            saved, failed = _save(groups, staging / _file(number), options.percdamp, device)
+            if needs.dampings:
+                _factor(groups, options.percdamp, needs, device, buffers)
+            saved, failed = _save(groups, staging / _file(number), options.percdamp, needs, device)
             written.append(_Layer(number=number, groups=saved, reverted=failed))
             journal.record("layer", **written[-1].model_dump(mode="json"))
             with clear_errors(staging):
@@ -250,47 +268,62 @@ def _file(number: int) -> str:
 
 
 def _index(calibration: Calibration, options: Calibrate, layers: Sequence[_Layer]) -> FactorIndex:
+    inputs = calibration.inputs()
     return FactorIndex(
         safeshard=version("safeshard"), torch=torch.__version__, aligned=_model_input(calibration.aligned),
         sample=sample_weights(calibration.aligned),
-        calibration=calibration.inputs()["calibration"],
+        calibration=inputs["calibration"], task_data=inputs.get("task_data"), keep_data=inputs.get("keep_data"),
         options=_decisive(options),
         layers=tuple(layer.groups for layer in layers),
         reverted={name: why for layer in layers for name, why in layer.reverted.items()},
     )  # fmt: skip
 
 
-def _factor(groups: Sequence[Group], percdamp: float, device: torch.device, buffers: Buffers) -> None:
+def _failed(index: FactorIndex) -> dict[str, str]:
+    """The modules that have no factor, whether they have a Gram or not, and why."""
+    reasons = {name: g.reason for layer in index.layers for g in layer if g.reason for name in g.modules}
+    return reasons | index.reverted
+
+
+def _factor(groups: Sequence[Group], percdamp: float, needs: Needs, device: torch.device, buffers: Buffers) -> None:
     """Factor a layer's Grams side by side, each single-threaded: the same bytes as in a job's own calibration."""
     by_name = {group.modules[0]: group for group in groups}
 
     def compute(step: Step, loaded: Mapping[Hashable, Tensor]) -> None:
         group = by_name[step.name]
-        tried_twice(device, step.name, lambda: group.factor(percdamp, loaded, device))
+        tried_twice(device, step.name, lambda: group.factor(percdamp, needs, loaded, device))
 
-    steps = [_step(group) if device.type == "cpu" else Step(group.modules[0]) for group in groups]
+    steps = [_step(group, needs) if device.type == "cpu" else Step(group.modules[0]) for group in groups]
     workers = workers_for(device) if device.type == "cpu" else 1  # one factor may fill a device
     run_steps(steps, compute, buffers=buffers, clock=Clock(), workers=workers, device=device)
 
 
 def _save(
-    groups: Sequence[Group], file: Path, percdamp: float, device: torch.device
+    groups: Sequence[Group], file: Path, percdamp: float, needs: Needs, device: torch.device
 ) -> tuple[tuple[SavedGroup, ...], dict[str, str]]:
-    """Write a layer's factors; return their places, and the modules without one."""
+    """Write a layer's factors and Grams; return their places, and the modules with neither."""
     tensors: dict[str, Tensor] = {}
     saved: list[SavedGroup] = []
     failed: dict[str, str] = {}
     for group in groups:
-        factor, name = group.factor(percdamp, {}, device), group.modules[0]
-        if isinstance(factor, str):
+        name = group.modules[0]
+        fields: dict[str, Any] = {"modules": group.modules, "file": file.name}
+        if needs.grams:
+            packed = {f"{name}:{role}": gram for role, gram in group.packed().items()}
+            tensors |= packed
+            fields["grams"] = {
+                key.rpartition(":")[2]: SavedGram(tensor=key, blake3=hash_host(gram)) for key, gram in packed.items()
+            }
+        factor = group.factor(percdamp, needs, {}, device) if needs.dampings else ""
+        if isinstance(factor, Factor):
+            u = tensors[name] = factor.u.cpu()
+            fields |= {"tensor": name, "damping": factor.damping, "blake3": hash_host(u), **_added(factor)}
+        elif needs.grams:
+            fields["reason"] = factor
+        else:
             failed |= dict.fromkeys(group.modules, factor)
             continue
-        u = tensors[name] = factor.u.cpu()
-        saved.append(
-            SavedGroup(
-                modules=group.modules, file=file.name, tensor=name, damping=factor.damping, blake3=hash_factor(u)
-            )
-        )
+        saved.append(SavedGroup(**fields))
     with clear_errors(file.parent):
         _write_tensors(file, tensors)
     return tuple(saved), failed
@@ -309,6 +342,15 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     finally:
         os.close(fd)
     sync_path(file.parent)
+
+
+def _added(factor: Factor) -> dict[str, Any]:
+    """What was added to a Gram's diagonal: the same everywhere, and 1 more where the input was never active."""
+    if factor.added is None:
+        return {}
+    least = factor.added.min()
+    dead = (factor.added > least + 0.5).nonzero().flatten().tolist()
+    return {"added": float(least), "dead": tuple(dead)}
 
 
 def _model_input(aligned: Checkpoint) -> Input:

@@ -16,6 +16,7 @@ from safeshard.kernels.projection import LANES
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Job
+from safeshard.streamer.methods.leak import strength_for
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
 from safeshard.streamer.run.assemble import Assembler
 from safeshard.streamer.tensor_names import layer_of, natural
@@ -38,6 +39,8 @@ class JobRun:
     cosines: dict[str, float | None] = field(default_factory=dict)
     chosen: set[str] | None = None
     limit: float | None = None  # the highest cosine among the chosen
+    curves: dict[str, list[float]] = field(default_factory=dict)  # what `measure` gave; empty where there is no factor
+    strength: float | None = None  # what follows from all curves
     fallbacks: list[Fallback] = field(default_factory=list)
 
     @property
@@ -52,6 +55,8 @@ class JobRun:
 
     def is_done(self, module: str) -> bool:
         """Whether this pass has nothing left to do for a module."""
+        if self.measures and self.has_factor(module):
+            return module in self.curves
         if self.writer is None or (self.job.ranks_first and self.chosen is None):
             return module in self.cosines
         return module in self.entries
@@ -60,6 +65,28 @@ class JobRun:
         """Let the job choose among its modules, once all cosines are known."""
         self.chosen = self.job.choose(self.cosines)
         self.limit = max((c for name in self.chosen if (c := self.cosines[name]) is not None), default=None)
+
+    @property
+    def measures(self) -> bool:
+        """Whether this pass measures what each strength lets through, to choose one."""
+        return self.job.target_leak is not None and self.strength is None
+
+    def measured(self, module: str, curve: list[float]) -> None:
+        """Keep what a module lets through at each strength, also in the journal."""
+        self.curves[module] = curve
+        if self.writer:
+            self.writer.record("curve", name=module, curve=curve)
+
+    def choose_strength(self) -> None:
+        """Let the strength follow from all modules, once they are measured."""
+        leak, curves = self.job.target_leak, [curve for curve in self.curves.values() if curve]
+        assert leak is not None
+        self.strength = strength_for(leak, self.job.strengths, curves)
+
+    def strength_or(self, default: float) -> float:
+        """The strength at which a job is served, as far as it is known."""
+        asked = getattr(self.job, "penalty", None)
+        return asked if asked is not None else default if self.strength is None else self.strength
 
     def score(self, module: str, cosine: float | None) -> None:
         """Keep a module's cosine (None: undefined), also in the journal where a later pass needs it."""

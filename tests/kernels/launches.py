@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 from safeshard.kernels import backend
 from safeshard.kernels.gate import dense_gate, lora_gate
 from safeshard.kernels.gram import accumulate
+from safeshard.kernels.half import pack, packed_size, unpack
 from safeshard.kernels.merge import dare_linear, linear
 from safeshard.kernels.projection import project
 from safeshard.kernels.row_compensation import _chunk_triton
@@ -87,6 +88,8 @@ MORE: dict[str, Callable[[], Any]] = {
     "gram fp32": lambda: accumulate(empty(NARROW, NARROW), empty(4096, NARROW)),
     "gram fp16": lambda: accumulate(empty(NARROW, NARROW), empty(4096, NARROW, dtype=torch.float16)),
     "gram of odd size": lambda: accumulate(empty(1001, 1001), empty(300, 1001, dtype=BF16)),
+    "pack": lambda: pack(empty(WIDE, WIDE)),
+    "unpack": lambda: unpack(empty(packed_size(WIDE)), WIDE),
     "merge fp32": lambda: linear([empty(NARROW, 2048)] * 2, [0.8, 0.2]),
     "merge with drops": lambda: dare_linear([empty(NARROW, 2048, dtype=BF16)] * 2, [0.8, 0.2], 0.5, [2**63 + 5, 1]),
 }  # fmt: skip

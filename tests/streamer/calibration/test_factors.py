@@ -98,6 +98,7 @@ def test_what_is_saved(saved: Place) -> None:
         "seed": 0,
         "percdamp": 0.1,
         "dtype": "float32",
+        "save": "both",
     }
     hessians = load_file(saved.golden / "expected/safedelta-hessians.safetensors")
     seen = set()
@@ -133,7 +134,10 @@ def test_factors_of_another_model_are_refused(saved: Place) -> None:
 def test_a_flipped_byte_is_noticed(saved: Place, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved.root / "factors/factors-00001.safetensors"
     data = bytearray(file.read_bytes())
-    data[-20] ^= 1
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    end = max(place["data_offsets"][1] for name, place in header.items() if name[0] != "_" and ":" not in name)
+    data[8 + length + end - 20] ^= 1
     file.write_bytes(data)
     with pytest.raises(
         RunError, match=r"factors-00001\.safetensors: model\.layers\.1\.\S+ is not what calibrate wrote"
@@ -179,7 +183,7 @@ def empty_group(index: dict[str, Any]) -> None:
 
 
 def other_schema(index: dict[str, Any]) -> None:
-    index["schema"] = "safeshard.factors/2"
+    index["schema"] = "safeshard.factors/3"
 
 
 @pytest.mark.parametrize(
@@ -236,7 +240,8 @@ def test_what_has_no_factor(place: Place, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_a_dry_run_says_what_factors_take(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     weights = {n: t for f in (place.golden / "aligned").glob("*.safetensors") for n, t in load_file(f).items()}
-    nbytes = sum(4 * weight.shape[1] ** 2 for name, weight in weights.items() if "_proj." in name)
+    widths = [weight.shape[1] for name, weight in weights.items() if "_proj." in name]
+    nbytes = sum(4 * (2 * width**2) for width in widths)  # narrow Grams are one panel, stored whole
     with pytest.raises(SystemExit):
         main(["calibrate", "--aligned", str(place.golden / "aligned"), "--calibration", str(place.data), "--samples",
               str(place.samples), "--output", str(place.root / "out"), "--dry-run", "--json"])  # fmt: skip

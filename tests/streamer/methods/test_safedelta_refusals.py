@@ -158,7 +158,8 @@ def test_mixture_of_experts_is_refused(tmp_path: Path, llama: Any) -> None:
         ({"strength": -1.0}, "strength"),
         ({"sub_block": 0}, "sub-block"),
         ({"factors": "x", "calibration": "y"}, "calibration"),
-        ({"factors": "x", "percdamp": 0.1}, "percdamp"),
+        ({"factors": "x", "samples": 3}, "samples"),
+        ({"leak": 0.1, "strength": 1.0}, "either leak or strength"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], message: str) -> None:

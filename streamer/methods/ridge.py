@@ -1,0 +1,162 @@
+"""Ridge: the closed form of what Safe Delta approximates. Stay near the fine-tuned delta, change least on safe inputs.
+
+    X = D (I + penalty H / mean(diag(H)))^-1
+
+with H the Gram of the safe inputs; of a LoRA adapter only A changes. See `safeshard.kernels.ridge` and docs/ridge.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from safeshard import kernels
+from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.methods.base import Edit, Job, Lora, Module, random_key
+from safeshard.streamer.methods.calibrate import KeptInputs, Sampled
+from safeshard.streamer.methods.leak import ladder
+from safeshard.streamer.options import Finite, Place
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from safeshard.kernels.ridge import Grams
+
+LEAK = 0.008  # see docs/ridge.md for the study
+PENALTIES = ladder(1e4, 1e-4, 8)
+
+
+class Ridge(Job, Sampled, KeptInputs):
+    """Shrink a delta just where safe inputs excite it; of a LoRA adapter only A changes."""
+
+    method: ClassVar[str] = "ridge"
+    title: ClassVar[str] = "ridge"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"  # Safe Delta, whose question it answers in closed form
+    calibrated: ClassVar[bool] = True
+    takes_grams: ClassVar[bool] = True
+
+    factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
+    leak: Finite | None = Field(
+        None, gt=0, lt=1, description=f"share of the delta's energy on safe inputs to let through (default: {LEAK})"
+    )
+    penalty: Finite | None = Field(
+        None, ge=0, le=1e4, description="in place of --leak: how much a change on safe inputs costs; 0 changes nothing"
+    )
+    rest: Literal["finetuned", "aligned"] = Field(
+        "finetuned", description="whose embeddings, norms, biases and head to take"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Ridge:
+        if self.factors is not None:
+            data = {"samples", "max_tokens", "seed"} if self.task_data is None else set()
+            if fixed := sorted(self.model_fields_set & ({"calibration"} | data)):
+                raise ValueError(f"factors were made with their own {', '.join(fixed)}: leave that to calibrate")
+        if self.leak is not None and self.penalty is not None:
+            raise ValueError("give either leak or penalty")
+        return self
+
+    def factors_key(self) -> str:
+        """Equal for jobs that share a calibration, those of Safe Delta included."""
+        decisive = {"aligned"}
+        decisive |= {"factors"} if self.factors is not None else {"calibration"}
+        if self.factors is None or self.task_data is not None:
+            decisive |= {"dtype", "samples", "max_tokens", "seed"}
+        if self.task_data is not None:
+            decisive |= {"task_data", "keep_data"}
+        return json.dumps(self.model_dump(mode="json", include=decisive), sort_keys=True)
+
+    def settings(self) -> dict[str, Any]:
+        left_out = {"calibration", "factors", "task_data", "keep_data"}
+        if self.factors is not None and self.task_data is None:
+            left_out |= Sampled.model_fields.keys()
+        found = {key: value for key, value in super().settings().items() if key not in left_out}
+        return found | {"leak": self.target_leak}
+
+    @property
+    def target_leak(self) -> float | None:
+        if self.penalty is not None:
+            return None
+        return LEAK if self.leak is None else self.leak
+
+    @property
+    def strengths(self) -> Sequence[float]:
+        return PENALTIES
+
+    @property
+    def dense_scratch(self) -> int:
+        return 16  # in fp32 the delta, what is written and a tile's solve; the output
+
+    @property
+    def rest_role(self) -> str:
+        return self.rest
+
+    def parts(self, module: LoraModule, safe: LoraModule | None) -> dict[str, int]:
+        return {"a": module.rank, "b": module.rank} if self.rest == "aligned" else {"a": module.rank}
+
+    def adapter_config(self, adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
+        config = super().adapter_config(adapter, ranks)
+        return config if self.rest == "finetuned" else config | {"modules_to_save": None}
+
+    def measure(self, module: Module) -> list[float]:
+        assert module.grams is not None
+        rows = delta_rows(module)
+        return [kernels.leak.energy(rows, module.grams.safe), *module.grams.energies(rows, self.strengths)]
+
+    def edit(self, module: Module) -> Edit:
+        if module.grams is None:
+            return self._rest(module)
+        penalty = module.strength if self.penalty is None else self.penalty
+        assert penalty is not None
+        if penalty == 0:
+            energy = kernels.leak.energy(delta_rows(module), module.grams.safe)
+            return self._unchanged(module, {"penalty": 0.0, "leak": 1.0, "energy": energy})
+        solver = module.grams.ridge(penalty)
+        tuned, fields = module.finetuned, {"penalty": penalty}
+        if isinstance(tuned, Lora):
+            b = tuned.b.float() * tuned.scaling
+            a, new = tuned.a.float(), solver.apply(tuned.a.float())
+            fields |= leaked(kernels.leak.lora_rows(a, b), kernels.leak.lora_rows(new, b), module.grams)
+            return Edit("shrunk", {"a": new, "b": tuned.b}, fields)
+        assert module.aligned is not None
+        delta = (tuned.float() - module.aligned.float()).contiguous()
+        change = solver.apply(delta)
+        seed = random_key(0, module.name)
+        fields |= leaked(kernels.leak.dense_rows(delta, seed), kernels.leak.dense_rows(change, seed), module.grams)
+        dtype = self.dense_dtype(module.aligned)
+        return Edit("shrunk", {"weight": kernels.dense.add(module.aligned, change, dtype)}, fields)
+
+    def _rest(self, module: Module) -> Edit:
+        """No decoder linear."""
+        fields = {"note": "no decoder linear: --rest decides"}
+        if self.rest == "finetuned":
+            return self._unchanged(module, fields)
+        if isinstance(module.finetuned, Lora):
+            return Edit("reverted", {"a": module.finetuned.a, "b": module.finetuned.b * 0}, fields)
+        assert module.aligned is not None
+        return Edit("reverted", {"weight": module.aligned}, fields)
+
+    def _unchanged(self, module: Module, fields: dict[str, Any]) -> Edit:
+        tuned = module.finetuned
+        tensors = {"a": tuned.a, "b": tuned.b} if isinstance(tuned, Lora) else {"weight": tuned}
+        return Edit("kept", tensors, fields)
+
+
+def delta_rows(module: Module) -> Tensor:
+    """Rows that stand for a module's fine-tuned delta where energies are measured."""
+    if isinstance(module.finetuned, Lora):
+        pair = module.finetuned
+        return kernels.leak.lora_rows(pair.a.float(), pair.b.float() * pair.scaling)
+    assert module.aligned is not None
+    delta = (module.finetuned.float() - module.aligned.float()).contiguous()
+    return kernels.leak.dense_rows(delta, random_key(0, module.name))
+
+
+def leaked(rows: Tensor, new: Tensor, grams: Grams) -> dict[str, float]:
+    """The manifest's `energy` of a delta and the `leak` of what is written of it."""
+    energy = kernels.leak.energy(rows, grams.safe)
+    left = kernels.leak.energy(new, grams.safe)
+    return {"energy": energy, "leak": left / energy if energy else 0.0}
