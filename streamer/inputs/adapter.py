@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.inputs.checkpoint import ADAPTER, FLOATS, Checkpoint, is_head
+from safeshard.streamer.inputs.checkpoint import (
+    ADAPTER,
+    FLOATS,
+    NOT_GATHERED,
+    Checkpoint,
+    is_embedding,
+    is_head,
+)
 from safeshard.streamer.inputs.expert_lora import (
     PackedRef,
     Packing,
@@ -24,12 +31,16 @@ from safeshard.streamer.inputs.names.apply import ambiguities
 from safeshard.streamer.inputs.names.exchange import Names, Shape, exchange
 from safeshard.streamer.inputs.names.parts import stack_of
 from safeshard.streamer.inputs.names.unbuilt import unbuilt
+from safeshard.streamer.inputs.vocabulary import only_rows_differ
 from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ADAPTER
-_LORA_KEY = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
+_LORA_KEY = re.compile(
+    r"(?P<path>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?P<adapter>[^.]+))??(?(embedding)|\.weight)"
+)
+_SAVED = re.compile(r"\.(?:base_layer|modules_to_save)(?:\.[^.]+)?(?=\.(?:weight|bias)$)")
 # What torch.compile, FSDP, activation checkpointing and (before everything else) data parallelism add to names.
 _WRAPPER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 _WRAPPERS = re.compile(rf"^module\.|(?:^|(?<=\.)){_WRAPPER}")
@@ -58,6 +69,7 @@ class Adapter:
         files: the safetensors file.
         modules: checkpoint module -> its pair, in model order.
         saved: tensors that the adapter carries whole (modules_to_save, resized embeddings), by key in its file.
+        places: key -> the checkpoint's tensor that a saved one stands for, where it has one.
         expected: how many modules its config targets.
         targets: those modules.
         names: how its module names (with `.weight`) read in the checkpoint.
@@ -71,6 +83,7 @@ class Adapter:
     expected: int
     names: Names
     targets: frozenset[str] = frozenset()
+    places: Mapping[str, TensorRef] = field(default_factory=dict)
 
     def own_name(self, module: str) -> str:
         """The name that PEFT's patterns in the adapter's config match a module by, without wrappers."""
@@ -92,19 +105,25 @@ def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = Non
     _require_files(source, source.sizes())
     config = read_config(f"{source.spec}/{CONFIG}", read_json(source, CONFIG))
     header = read_file_header(source, WEIGHTS)
+    if (offence := _not_gathered(f"{source.spec}/{WEIGHTS}", header.tensors)) is not None:
+        raise RequestError(offence)
     matching = _Matching(f"{source.spec}/{WEIGHTS}", config, base)
     pairs, saved = matching.sort(header.tensors)
     pairs, wrong = unpack(pairs, config, packing, matching.where)
     matching.offences += wrong
-    names = exchange(_shapes(pairs), _module_shapes(base))
+    outside = {_saved_name(key): ref.shape for key, ref in saved.items() if layer_of(key) is None}
+    names = exchange(_shapes(pairs) | outside, _module_shapes(base))
     matching.offences += ambiguities(names, matching.where, base)
     modules = matching.match(pairs, names)
     targets = matching.expect(names)
+    places = matching.place(saved, names)
     if matching.offences:
         raise RequestError(matching.offences)
     modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
     files = [file_header(source, WEIGHTS, header)]
-    return Adapter(source, config, files, modules, saved, len(targets | modules.keys()), names, frozenset(targets))
+    return Adapter(
+        source, config, files, modules, saved, len(targets | modules.keys()), names, frozenset(targets), places
+    )
 
 
 def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
@@ -121,6 +140,17 @@ def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
         offences.append(Offence(source.spec, "", WEIGHTS, "no such file", "name the folder of a PEFT adapter"))
     if offences:
         raise RequestError(offences)
+
+
+def _not_gathered(where: str, tensors: Mapping[str, TensorRef]) -> Offence | None:
+    """An offence where the file has not what was trained: its process held only a share of it, or none."""
+    if not tensors:
+        return Offence(where, "", "lora_A and lora_B tensors", "a file without tensors", NOT_GATHERED)
+    empty = sorted((key for key, ref in tensors.items() if ref.shape == (0,)), key=natural)
+    if not empty:
+        return None
+    got = f"shape [0], as {len(empty)} tensors have" if len(empty) > 1 else "shape [0]"
+    return Offence(where, empty[0], "a tensor with elements", got, NOT_GATHERED)
 
 
 class _Matching:
@@ -147,6 +177,24 @@ class _Matching:
         if not pairs:
             self._refuse("", "lora_A and lora_B tensors", "none", "name a LoRA adapter")
         return pairs, saved
+
+    def place(self, saved: Mapping[str, TensorRef], names: Names) -> dict[str, TensorRef]:
+        """The checkpoint's tensors that saved ones stand for; one of another shape is an offence."""
+        places = {}
+        for key, ref in saved.items():
+            name = names.ours(_saved_name(key))
+            base = self.base.tensors.get(name)
+            if base is None and self.base.tied and is_head(name):
+                base = self.base.embedding
+            if base is None:
+                continue
+            places[key] = base
+            if ref.dtype not in FLOATS:
+                self._refuse(key, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype")
+            elif ref.shape != base.shape and not only_rows_differ(name, ref, base):
+                remedy = "use the adapter's own base model, or save the adapter again"
+                self._refuse(key, f"{list(base.shape)}, as {base.name} has", str(list(ref.shape)), remedy)
+        return places
 
     def match(self, pairs: Mapping[str, Sides], names: Names) -> dict[str, LoraModule]:
         """The pairs by the checkpoint's module names, checked."""
@@ -216,7 +264,12 @@ class _Matching:
         for ref, shape in ((module.a, (module.rank, inputs)), (module.b, (outputs, module.rank))):
             if ref.dtype not in FLOATS:
                 self._refuse(ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype")
-            if ref.shape != shape:
+            if ref.shape != shape and is_head(f"{name}.weight") | is_embedding(name):
+                remedy = (
+                    "its vocabulary was resized: train it with this module among modules_to_save, or merge it first"
+                )
+                self._refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy)
+            elif ref.shape != shape:
                 remedy = f"check the rank in {CONFIG}, and that this is the adapter's base model"
                 self._refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy)
 
@@ -231,6 +284,11 @@ def _own(path: str) -> str:
 
 def _plain(path: str) -> str:
     return _WRAPPERS.sub("", _own(path))
+
+
+def _saved_name(key: str) -> str:
+    """The name in the model that PEFT wrapped of a tensor that it saved whole."""
+    return _SAVED.sub("", _plain(key))
 
 
 def _is_whole(ref: TensorRef, config: LoraConfig) -> bool:
@@ -255,7 +313,7 @@ def _module_shapes(base: Checkpoint) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {f"{module}.weight": stored.shape for module, stored in base.linears.items()}
     for name, ref in base.tensors.items():
         if name.endswith(".weight") and len(ref.shape) == 2:
-            shapes.setdefault(name, ref.shape)
+            shapes.setdefault(name, ref.shape[::-1] if is_embedding(name.removesuffix(".weight")) else ref.shape)
     if base.tied and base.embedding is not None:
         shapes.setdefault("lm_head.weight", base.embedding.shape)
     return shapes
@@ -272,7 +330,8 @@ def _targets(config: LoraConfig, base: Checkpoint, names: Names, found: Iterable
     skipped = unbuilt(base.config)
     heads = [name.removesuffix(".weight") for name in (*base.tensors, "lm_head.weight") if is_head(name)]
     head = next((name for name in heads if base.weight(name)), None)
-    for module in [*base.linears, *([head] if head else [])]:
+    embeddings = [name for name in found if is_embedding(name)]
+    for module in [*base.linears, *([head] if head else []), *embeddings]:
         if layer_of(module) is not None and (_stack(module) not in stacks or skipped(f"{module}.weight")):
             continue
         if is_expert(module) and module.rpartition(".")[2] not in experts:

@@ -25,10 +25,11 @@ SINGLE = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 FLOATS = ("BF16", "F16", "F32")
 NOT_GATHERED = (
-    "DeepSpeed ZeRO-3 saved it without gathering: save it again with stage3_gather_16bit_weights_on_model_save, "
-    "or run its zero_to_fp32.py"
+    "DeepSpeed ZeRO-3 or FSDP saved it without gathering: save it again with "
+    "stage3_gather_16bit_weights_on_model_save, or run DeepSpeed's zero_to_fp32.py"
 )
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight")
+_EMBEDDINGS = re.compile(r"(.*\.)?(embed_(tokens|in|positions?)[^.]*|[^.]*_embeddings?|embeddings?|wte|wpe)")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -57,8 +58,13 @@ class Checkpoint:
         return view
 
     def weight(self, module: str) -> Stored | None:
-        """The weight of a module; an output head that shares the embedding's weight is found there."""
+        """The weight of a module, O x I; an output head that shares the embedding's weight is found there.
+
+        An embedding counts as the linear that it is: its inputs are tokens, so that it is stored in x out.
+        """
         found = self.modules.find(module)
+        if found is not None and is_embedding(module) and found.is_tensor:
+            return plain(found.ref, transposed=True)
         if found is None and self.tied and is_head(f"{module}.weight"):
             return plain(self.embedding) if self.embedding is not None else None
         return found
@@ -151,6 +157,11 @@ class Checkpoint:
         ref = self.tensors.get(tensor)
         where = f"{self.source.spec}/{ref.file}" if ref else self.source.spec
         return Offence(where, self.names.theirs(tensor), expected, got, remedy)
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module, outside of layers, is an embedding: of tokens, or of positions."""
+    return layer_of(module) is None and bool(_EMBEDDINGS.fullmatch(module))
 
 
 def is_head(name: str) -> bool:

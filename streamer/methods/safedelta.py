@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from safeshard import kernels
-from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
-from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.methods.base import (
     Edit,
     Job,
@@ -119,12 +117,6 @@ class SafeDelta(Job, Calibrated):
     @property
     def rest_role(self) -> str:
         return self.rest
-
-    def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
-        if isinstance(finetuned, Adapter) and self.writes_checkpoint and self.rest == "finetuned":
-            for key in sorted(key for key in finetuned.saved if ".base_layer." not in key):
-                expected, remedy = "no whole tensors in the adapter", "use --rest aligned, or an adapter output"
-                yield Offence(finetuned.source.spec, key, expected, "one, of modules_to_save or an embedding", remedy)
 
     def parts(self, module: LoraModule, safe: LoraModule | None) -> dict[str, int]:
         columns = module.a.shape[1]

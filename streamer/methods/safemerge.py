@@ -69,10 +69,6 @@ class SafeMerge(GatedJob):
     def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
         if not isinstance(finetuned, Adapter) or not isinstance(safe, Adapter):
             return
-        trained = (key for key in safe.saved if ".base_layer." not in key)  # PEFT saves a targeted head's frozen weight
-        for key in sorted(trained):
-            expected = "whole tensors in the fine-tuned adapter alone"
-            yield Offence(f"{safe.source.spec}", key, expected, "modules_to_save", "train the safe adapter without it")
         for name, module in finetuned.modules.items():
             other = safe.modules.get(name)
             if self.combine in ("linear", "dare_linear") and other and other.rank != module.rank:

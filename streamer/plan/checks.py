@@ -9,11 +9,12 @@ from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, NOT_GATHERED, Checkpoint, is_head
 from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
+from safeshard.streamer.inputs.vocabulary import only_rows_differ
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.outputs import computed, counterpart
 from safeshard.streamer.plan.side_files import MAX_SIDE_BYTES, SIDE_FILES, is_licence
 from safeshard.streamer.plan.storage import module_offences, moved
-from safeshard.streamer.plan.vocabulary import only_rows_differ
+from safeshard.streamer.plan.whole_tensors import Whole, describe, safe_offences
 from safeshard.streamer.tensor_names import natural
 
 
@@ -51,9 +52,24 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
             if weight is not None and weight.name != f"{module}.weight" and module not in aligned.linears:
                 got, remedy = f"it shares {weight.name}", "write an adapter, or untie the weights"
                 yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
+    if isinstance(safe, Adapter):
+        yield from safe_offences(safe, plan.whole.get("safe_adapter", {}))
+    if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint and plan.job.rest_role == "finetuned":
+        yield from _no_place_offences(aligned, finetuned, plan.whole.get("adapter", {}))
     yield from plan.job.check(finetuned, safe)
     if plan.job.writes_model:
         yield from _side_file_offences(plan)
+
+
+def _no_place_offences(aligned: Checkpoint, adapter: Adapter, whole: Whole) -> Iterator[Offence]:
+    """Offences of tensors that an adapter carries whole, for a checkpoint that has none of them."""
+    for key in sorted(adapter.saved):
+        difference, place = whole.get(key), adapter.places.get(key)
+        if (difference is not None and difference.equal) or ".base_layer." in key:
+            continue
+        if place is None or difference is None or is_head(place.name) != key.endswith("lm_head.weight"):
+            got, remedy = describe(difference), "use --rest aligned, or an adapter output"
+            yield Offence(adapter.source.spec, key, f"a tensor of {aligned.source.spec} to take its place", got, remedy)
 
 
 def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:

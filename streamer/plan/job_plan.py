@@ -16,6 +16,7 @@ from safeshard.streamer.calibration.factor_files import SavedFactors
 from safeshard.streamer.calibration.groups import FactorSource
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.compare import Difference
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Stored
 from safeshard.streamer.inputs.names.unbuilt import excused
@@ -146,6 +147,7 @@ class JobPlan:
     cautions: list[Caution] = field(default_factory=list)
     expected: int = 0
     adapter_config: dict[str, Any] | None = None
+    whole: dict[str, dict[str, Difference]] = field(default_factory=dict)  # by role, of adapters' whole tensors
     factors: FactorSource | None = None
     layout: Layout | None = None  # of a checkpoint that is written
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already

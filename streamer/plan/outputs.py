@@ -12,12 +12,14 @@ from safeshard.streamer.inputs.expert_lora import full_shape, output, whole_ref
 from safeshard.streamer.inputs.layouts import Stored, plain
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.read import Read
+from safeshard.streamer.inputs.vocabulary import added_rows, common_rows, only_rows_differ
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, OutputFile, Pair, Weight
 from safeshard.streamer.plan.layout import Layout, layout_of
 from safeshard.streamer.plan.model_config import is_other_class
 from safeshard.streamer.plan.storage import encoded_counterparts, moved
-from safeshard.streamer.plan.vocabulary import added_rows, common_rows, only_rows_differ, row_notes
+from safeshard.streamer.plan.vocabulary import row_notes
+from safeshard.streamer.plan.whole_tensors import describe, safe_notes
 from safeshard.streamer.tensor_names import natural
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -31,7 +33,7 @@ def plan_outputs(plan: JobPlan) -> None:
     if adapter is not None:
         _pair_modules(plan, adapter)
         plan.expected = adapter.expected
-        plan.fallbacks += _adapter_fallbacks(adapter, plan.safe if isinstance(plan.safe, Adapter) else None)
+        plan.fallbacks += _adapter_fallbacks(plan, adapter, plan.safe if isinstance(plan.safe, Adapter) else None)
     else:
         _weight_modules(plan)
         plan.expected = len(plan.modules)
@@ -156,17 +158,37 @@ def _adapter_file(plan: JobPlan, adapter: Adapter) -> None:
             tensors[ref.name] = (ref.name, _dtype(job, ref.dtype), full_shape(ref, part, rank))
             if part not in parts:
                 plan.copies.append(Copy(ref.name, adapter.source, whole_ref(ref)))
-    for ref in adapter.saved.values():
-        if job.rest_role == "finetuned":
-            tensors[ref.name] = (ref.name, _dtype(job, ref.dtype), ref.shape)
-            plan.copies.append(Copy(ref.name, adapter.source, ref))
-            if job.edits_all:
-                why = "it is a whole tensor, not a delta"
-                plan.fallbacks.append(Fallback(asked=job.title, done="carried over", why=why, subject=ref.name))
-        else:
-            plan.fallbacks.append(_left_out(ref.name, "--rest aligned"))
+    carried = {copy.name: copy for copy in _whole_tensors(plan, adapter)}
+    for name, copy in carried.items():
+        shape = copy.ref.shape if copy.added is None else _stacked(copy.ref, copy.added.ref)
+        tensors[name] = (name, _dtype(job, adapter.saved[name].dtype), shape)
+        plan.copies.append(copy)
     plan.files = [output_file(WEIGHTS, tensors.values())]
     plan.adapter_config = job.adapter_config(adapter, ranks)
+    if job.rest_role == "aligned":
+        saved = [each for each in adapter.config.modules_to_save if any(each in name.split(".") for name in carried)]
+        plan.adapter_config["modules_to_save"] = saved or None
+
+
+def _whole_tensors(plan: JobPlan, adapter: Adapter) -> Iterator[Copy]:
+    """What goes along of the tensors that an adapter carries whole.
+
+    Where the rest is to be the aligned model's, that is what it has as well, and rows that it lacks.
+    """
+    whole = plan.whole.get("adapter", {})
+    for key, ref in adapter.saved.items():
+        difference, place = whole.get(key), adapter.places.get(key)
+        done, copy = "carried over", Copy(key, adapter.source, ref)
+        if plan.job.rest_role == "aligned":
+            if difference is None or place is None or difference.added <= 0:
+                plan.fallbacks.append(_left_out(key, f"--rest aligned; {describe(difference)}"))
+                continue
+            if not difference.equal and (added := added_rows(place, ref)) is not None:
+                done = "the aligned one's rows, with those that are added"
+                copy = Copy(key, plan.aligned.source, place, Read(adapter.source, added))
+        yield copy
+        why = f"it is a whole tensor, not a delta; {describe(difference)}"
+        plan.fallbacks.append(Fallback(asked=plan.job.title, done=done, why=why, subject=key))
 
 
 def _checkpoint_files(plan: JobPlan) -> None:
@@ -190,9 +212,7 @@ def _checkpoint_files(plan: JobPlan) -> None:
             continue
         file = SINGLE if alone else ref.file
         shards.setdefault(file, []).append((name, ref.dtype if encoded else _dtype(job, ref.dtype), shape))
-    if isinstance(tuned, Adapter):
-        plan.fallbacks += [_left_out(key, "--rest aligned") for key in sorted(tuned.saved)]
-    else:
+    if isinstance(tuned, Checkpoint):
         plan.fallbacks += _grouped("the fine-tuned tensor", "the aligned one", tuned, plan.excused["finetuned"])
         for name, ref in _extras(plan, tuned):
             plan.copies.append(Copy(name, tuned.source, ref))
@@ -207,6 +227,8 @@ def _checkpoint_files(plan: JobPlan) -> None:
 def _taken_over(plan: JobPlan, name: str, ref: TensorRef | None, rest: Checkpoint) -> Copy:
     """An output tensor that no module writes: `rest`'s, with the rows that the fine-tuned model's vocabulary adds."""
     aligned, tuned = plan.aligned, plan.finetuned
+    if isinstance(tuned, Adapter) and (copy := _from_adapter(plan, tuned, name)) is not None:
+        return copy
     if ref is None:
         if name not in plan.excused.get("finetuned", ()) and name not in aligned.beside_encoded:
             why = f"{rest.source.spec} stores it in another format"
@@ -219,6 +241,20 @@ def _taken_over(plan: JobPlan, name: str, ref: TensorRef | None, rest: Checkpoin
         return Copy(name, rest.source, ref)
     plan.fallbacks += row_notes("--rest aligned", name, ref, theirs)
     return Copy(name, rest.source, ref, Read(tuned.source, added))
+
+
+def _from_adapter(plan: JobPlan, adapter: Adapter, name: str) -> Copy | None:
+    """A tensor of a checkpoint that the adapter carries whole; with `--rest aligned`, what it adds to it."""
+    aligned, whole = plan.aligned, plan.whole.get("adapter", {})
+    key = next((key for key, place in adapter.places.items() if place.name == name and key in whole), None)
+    if key is None or is_head(name) != key.endswith("lm_head.weight"):
+        return None
+    copy = Copy(name, adapter.source, adapter.saved[key])
+    if plan.job.rest_role == "finetuned" or whole[key].equal:
+        return copy if plan.job.rest_role == "finetuned" or whole[key].added > 0 else None
+    added = added_rows(aligned.tensors[name], adapter.saved[key])
+    plan.fallbacks.append(_left_out(key, f"--rest aligned; {describe(whole[key])}"))
+    return None if added is None else Copy(name, aligned.source, aligned.tensors[name], Read(adapter.source, added))
 
 
 def _extras(plan: JobPlan, tuned: Checkpoint) -> Iterator[tuple[str, TensorRef]]:
@@ -281,9 +317,10 @@ def _left_out(name: str, why: str) -> Fallback:
     return Fallback(asked="the fine-tuned tensor", done="left out", why=why, subject=name)
 
 
-def _adapter_fallbacks(adapter: Adapter, safe: Adapter | None) -> Iterator[Fallback]:
+def _adapter_fallbacks(plan: JobPlan, adapter: Adapter, safe: Adapter | None) -> Iterator[Fallback]:
     if safe is None:
         return
+    yield from safe_notes(safe, plan.whole.get("safe_adapter", {}))
     for name in sorted(adapter.modules.keys() - safe.modules.keys(), key=natural):
         yield Fallback(
             asked="a safe delta", done="a zero delta", why="the safe adapter has no such module", subject=name

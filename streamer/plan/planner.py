@@ -31,6 +31,7 @@ from safeshard.streamer.plan.layout import left_encoded
 from safeshard.streamer.plan.outputs import plan_outputs
 from safeshard.streamer.plan.places import output_offences
 from safeshard.streamer.plan.side_files import plan_side_files
+from safeshard.streamer.plan.whole_tensors import compare_whole
 from safeshard.streamer.sources import ShardCache, open_source
 
 T = TypeVar("T")
@@ -91,6 +92,10 @@ class Planner:
         if inputs.keys() != job.inputs().keys():
             return None
         plan = JobPlan(job, inputs)
+        for role, given in inputs.items():
+            if isinstance(given, Adapter) and given.places:
+                pair = ("whole", given.source.identity, plan.aligned.source.identity)
+                plan.whole[role] = self._open(pair, partial(compare_whole, given, plan.aligned)) or {}
         offences = list(input_offences(plan))
         if not offences and isinstance(job, SafeDelta | Ridge):
             plan.factors = self._open(("factors", job.factors_key()), partial(open_factors, plan.aligned, job))

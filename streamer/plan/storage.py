@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.checkpoint import Checkpoint
-from safeshard.streamer.plan.vocabulary import only_rows_differ
+from safeshard.streamer.inputs.vocabulary import only_rows_differ
 
 
 def moved(aligned: Checkpoint, other: Checkpoint) -> tuple[set[str], set[str]]:

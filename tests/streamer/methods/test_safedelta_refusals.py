@@ -122,13 +122,18 @@ def test_refusals_of_data(llama: Any, capsys: pytest.CaptureFixture[str]) -> Non
     assert "outside.jsonl:1" in refused(calibration=outside, samples=1)
 
 
-def test_padded_vocabulary_is_named(llama: Any) -> None:
-    tensors = dict(llama.finetuned)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = torch.cat([tensors[name], torch.zeros(31, 32)])
+def test_rows_that_the_fine_tuned_model_adds_go_along(llama: Any) -> None:
+    tensors, names = dict(llama.finetuned), ("model.embed_tokens.weight", "lm_head.weight")
+    for name in names:
+        tensors[name] = torch.cat([tensors[name], torch.ones(31, 32)])
     llama.write("padded", tensors)
-    with pytest.raises(RequestError, match="vocabularies differ"):
-        llama.run("out", finetuned=llama.root / "padded")
+    llama.run("added", finetuned=llama.root / "padded")
+    got = load_file(llama.root / "added/model.safetensors")
+    for name in names:
+        assert torch.equal(got[name], torch.cat([llama.aligned[name], torch.ones(31, 32)]))
+
+
+def test_a_configuration_with_another_vocabulary_than_the_weights_is_named(llama: Any) -> None:
     config = json.loads(llama.config)
     (llama.root / "aligned").unlink()
     llama.write("aligned", llama.aligned)
