@@ -18,7 +18,7 @@ from safeshard.streamer.disk import check_file, replace_file
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
-from safeshard.streamer.options import Options, RunOptions, build, expanded, fields_of
+from safeshard.streamer.options import Options, RunOptions, build, fields_of, local_path
 
 if TYPE_CHECKING:  # what computes is imported where it is called: the command line's help need not wait for torch
     from safeshard.manifests.verify import Finding
@@ -146,7 +146,7 @@ def score(
     """
     from safeshard.streamer.run.runner import run
 
-    table = Path(expanded(output)) if output is not None else None
+    table = local_path("--output", output) if output is not None else None
     if table is not None:
         check_file(table, (".csv", ".json"), overwrite)
     job_options, run_options = _split(options)
@@ -255,7 +255,7 @@ def report(
     outputs = [Path(output)] if isinstance(output, str | os.PathLike) else [Path(each) for each in output]
     if not outputs:
         raise RequestError(Offence("report", expected="an output", got="none"))
-    place = Path(file) if file is not None else _report_file(outputs)
+    place = local_path("--output", file) if file is not None else _report_file(outputs)
     check_file(place, [".html"], overwrite)
     _check_outside(place, outputs)
     offences: list[Offence] = []

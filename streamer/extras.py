@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
@@ -34,5 +35,9 @@ def require(package: str, extra: str) -> Any:
 
 
 def require_transformers() -> Any:
-    """Import and return `transformers`."""
+    """Import and return `transformers`, which fetches no compiled kernels from the Hub, whatever a model may name.
+
+    Where it is imported already, or the variable is set, that stays the user's decision.
+    """
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     return require("transformers", "calibration")

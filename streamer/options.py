@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.errors import Offence, RequestError, without_secrets
 
 T = TypeVar("T", bound=BaseModel)
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -33,8 +33,35 @@ def expanded(value: Any) -> Any:
     return os.path.expanduser(text) if isinstance(text, str) else text  # noqa: PTH111  # Path's raises without a home
 
 
+def local(value: Any) -> Any:
+    """A path to write to, expanded; one with a scheme is refused: nothing is written there, nor to a folder `s3:`."""
+    text = expanded(value)
+    if isinstance(text, str) and (match := _SCHEME.match(text)):
+        if (match[1] or "").lower() != "file":
+            raise PydanticCustomError("remote_place", REMOTE)
+        return text[len("file://") :]
+    return text
+
+
+def local_path(option: str, value: str | os.PathLike[str]) -> Path:
+    """A path to write to, that a function takes beside its options.
+
+    Raises:
+        RequestError: it has a scheme.
+    """
+    try:
+        return Path(local(value))
+    except PydanticCustomError:
+        raise RequestError(Offence(option, "", REMOTE, _shown(os.fspath(value)))) from None
+
+
+# Path("s3://b/x") has lost a slash. A single letter is no scheme.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z\d+.-]+)://|(hf|s3|gs|gcs|az|abfss?|r2|oss|https?|ftp|memory):/", re.IGNORECASE)
+_LOST_SLASH = re.compile(r"\b([A-Za-z][A-Za-z\d+.-]+):/(?=[^/\s])")
+REMOTE = "a local folder: write it there, then copy it (hf upload, aws s3 sync, gsutil rsync)"
+
 Place = Annotated[str, Field(min_length=1), BeforeValidator(expanded)]
-Folder = Annotated[Path, BeforeValidator(expanded)]
+Folder = Annotated[Path, BeforeValidator(local)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 EXPECTED = {  # by pydantic's type of error, where its own message does not go on from "expected"
@@ -148,6 +175,6 @@ def _offence(where: str, details: Any) -> Offence:
 def _shown(value: Any) -> str:
     """The beginning of a value's repr; of a number with thousands of digits Python makes none."""
     try:
-        return repr(value)[:80]
+        return without_secrets(_LOST_SLASH.sub(r"\1://", repr(value)))[:80]
     except ValueError:
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"

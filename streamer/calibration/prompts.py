@@ -90,6 +90,9 @@ def load_prompts(
     for option, value in (("--samples", samples), ("--max-tokens", max_tokens)):
         if value < 1:
             raise RequestError(Offence(option, expected="at least 1", got=str(value)))
+    if path is not None and "://" in (text := os.fspath(path)):
+        remedy = "fetch it first (hf download, aws s3 cp, curl) and name the file"
+        raise RequestError(Offence("--calibration", text, "a local file", "a URL", remedy))
     source = str(Path(path)) if path is not None else BUILT_IN_NAME
     data = _read(Path(path) if path is not None else BUILT_IN)
     count, last = _check_records(source, data)
@@ -269,6 +272,9 @@ class _Renderer:
         where, remedy = str(self._folder), "copy the aligned model's tokenizer there, or give the data as `input_ids`"
         if not any((self._folder / name).is_file() for name in _VOCABULARY_FILES):
             raise RequestError(Offence(where, "tokenizer", "a tokenizer", "none", remedy))
+        for path in sorted(self._folder.iterdir()):  # transformers opens files by name: a pipe would block it
+            if not path.is_dir() and path.exists() and not path.is_file():
+                raise RequestError(Offence(str(path), "", "a regular file", "a device or a pipe", "remove it"))
         auto = require_transformers().AutoTokenizer
         try:
             return auto.from_pretrained(self._folder, trust_remote_code=False, local_files_only=True)

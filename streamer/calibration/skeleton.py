@@ -9,6 +9,8 @@ its own, and a model whose forward does anything else between its layers is noti
 from __future__ import annotations
 
 import json
+import re
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +21,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from safeshard.manifests.bounded import read_regular
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.extras import require_transformers
+from safeshard.streamer.sources import MAX_JSON_BYTES
 from safeshard.streamer.tensor_names import layer_of
 
 Load = Callable[[str], torch.Tensor]
 
 MAX_LAYERS = 10_000
+# Attention and experts' kernels may name a Hub repository; the others name code, or weights to fetch.
+_CODE_KEYS = re.compile(
+    r"_implementation|^auto_map$|^custom_pipelines$|kernel_config|^use_kernels$|_pretrained_backbone$"
+)
 # The names under which configurations count their layers, and their experts.
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
@@ -194,24 +202,38 @@ class Skeleton:
 def read_config(folder: Path, most_layers: int = MAX_LAYERS) -> Any:
     """The configuration of the decoder-only model in `folder`; RequestError where transformers cannot read one.
 
-    A configuration with more than `most_layers` is refused before transformers makes a list of them.
+    A configuration with more than `most_layers` is refused before transformers makes a list of them. What names code
+    to fetch or to run, such as an attention kernel of a Hub repository, transformers never sees.
     """
-    transformers = require_transformers()
+    transformers, place = require_transformers(), ""
     try:
-        for key, count in _layer_counts(json.loads((folder / "config.json").read_bytes())):
+        raw = json.loads(read_regular(folder / "config.json", MAX_JSON_BYTES))
+        for key, count in _layer_counts(raw):
             if count > most_layers:
                 expected = f"{key} of at most {most_layers}, the layers of the checkpoint"
                 raise _refuse(folder, expected, str(count), "use the checkpoint that belongs to this config.json")
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        with tempfile.TemporaryDirectory() as place:
+            (Path(place) / "config.json").write_text(json.dumps(_without_code(raw)))
+            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
     except RequestError:
         raise
     except Exception as error:  # a config.json from elsewhere fails in many ways, all of them the file's fault
-        raise _refuse(folder, "a configuration that transformers reads without remote code", str(error)) from error
+        got = str(error).replace(place, str(folder)) if place else str(error)
+        raise _refuse(folder, "a configuration that transformers reads without remote code", got) from error
     if config.is_encoder_decoder:
         raise _refuse(folder, "a decoder-only model", f"{config.model_type}, an encoder-decoder")
     if getattr(config, "quantization_config", None) is not None:
         raise _refuse(folder, "weights in floating point", "a quantization_config", "use the unquantized checkpoint")
     return config
+
+
+def _without_code(config: Any) -> Any:
+    """A configuration without what says whose code to run: ours runs as transformers does by itself."""
+    if isinstance(config, list):
+        return [_without_code(item) for item in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_code(value) for key, value in config.items() if not _CODE_KEYS.search(key)}
 
 
 def _layer_counts(config: Any) -> Iterator[tuple[str, int]]:

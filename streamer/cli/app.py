@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import atexit
+import contextlib
 import io
 import json
 import os
@@ -232,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     handlers: dict[signal.Signals, Any] = {}
     hook = sys.unraisablehook
     _open_closed_streams()
+    stdout = sys.stdout
+    output = _Output(stdout)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
             stream.reconfigure(errors="replace")
@@ -241,7 +244,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             handlers[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
             sys.unraisablehook = _stop_later
         _mount(arguments)
-        app(args=arguments, prog_name="safeshard")
+        sys.stdout = output
+        try:
+            app(args=arguments, prog_name="safeshard")
+        except SystemExit as stop:
+            if not stop.code:
+                output.end()
+            raise
     except SafeshardError as error:
         print(f"safeshard: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
@@ -264,6 +273,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sys.unraisablehook = hook
+        with contextlib.suppress(ValueError):  # closed
+            output.flush()
+        sys.stdout = stdout
+
+
+class _Output:
+    """Standard output that ends no run: what cannot be written is dropped, and said at the end.
+
+    Where whoever reads has read enough (`| head`), nothing is said.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.error = self.error or error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def end(self) -> None:
+        """Write out what is left; exits with status 1 where something was dropped."""
+        self.flush()
+        if self.error is not None:
+            print(f"safeshard: standard output: {printable(self.error)}", file=sys.stderr)
+            sys.exit(1)
 
 
 def _open_closed_streams() -> None:

@@ -26,6 +26,7 @@ from safeshard.streamer.inputs.expert_lora import (
 )
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_file_header
 from safeshard.streamer.inputs.layouts import model_type
+from safeshard.streamer.inputs.lies_there import instead_of_adapter
 from safeshard.streamer.inputs.lora_config import LoraConfig, read_config
 from safeshard.streamer.inputs.names.apply import ambiguities
 from safeshard.streamer.inputs.names.exchange import Names, Shape, exchange
@@ -128,6 +129,8 @@ def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = Non
 
 def _require_files(source: Source, sizes: Mapping[str, int]) -> None:
     offences = []
+    if WEIGHTS not in sizes and "adapter_model.bin" not in sizes and (there := instead_of_adapter(source)):
+        raise RequestError(Offence(source.spec, "", f"{WEIGHTS} and {CONFIG}", *there))
     if CONFIG not in sizes:
         offences.append(Offence(source.spec, "", CONFIG, "no such file", "name the folder of a PEFT adapter"))
     if "adapter_model.bin" in sizes and WEIGHTS not in sizes:

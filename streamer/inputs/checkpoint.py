@@ -14,15 +14,16 @@ from safeshard.manifests.safetensors_header import Header, TensorRef
 from safeshard.streamer.inputs.codecs import FORMATS, Refused
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_headers
 from safeshard.streamer.inputs.layouts import Modules, Stored, plain
+from safeshard.streamer.inputs.lies_there import ADAPTER as ADAPTER
+from safeshard.streamer.inputs.lies_there import INDEX as INDEX
+from safeshard.streamer.inputs.lies_there import SINGLE as SINGLE
+from safeshard.streamer.inputs.lies_there import instead_of_checkpoint, shard_sets
 from safeshard.streamer.inputs.names.exchange import Names
 from safeshard.streamer.inputs.names.parts import part_of
-from safeshard.streamer.inputs.names.unbuilt import text_config
+from safeshard.streamer.inputs.names.unbuilt import text_config, unbuilt
 from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-ADAPTER = "adapter_model.safetensors"
 FLOATS = ("BF16", "F16", "F32")
 NOT_GATHERED = (
     "DeepSpeed ZeRO-3 or FSDP saved it without gathering: save it again with "
@@ -30,7 +31,6 @@ NOT_GATHERED = (
 )
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight")
 _EMBEDDINGS = re.compile(r"(.*\.)?(embed_(tokens|in|positions?)[^.]*|[^.]*_embeddings?|embeddings?|wte|wpe)")
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
 class Checkpoint:
@@ -42,6 +42,7 @@ class Checkpoint:
         tensors: name -> place, over all shards.
         files: the safetensors files in name order.
         names: how its own names read in `tensors`, where another checkpoint's stand there.
+        index_note: what was made of an index that is missing, or not right; "" for all others.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class Checkpoint:
     ) -> None:
         self.source, self.config, self.tensors, self.files = source, config, dict(tensors), files
         self.names = Names()
+        self.index_note = ""
 
     def under(self, names: Names) -> Checkpoint:
         """The same checkpoint with its tensors under another's names."""
         tensors = {names.ours(name): replace(ref, name=names.ours(name)) for name, ref in self.tensors.items()}
         view = Checkpoint(self.source, self.config, tensors, self.files)
         view.names = names
+        view.index_note = self.index_note
         return view
 
     def weight(self, module: str) -> Stored | None:
@@ -177,22 +180,26 @@ def open_checkpoint(source: Source) -> Checkpoint:
     """
     sizes = source.sizes()
     weight_map = _weight_map(source) if INDEX in sizes else None
-    names = [_only_file(source, sizes)] if weight_map is None else _indexed_files(source, sizes, weight_map)
+    names = _unindexed_files(source, sizes) if weight_map is None else _indexed_files(source, sizes, weight_map)
     headers, offences = read_headers(source, names, sizes)
-    if not offences:
-        offences += _duplicates(source, headers)
-        if weight_map is not None:
-            offences += _index_offences(source, headers, weight_map)
     config = read_json(source, "config.json") if "config.json" in sizes else {}
     if not isinstance(config, dict):
         got = type(config).__name__
         offences.append(Offence(f"{source.spec}/config.json", "", "a JSON object", got, "check the file"))
+    index_note = f"the headers of {len(names)} shards stand in for a missing {INDEX}" if len(names) > 1 else ""
+    if not offences:
+        offences += _duplicates(source, headers)
+        if weight_map is not None:
+            index_note, wrong = _index_offences(source, headers, weight_map, config)
+            offences += wrong
     if offences:
         raise RequestError(offences)
     tensors = {name: ref for header in headers.values() for name, ref in header.tensors.items()}
-    return Checkpoint(
+    checkpoint = Checkpoint(
         source, config, tensors, [file_header(source, name, header) for name, header in sorted(headers.items())]
     )
+    checkpoint.index_note = index_note
+    return checkpoint
 
 
 def _weight_map(source: Source) -> dict[str, str]:
@@ -223,21 +230,24 @@ def _indexed_files(source: Source, sizes: Mapping[str, int], weight_map: Mapping
     return files
 
 
-def _only_file(source: Source, sizes: Mapping[str, int]) -> str:
-    files = [name for name in sizes if name.endswith(".safetensors") and name != ADAPTER]
-    if SINGLE in files:
-        return SINGLE
-    if len(files) == 1:
-        return files[0]
-    pickle = next((name for name in sizes if PurePosixPath(name).suffix in _PICKLES), None)
-    got, remedy = "no safetensors file", "name the folder that holds the checkpoint"
-    if files:
-        got, remedy = f"{len(files)} safetensors files without an index", f"add {INDEX}"
-    elif ADAPTER in sizes:
-        got = "a PEFT adapter"
-    elif pickle:
-        got = f"a pickle checkpoint ({pickle})"
-        remedy = "convert it to safetensors (save_pretrained does); pickles are never opened"
+def _unindexed_files(source: Source, sizes: Mapping[str, int]) -> list[str]:
+    """The files of a checkpoint without an index: one, or a whole set of numbered shards, whose headers stand in."""
+    files = sorted(name for name in sizes if name.endswith(".safetensors") and name != ADAPTER)
+    sets = shard_sets(files)
+    if (len(files) == 1 and not sets) or (SINGLE in files and not sets):
+        return [SINGLE] if SINGLE in files else files
+    got, remedy = f"{len(files)} safetensors files without an index", f"add {INDEX}"
+    if not files:
+        got, remedy = instead_of_checkpoint(source)
+    elif SINGLE in files or len(sets) > 1:
+        stems = [SINGLE] * (SINGLE in files) + [f"{stem}-*-of-{count:05d}" for stem, count in sets]
+        got, remedy = f"several without an index: {', '.join(stems[:5])}", "move all but one elsewhere"
+    elif sets:
+        ((_, count), numbered), *_ = sets.items()
+        missing = next((number for number in range(1, count + 1) if number not in numbered), None)
+        if missing is None and len(numbered) == count:
+            return [numbered[number] for number in sorted(numbered)]
+        got, remedy = f"{len(numbered)} of {count} shards without an index", "fetch the missing files"
     raise RequestError(Offence(source.spec, "", f"{SINGLE} or {INDEX}", got, remedy))
 
 
@@ -251,11 +261,25 @@ def _duplicates(source: Source, headers: Mapping[str, Header]) -> Iterator[Offen
             seen[name] = file
 
 
-def _index_offences(source: Source, headers: Mapping[str, Header], weight_map: Mapping[str, str]) -> Iterator[Offence]:
-    where = f"{source.spec}/{INDEX}"
+def _index_offences(
+    source: Source, headers: Mapping[str, Header], weight_map: Mapping[str, str], config: Mapping[str, Any]
+) -> tuple[str, list[Offence]]:
+    """Where an index and the headers differ: a note about tensors that no one builds, and offences of all others."""
+    reason = unbuilt(config)
+    where, offences, noted = f"{source.spec}/{INDEX}", [], 0
     for name, file in weight_map.items():
         if name not in headers[file].tensors:
-            yield Offence(where, name, f"to be in {file}", "not there", "correct the index or fetch the file again")
+            if reason(name):
+                noted += 1
+                continue
+            remedy = "correct the index or fetch the file again"
+            offences.append(Offence(where, name, f"to be in {file}", "not there", remedy))
     for file, header in headers.items():
         for name in sorted(header.tensors.keys() - weight_map.keys()):
-            yield Offence(f"{source.spec}/{file}", name, "every tensor in the index", "not listed", "correct the index")
+            if reason(name):
+                noted += 1
+                continue
+            got = Offence(f"{source.spec}/{file}", name, "every tensor in the index", "not listed", "correct the index")
+            offences.append(got)
+    note = f"{INDEX} and the files differ by {noted} tensors that transformers never builds: the files are right"
+    return note if noted else "", offences

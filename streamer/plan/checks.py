@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from safeshard.manifests.errors import Offence
+from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, NOT_GATHERED, Checkpoint, is_head
 from safeshard.streamer.inputs.names.parts import part_of
@@ -25,7 +26,9 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
     for role, other in checkpoints.items():
         if role != "aligned" and other.source.identity == aligned.source.identity:
             yield Offence(other.source.spec, "", "another checkpoint than --aligned", "the same", f"check --{role}")
-    if empty := [offence for each in checkpoints.values() for offence in _gathered_offences(each)]:
+    if empty := [
+        offence for each in checkpoints.values() for offence in _gathered_offences(each, list(checkpoints.values()))
+    ]:
         yield from empty
         return
     modules = list(finetuned.modules) if isinstance(finetuned, Adapter) else list(computed(plan))
@@ -82,9 +85,22 @@ def _side_file_offences(plan: JobPlan) -> Iterator[Offence]:
                 yield Offence(where, "", expected, f"{size} bytes", "check the file")
 
 
-def _gathered_offences(checkpoint: Checkpoint) -> Iterator[Offence]:
-    """Offences of weights that were saved where only a share of them, or none, was on the process that saved."""
-    empty = [name for name, ref in checkpoint.tensors.items() if ref.shape == (0,) and name.endswith(".weight")]
+def _gathered_offences(checkpoint: Checkpoint, all_of_them: list[Checkpoint]) -> Iterator[Offence]:
+    """Offences of weights that were saved where only a share of them, or none, was on the process that saved.
+
+    What has no elements in any checkpoint of the job is none of them.
+    """
+
+    def elsewhere(name: str) -> list[TensorRef]:
+        return [ref for other in all_of_them if other is not checkpoint and (ref := other.tensors.get(name))]
+
+    empty = [
+        name
+        for name, ref in checkpoint.tensors.items()
+        if ref.shape == (0,)
+        and name.endswith(".weight")
+        and (any(other.nbytes for other in elsewhere(name)) or not elsewhere(name))
+    ]
     if empty:
         first = min(empty, key=natural)
         got = f"shape [0], as {len(empty)} tensors have" if len(empty) > 1 else "shape [0]"

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.errors import Offence, RequestError, without_secrets
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import build
@@ -117,7 +117,7 @@ def _fill(where: str, options: Mapping[str, Any]) -> str | None:
     def value(match: re.Match[str]) -> str:
         if match[1] not in options:
             raise RequestError(Offence(where, "output", "{option} of an option that the job has", match[0]))
-        name = PurePath(str(options[match[1]])).name
+        name = PurePath(without_secrets(str(options[match[1]]))).name
         if not name.strip("."):
             expected = "a value with a name to put into the path"
             raise RequestError(Offence(where, "output", expected, f"{match[0]} = {options[match[1]]!r}"))

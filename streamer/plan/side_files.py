@@ -16,7 +16,7 @@ from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, Fallback
 from safeshard.streamer.inputs import adapter as lora
-from safeshard.streamer.inputs.checkpoint import INDEX
+from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint
 from safeshard.streamer.plan.job_plan import JobPlan, SideFile
 from safeshard.streamer.sources import LocalSource, Source
 
@@ -61,6 +61,10 @@ def plan_side_files(plan: JobPlan) -> None:
         RunError: one cannot be read.
     """
     tuned, aligned = plan.finetuned, plan.aligned
+    notes = {c.source.spec: c.index_note for c in plan.inputs.values() if isinstance(c, Checkpoint) and c.index_note}
+    plan.fallbacks += [
+        Fallback(asked=f"the index of {spec}", done="its headers", why=why) for spec, why in notes.items()
+    ]
     whole = plan.job.writes_checkpoint
     taken: dict[str, SideFile] = {}
     own_template = _has_template(tuned.source)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from safeshard.manifests.bounded import TooLargeError, read_regular
 from safeshard.manifests.errors import Offence, RequestError
 
 MAX_BYTES = 4_000_000
+MAX_NODES = 150_000  # the parser takes some 30 us for each; 10,000 jobs with five options have 110,000
+MAX_NUMBER_CHARS = 40
 
 
 def read_yaml(path: Path, what: str) -> Any:
@@ -19,21 +23,24 @@ def read_yaml(path: Path, what: str) -> Any:
         RequestError: it cannot be read, is too large, or is not valid.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RequestError(Offence(str(path), "", f"at most {MAX_BYTES} bytes", f"{path.stat().st_size}"))
-        return yaml.load(path.read_bytes(), Loader=_Loader)  # a SafeLoader
+        return yaml.load(read_regular(path, MAX_BYTES), Loader=_Loader)  # a SafeLoader
+    except TooLargeError as error:
+        raise RequestError(Offence(str(path), "", f"at most {MAX_BYTES} bytes", str(error.args[1]))) from None
     except OSError as error:
         raise RequestError(Offence(str(path), "", what, error.strerror or "unreadable")) from None
-    except RequestError:
-        raise
     except Exception as error:  # the constructors of YAML's own tags raise KeyError, IndexError, AttributeError, ...
         raise RequestError(Offence(str(path), "", "valid YAML", " ".join(str(error).split())[:300])) from None
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases (they can blow a small file up) and with unique keys."""
+    """SafeLoader without aliases (they can blow a small file up), with unique keys and bounded numbers and nodes."""
+
+    nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES:
+            raise yaml.constructor.ConstructorError(None, None, f"more than {MAX_NODES} values", None)
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", None)
         return super().compose_node(parent, index)
@@ -48,3 +55,19 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _number(kind: str) -> Callable[[_Loader, Any], Any]:
+    """A constructor of numbers that leaves those of a thousand digits alone: `1:1:1...` takes for ever to compute."""
+
+    def construct(loader: _Loader, node: Any) -> Any:
+        if len(node.value) > MAX_NUMBER_CHARS:
+            problem = f"a number of {len(node.value)} characters"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return getattr(loader, f"construct_yaml_{kind}")(node)
+
+    return construct
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _number(_kind))

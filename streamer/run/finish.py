@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from safeshard.manifests.card import card
+from safeshard.manifests.errors import without_secrets
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.safetensors_header import header_digest
 from safeshard.manifests.schema import (
@@ -154,7 +155,10 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
 
 
 def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
-    return {lora.CONFIG: _json(plan.adapter_config)}
+    config = plan.adapter_config or {}
+    if isinstance(base := config.get("base_model_name_or_path"), str):
+        config = config | {"base_model_name_or_path": without_secrets(base)}
+    return {lora.CONFIG: _json(config)}
 
 
 def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
@@ -171,7 +175,7 @@ def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
 
 def _base_model(plan: JobPlan) -> str | None:
     if isinstance(plan.finetuned, Adapter) and (named := plan.finetuned.config.raw.get("base_model_name_or_path")):
-        return str(named)
+        return without_secrets(str(named))
     source = plan.aligned.source
     return source.spec.removeprefix("hf://").partition("@")[0] if source.revision else None
 

@@ -45,7 +45,10 @@ def open_source(spec: str | os.PathLike[str], cache: ShardCache | None = None) -
     if is_url(text):
         return _open_url(text)
     got = "a file" if exists and text else "no such folder"
-    raise refuse(text, "a folder, hf://org/name or a URL", got, "name the folder that holds the safetensors files")
+    remedy = (
+        f"name its folder: {path.parent}" if exists and text else "name the folder that holds the safetensors files"
+    )
+    raise refuse(text, "a folder, hf://org/name or a URL", got, remedy)
 
 
 def _open_url(url: str) -> Source:
