@@ -48,6 +48,16 @@ def append(file: str, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) 
         rows.writerow({**environment(), **row})
 
 
+def write_table(file: Path, found: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows as a file of their own, whole or not at all."""
+    part = file.with_suffix(".part")
+    with part.open("w", newline="") as out:
+        table = csv.DictWriter(out, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(found)
+    part.replace(file)
+
+
 def record(
     file: str, seconds: Sequence[float], *, nbytes: int = 0, operations: int = 0, floor: float = 0.0, **columns: Any
 ) -> float:
