@@ -309,3 +309,34 @@ def test_a_layer_that_a_packed_adapter_lacks_is_named(tmp_path: Path) -> None:
             aligned=tmp_path / "aligned", adapter=tmp_path / "packed", factor=0.5, output=tmp_path / "out", quiet=True
         )
     assert len(refused.value.offences) == 2 * COUNT
+
+
+@pytest.mark.parametrize("targets", [[], ["q_proj"]])
+def test_a_text_model_s_adapter_fits_its_multimodal_release(tmp_path: Path, targets: list[str]) -> None:
+    """Qwen3.5-MoE is released as `model.language_model.`; an adapter may have been trained on the text model alone."""
+    kind = "qwen3_5_moe_text"
+    for seed, role in enumerate(("aligned", "unaligned"), 1):
+        mixtures.save(mixtures.build(kind, seed), tmp_path / role, fused=True)
+        as_multimodal(tmp_path / role, tmp_path / f"{role}-vl")
+    wrapped(tmp_path / "aligned", 5, target_modules=targets).save_pretrained(tmp_path / "adapter")
+    mixtures.save(mixtures.build(kind, 3), tmp_path / "finetuned")
+    cosines = {}
+    for ending in ("", "-vl"):
+        places = {"aligned": tmp_path / f"aligned{ending}", "unaligned": tmp_path / f"unaligned{ending}"}
+        (adapter,) = score(**places, adapter=tmp_path / "adapter", quiet=True)
+        (full,) = score(**places, finetuned=[tmp_path / "finetuned"], quiet=True)
+        prefix = "model.language_model." if ending else "model."
+        cosines[ending] = [{n.replace(prefix, "", 1): c for n, c in each.cosines.items()} for each in (adapter, full)]
+    assert cosines[""] == cosines["-vl"]
+    assert len(cosines[""][0]) == 2 * (2 * COUNT + len(targets))
+
+
+def as_multimodal(folder: Path, released: Path) -> None:
+    released.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
+    renamed |= {"model.visual.blocks.0.attn.proj.weight": torch.ones(4, 4)}
+    save_file(renamed, released / "model.safetensors")
+    text = json.loads((folder / "config.json").read_text())
+    config = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": False}
+    (released / "config.json").write_text(json.dumps(config))
