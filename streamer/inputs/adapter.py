@@ -314,6 +314,7 @@ def _shapes(pairs: Mapping[str, Sides]) -> dict[str, Shape]:
 def _module_shapes(base: Checkpoint) -> dict[str, Shape]:
     """Weight -> outputs x inputs of the checkpoint's modules, a head that shares the embedding's weight among them."""
     shapes: dict[str, Shape] = {f"{module}.weight": stored.shape for module, stored in base.linears.items()}
+    shapes |= {f"{module}.weight": shape for module, shape in base.modules.fused_shapes.items()}
     for name, ref in base.tensors.items():
         if name.endswith(".weight") and len(ref.shape) == 2:
             shapes.setdefault(name, ref.shape[::-1] if is_embedding(name.removesuffix(".weight")) else ref.shape)

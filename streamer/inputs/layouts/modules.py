@@ -68,6 +68,15 @@ class Modules:
         return fused[0] if fused else self._apart.get(next((p for p in _spellings(path) if p in self._apart), ""), 0)
 
     @cached_property
+    def fused_shapes(self) -> dict[str, tuple[int, int]]:
+        """`...experts.7.gate_up_proj` -> outputs x inputs: gate and up of an expert as models hold them in memory."""
+        gates = [name for name in self.names if _EXPERTS in name and _ROLE.get(name.rpartition(".")[2]) == ROLES[0]]
+        found = {
+            f"{name.rpartition('.')[0]}.{GATE_UP}": self.find(f"{name.rpartition('.')[0]}.{GATE_UP}") for name in gates
+        }
+        return {name: stored.shape for name, stored in found.items() if stored is not None}
+
+    @cached_property
     def _apart(self) -> dict[str, int]:
         counts: dict[str, int] = {}
         for name in self.names:

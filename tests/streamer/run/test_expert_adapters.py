@@ -335,7 +335,6 @@ def as_multimodal(folder: Path, released: Path) -> None:
     released.mkdir()
     tensors = load_file(folder / "model.safetensors")
     renamed = {n.replace("model.", "model.language_model.", 1): t for n, t in tensors.items()}
-    renamed |= {"model.visual.blocks.0.attn.proj.weight": torch.ones(4, 4)}
     save_file(renamed, released / "model.safetensors")
     text = json.loads((folder / "config.json").read_text())
     config = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": False}
