@@ -6,9 +6,11 @@ files and options are read from files that others wrote, so whatever prints them
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 MAX_LISTED = 20
+MAX_NAME = 120  # characters of a name among others
 MAX_PRINTED = 400
 _USERINFO = re.compile(r"(?<![\w+.-])([A-Za-z][A-Za-z\d+.-]*://)[^\s/?#'\"<>]*@(?=[^\s/?#])")
 _QUERY = re.compile(r"(?<![\w+.-])((?!file:)[A-Za-z][A-Za-z\d+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*")
@@ -70,12 +72,27 @@ class RequestError(SafeshardError):
         super().__init__(self.offences)
 
     def __str__(self) -> str:
-        if len(self.offences) == 1:
-            return str(self.offences[0])
-        lines = [f"{len(self.offences)} problems:", *(f"  - {offence}" for offence in self.offences[:MAX_LISTED])]
-        if len(self.offences) > MAX_LISTED:
-            lines.append(f"  and {len(self.offences) - MAX_LISTED} more")
-        return "\n".join(lines)
+        """One line a kind of offence: what is said of several tensors is said once, with their names."""
+        kinds: dict[tuple[str, ...], list[Offence]] = {}
+        for o in self.offences:
+            kinds.setdefault((o.where, o.expected, o.got, o.remedy), []).append(o)
+        lines = [_line(alike) for alike in islice(kinds.values(), MAX_LISTED)]
+        count = len(self.offences)
+        if count == 1:
+            return lines[0]
+        of = "" if len(kinds) == count else f" of {len(kinds)} kind{'s' * (len(kinds) > 1)}"
+        head = f"{count} problems{of}:"
+        more = [f"  and {len(kinds) - MAX_LISTED} more"] if len(kinds) > MAX_LISTED else []
+        return "\n".join([head, *(f"  - {line}" for line in lines), *more])
+
+
+def _line(alike: Sequence[Offence]) -> str:
+    """What is said of several things, the first few of them named."""
+    if len(alike) == 1:
+        return str(alike[0])
+    listed = ", ".join(printable(o.what, MAX_NAME) for o in alike[:MAX_LISTED])
+    more = f" and {len(alike) - MAX_LISTED} more" if len(alike) > MAX_LISTED else ""
+    return f"{replace(alike[0], what='')}: {listed}{more}"
 
 
 class RunError(SafeshardError):

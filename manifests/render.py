@@ -159,9 +159,11 @@ def _threshold(thresholds: list[float], modules: tuple[ModuleEntry, ...]) -> str
 
 def _figures(run: Run) -> list[tuple[str, str]]:
     stages = ", ".join(f"{printable(stage)} {seconds:.1f} s" for stage, seconds in run.seconds.items())
-    memory = f"{bytes_text(run.peak_host_bytes)} host, {bytes_text(run.peak_device_bytes)} device"
+    memory = bytes_text(run.peak_host_bytes)
     if run.peak_buffer_bytes is not None:
-        memory += f", {bytes_text(run.peak_buffer_bytes)} buffers"
+        memory += f", with up to {bytes_text(run.peak_buffer_bytes)} of tensors in flight"
+    if run.peak_device_bytes:
+        memory += f"; {bytes_text(run.peak_device_bytes)} on the device"
     return [
         ("bytes", f"{bytes_text(run.bytes_read)} read, {bytes_text(run.bytes_written)} written"),
         ("time", f"{run.wall_s:.1f} s" + (f" ({stages})" if stages else "")),

@@ -161,19 +161,21 @@ def score(
 
 
 @_takes(RunOptions)
-def batch(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
+def batch(jobs: str | os.PathLike[str], *, keep_going: bool = False, **options: Any) -> list[Result]:
     """Run the jobs of a YAML file in one pass.
 
     A checkpoint that jobs share is read once.
 
     Args:
         jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
+        keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
         options: the fields of `RunOptions`.
     """
     from safeshard.streamer.plan.jobs_file import read_jobs
-    from safeshard.streamer.run.runner import run
+    from safeshard.streamer.run.runner import run, run_keeping_going
 
-    return run(read_jobs(Path(jobs)), build(RunOptions, options), skip_finished=True)
+    read, run_options = read_jobs(Path(jobs)), build(RunOptions, options)
+    return run_keeping_going(read, run_options) if keep_going else run(read, run_options, skip_finished=True)
 
 
 def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: bool = False) -> str:
@@ -194,6 +196,7 @@ def verify(
     seed: int = 0,
     sources: Mapping[str, str | os.PathLike[str]] | None = None,
     note: Callable[[str], None] = lambda text: None,
+    quiet: bool = True,
 ) -> list[Finding]:
     """Hash a finished output again.
 
@@ -203,6 +206,7 @@ def verify(
         inputs: look at the inputs too: are they what was read?
         recompute: how many modules, chosen by `seed`, to compute again from the inputs. Those that changed are refused.
         sources: role -> place of inputs that have moved, and of those that lie at a URL.
+        quiet: show no progress.
         note: receives what is worth knowing and is no difference: what was recomputed, what could not be compared.
 
     Raises:
@@ -210,10 +214,12 @@ def verify(
         RunError: recomputing failed underway.
     """
     from safeshard.manifests.verify import verify as verify_output
+    from safeshard.streamer.progress import Progress
 
     if recompute < 0:
         raise RequestError(Offence("--recompute", "", "a number from 0 on", str(recompute)))
-    findings = verify_output(Path(output))
+    with Progress(_folder_bytes(Path(output)), quiet) as bar:
+        findings = verify_output(Path(output), progress=lambda count: bar.done("hashing", count))
     if not inputs and not recompute:
         return findings
     try:
@@ -232,6 +238,13 @@ def verify(
     from safeshard.streamer.recheck.recompute import recompute as recompute_modules
 
     return [*findings, *changed, *recompute_modules(manifest, places, recompute, seed, note)]
+
+
+def _folder_bytes(folder: Path) -> int:
+    try:
+        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    except OSError:  # which verifying says better
+        return 0
 
 
 def report(

@@ -20,6 +20,7 @@ def batch(
     overwrite: bool = False,
     quiet: bool = False,
     strict: bool = False,
+    keep_going: bool = False,
 ) -> list[Result]:
     """Run the jobs of a YAML file in one pass.
 
@@ -27,6 +28,7 @@ def batch(
 
     Args:
         jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
+        keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
         options: the fields of `RunOptions`.
     """
 
@@ -280,6 +282,7 @@ def verify(
     seed: int = 0,
     sources: Mapping[str, str | PathLike[str]] | None = None,
     note: Callable[[str], None] = ...,
+    quiet: bool = True,
 ) -> list[Finding]:
     """Hash a finished output again.
 
@@ -289,6 +292,7 @@ def verify(
         inputs: look at the inputs too: are they what was read?
         recompute: how many modules, chosen by `seed`, to compute again from the inputs. Those that changed are refused.
         sources: role -> place of inputs that have moved, and of those that lie at a URL.
+        quiet: show no progress.
         note: receives what is worth knowing and is no difference: what was recomputed, what could not be compared.
 
     Raises:

@@ -155,9 +155,14 @@ def _encodable(text: str) -> bool:
         return False
 
 
+def flag(name: str) -> str:
+    """An option as the command line spells it."""
+    return f"--{name.replace('_', '-')}"
+
+
 def _offence(where: str, details: Any) -> Offence:
     field = ".".join(str(part) for part in details["loc"])
-    option = f"--{field.replace('_', '-')}" if field and not where else field
+    option = flag(field) if field and not where else field
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if details["type"] == "missing":
         return Offence(where or option, option if where else "", "a value", "nothing", "give it")

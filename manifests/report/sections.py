@@ -155,8 +155,9 @@ def _run(run: Run) -> Iterator[Element]:
         ("read", bytes_text(run.bytes_read)),
         ("written", bytes_text(run.bytes_written)),
         ("peak memory, host", bytes_text(run.peak_host_bytes)),
-        ("peak memory, device", bytes_text(run.peak_device_bytes)),
     ]
+    if run.peak_device_bytes:
+        pairs.append(("peak memory, device", bytes_text(run.peak_device_bytes)))
     if run.peak_buffer_bytes is not None:
         pairs.append(("peak of tensors in flight", bytes_text(run.peak_buffer_bytes)))
     yield facts(pairs)

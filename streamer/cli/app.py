@@ -7,6 +7,7 @@ import atexit
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,19 +15,21 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
-from safeshard.manifests.errors import Offence, RequestError, SafeshardError, printable
+from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError, printable
+from safeshard.manifests.schema import load
 from safeshard.streamer import api
 from safeshard.streamer.cli import messages
-from safeshard.streamer.cli.options import Variadic, takes
+from safeshard.streamer.cli.options import Forgiving, Variadic, takes
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
@@ -43,8 +46,9 @@ OUT_OF_MEMORY = re.compile(  # torch has no one type for it
     r"out of memory|not enough memory|(can't|cannot|could not|unable to|failed to) allocate|alloc_failed", re.IGNORECASE
 )
 Json = Annotated[
-    bool, typer.Option("--json", help="print the outcome as one line of JSON at the end", show_default=False)
+    bool, typer.Option("--json", help="print the outcome as one line of JSON, and nothing else", show_default=False)
 ]
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Stopped(BaseException):
@@ -78,8 +82,19 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
     ] = False,
+    log_level: Annotated[
+        str, typer.Option("--log-level", metavar="LEVEL", help=f"what to log on stderr: {', '.join(LEVELS)}")
+    ] = "warning",
 ) -> None:
-    pass
+    if log_level.lower() not in LEVELS:
+        raise RequestError(Offence("--log-level", "", f"one of {', '.join(LEVELS)}", log_level))
+    logging.basicConfig(format="safeshard: %(levelname)s: %(message)s")
+    logging.getLogger("safeshard").setLevel(log_level.upper())
+
+
+def _say(text: str, as_json: bool) -> None:
+    """Prose for a person: on stdout, unless that is for JSON alone."""
+    print(text, file=sys.stderr if as_json else sys.stdout)
 
 
 def _help(function: Callable[..., Any], *paragraphs: str) -> str:
@@ -93,7 +108,7 @@ def _method_command(method: str) -> None:
 
     model = METHODS[method]
     details = f"{(model.__doc__ or '').strip().splitlines()[0]} {model.paper}"
-    app.command(method, help=_help(getattr(api, method), details))(takes(model, RunOptions)(command))
+    app.command(method, cls=Forgiving, help=_help(getattr(api, method), details))(takes(model, RunOptions)(command))
 
 
 for _name in METHODS:
@@ -102,10 +117,18 @@ for _name in METHODS:
 
 @app.command("score", cls=Variadic, help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
 @takes(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype"}))
-def _score(*, json: Json = False, **options: Any) -> None:
+def _score(
+    *,
+    suggest: Annotated[bool, typer.Option("--suggest", help="suggest a threshold for each fine-tuned model")] = False,
+    json: Json = False,
+    **options: Any,
+) -> None:
     results = api.score(**{key: value for key, value in options.items() if value is not None})
-    if not options["quiet"] and not options["dry_run"]:
-        print(messages.scores(results))
+    if not options["dry_run"]:
+        if not options["quiet"]:
+            _say(messages.scores(results, color=_has_colour(sys.stdout)), json)
+        if suggest:
+            _say(messages.suggestions(results), json)
     _done(results, options | {"quiet": True} if not options["dry_run"] else options, json)
 
 
@@ -115,10 +138,10 @@ def _calibrate(*, json: Json = False, **options: Any) -> None:
     made = api.calibrate(**options)
     outcome: dict[str, Any] = {"output": str(made.output), "reverted": dict(made.reverted)}
     if options["dry_run"]:
-        print(messages.factors_plan(made))
+        _say(messages.factors_plan(made), json)
         outcome["bytes_to_write"] = made.bytes_to_write
     elif not options["quiet"]:
-        print(f"factors: {printable(made.output)}")
+        _say(f"factors: {printable(made.output)}", json)
     if json:
         _print_json(outcome)
     _exit_reverted(made.reverted, "no factor")
@@ -126,13 +149,41 @@ def _calibrate(*, json: Json = False, **options: Any) -> None:
 
 @app.command("batch", help=_help(api.batch, "A checkpoint that jobs share is read once."))
 @takes(RunOptions)
-def _batch(jobs: Annotated[Path, typer.Argument(help="the jobs file")], *, json: Json = False, **options: Any) -> None:
-    _done(api.batch(jobs, **options), options, json)
+def _batch(
+    jobs: Annotated[Path, typer.Argument(help="the jobs file")],
+    *,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="run what can run although some jobs cannot; exit status 1")
+    ] = False,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    failures: Sequence[Any] = ()
+    try:
+        results = api.batch(jobs, keep_going=keep_going, **options)
+    except RunError as error:
+        if not hasattr(error, "failures"):
+            raise
+        results, failures = error.results, error.failures  # type: ignore[attr-defined]
+        print(f"safeshard: {error}", file=sys.stderr)
+        for job, each in failures:
+            print(f"safeshard: failed: {printable(job.output)}: {each}", file=sys.stderr)
+    _done(results, options, json, [messages.failure(job, each) for job, each in failures])
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command("inspect", help=_help(api.inspect))
-def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")]) -> None:
-    print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=sys.stdout.isatty()))
+def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")], json: Json = False) -> None:
+    if json:
+        _print_json(load(output).model_dump(mode="json", by_alias=True, exclude_none=True))
+    else:
+        print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=_has_colour(sys.stdout)))
+
+
+def _has_colour(stream: TextIO) -> bool:
+    """Whether to paint: a terminal that can, and nobody who minds (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 @app.command("verify", help=_help(api.verify, "Says what differs from its manifest."))
@@ -148,11 +199,13 @@ def _verify(
 ) -> None:
     notes: list[str] = []
     findings = api.verify(
-        output, inputs=inputs, recompute=recompute, seed=seed, sources=_sources(source or []), note=notes.append
-    )
+        output, inputs=inputs, recompute=recompute, seed=seed, sources=_sources(source or []), note=notes.append,
+        quiet=False,
+    )  # fmt: skip
     for line in (*notes, *findings):
-        print(printable(line, 10_000))
-    print(f"{output}: {len(findings)} differences" if findings else f"{output}: every byte is as the manifest says")
+        _say(printable(line, 10_000), json)
+    end = f"{len(findings)} differences" if findings else "every byte is as the manifest says"
+    _say(f"{printable(output)}: {end}", json)
     if json:
         _print_json({"output": str(output), "differences": [str(f) for f in findings], "notes": notes})
     if findings:
@@ -177,21 +230,23 @@ def _report(
     json: Json = False,
 ) -> None:
     file = api.report(outputs, file=output, overwrite=overwrite)
-    print(f"report: {printable(file)}")
+    _say(f"report: {printable(file)}", json)
     if json:
         _print_json({"report": str(file)})
 
 
-def _done(results: Sequence[Any], options: dict[str, Any], as_json: bool) -> None:
+def _done(
+    results: Sequence[Any], options: dict[str, Any], as_json: bool, failures: Sequence[dict[str, Any]] = ()
+) -> None:
     if options["dry_run"]:
         given = {name: options[name] for name in RunOptions.model_fields}
-        print(messages.plan([r.plan for r in results], int(build(RunOptions, given).memory)))
+        _say(messages.plan([r.plan for r in results], int(build(RunOptions, given).memory)), as_json)
     elif not options["quiet"]:
-        print(messages.summary(results))
+        _say(messages.summary(results), as_json)
     for line in (lines := messages.warnings(results)):
         print(f"safeshard: {line}", file=sys.stderr)
     if as_json:
-        _print_json([messages.outcome(r) for r in results])
+        _print_json([*(messages.outcome(r) for r in results), *failures])
     if options["strict"] and lines:
         raise typer.Exit(1)
     _exit_reverted(
@@ -230,6 +285,7 @@ def _first_line(module: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    command_line, as_json = _level_first(arguments), "--json" in arguments
     handlers: dict[signal.Signals, Any] = {}
     hook = sys.unraisablehook
     _open_closed_streams()
@@ -246,27 +302,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         _mount(arguments)
         sys.stdout = output
         try:
-            app(args=arguments, prog_name="safeshard")
+            _run(command_line, as_json)
         except SystemExit as stop:
             if not stop.code:
                 output.end()
             raise
     except SafeshardError as error:
-        print(f"safeshard: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        offences = [asdict(each) for each in error.offences] if isinstance(error, RequestError) else []
+        _fail(str(error), error.exit_status, as_json, "request" if offences else "run", offences)
     except (_Stopped, KeyboardInterrupt) as stopped:
-        print(f"safeshard: interrupted by {stopped or 'SIGINT'}; {_how_to_resume(arguments)}", file=sys.stderr)
-        sys.exit(1)
+        _fail(f"interrupted by {stopped or 'SIGINT'}; {_how_to_resume(arguments)}", 1, as_json, "interrupted")
     except OSError as error:
-        print(f"safeshard: {printable(error)}", file=sys.stderr)
-        sys.exit(1)
+        _fail(printable(error), 1, as_json, "system")
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
-        print(
-            f"safeshard: out of memory; use a smaller --memory or another --device: {printable(error)}", file=sys.stderr
-        )
-        sys.exit(1)
+        text = f"out of memory; use a smaller --memory or another --device: {printable(error)}"
+        _fail(text, 1, as_json, "memory")
     finally:
         if handlers and signal.getsignal(signal.SIGALRM) is not handlers[signal.SIGALRM]:
             signal.setitimer(signal.ITIMER_REAL, 0)  # a stop that was put off finds nothing left to stop
@@ -314,6 +366,46 @@ class _Output:
         if self.error is not None:
             print(f"safeshard: standard output: {printable(self.error)}", file=sys.stderr)
             sys.exit(1)
+
+
+def _run(arguments: list[str], as_json: bool) -> None:
+    """Run the command; where stdout is for JSON, a wrong command line becomes JSON too."""
+    if not as_json:
+        app(args=arguments, prog_name="safeshard")
+        return
+    try:
+        status = app(args=arguments, prog_name="safeshard", standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # of the parser's own errors, which typer keeps to itself
+            raise
+        error.show()  # type: ignore[attr-defined]
+        _fail_json(error.format_message(), 2, "usage")
+        sys.exit(2)
+    sys.exit(status or 0)
+
+
+def _fail(text: str, status: int, as_json: bool, kind: str, offences: Sequence[dict[str, str]] = ()) -> NoReturn:
+    """Say why it failed, for a person on stderr and for a program on stdout, and exit."""
+    print(f"safeshard: {text}", file=sys.stderr)
+    if as_json:
+        _fail_json(text, status, kind, offences)
+    sys.exit(status)
+
+
+def _fail_json(text: str, status: int, kind: str, offences: Sequence[dict[str, str]] = ()) -> None:
+    problems = [{key: printable(value) for key, value in each.items() if value} for each in offences]
+    _print_json({"error": {"kind": kind, "message": text, "exit_status": status, "problems": problems}})
+
+
+def _level_first(arguments: list[str]) -> list[str]:
+    """`--log-level` belongs before the command; let it stand anywhere."""
+    for index, word in enumerate(arguments):
+        if word == "--":
+            break
+        if word == "--log-level" or word.startswith("--log-level="):
+            count = 1 if "=" in word else 2
+            return [*arguments[index : index + count], *arguments[:index], *arguments[index + count :]]
+    return arguments
 
 
 def _open_closed_streams() -> None:

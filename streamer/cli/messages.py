@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import floor
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from safeshard.manifests.errors import printable
+from safeshard.manifests.errors import SafeshardError, printable
 from safeshard.manifests.grid import effect_text
 from safeshard.manifests.render import caution_text, leak_text
 from safeshard.manifests.schema import Manifest
 from safeshard.streamer.progress import human
 
 if TYPE_CHECKING:
+    from safeshard.streamer.methods.base import Job
     from safeshard.streamer.plan.job_plan import JobPlan
     from safeshard.streamer.run.runner import Result
     from safeshard.streamer.run.save_factors import Factors
@@ -106,20 +109,76 @@ def factors_plan(made: Factors) -> str:
     )
 
 
-def scores(results: Sequence[Result]) -> str:
-    """A table of cosines: a row a module, a column a fine-tuned model."""
+def scores(results: Sequence[Result], color: bool = False) -> str:
+    """A table of cosines: a row a module, a column a fine-tuned model; then what thresholds would change."""
+    heads = _heads(results)
+    modules = list(dict.fromkeys(module for r in results for module in r.cosines))
+    width = max([len("undefined"), *(len(printable(m, 60)) for m in modules)])
+
+    def row(first: str, cells: Sequence[str]) -> str:
+        return "  ".join([first.ljust(width), *(c.rjust(max(8, len(h))) for c, h in zip(cells, heads, strict=True))])
+
+    def bold(text: str) -> str:
+        return f"\x1b[1m{text}\x1b[0m" if color else text
+
+    lines = [bold(row("module", heads))]
+    for module in modules:
+        cosines = [result.cosines.get(module) for result in results]
+        lines.append(row(printable(module, 60), ["-" if c is None else f"{c:.4f}" for c in cosines]))
+    known = [_known(result) for result in results]
+    lines.append("")
+    for name, figure in (("lowest", min), ("median", median), ("highest", max)):
+        lines.append(row(name, [f"{figure(each):.4f}" if each else "-" for each in known]))
+    if any(undefined := [len(r.cosines) - len(each) for r, each in zip(results, known, strict=True)]):
+        lines.append(row("undefined", list(map(str, undefined))))
+    lines += ["", bold("a threshold of ... changes so many modules")]
+    for threshold in _thresholds(known):
+        lines.append(row(f"{threshold:g}", [f"{_below(each, threshold)} of {len(each)}" for each in known]))
+    return "\n".join(lines)
+
+
+def _heads(results: Sequence[Result]) -> list[str]:
+    """The fine-tuned models' names: their last parts, or in full where several end alike."""
     names = [r.plan.finetuned.source.spec for r in results]
     short = [printable(name.rstrip("/").rsplit("/", 1)[-1], 24) for name in names]
-    heads = [printable(name) if short.count(s) > 1 else s for name, s in zip(names, short, strict=True)]
-    modules = list(dict.fromkeys(module for r in results for module in r.cosines))
-    width = max([6, *(len(printable(m, 60)) for m in modules)])
-    lines = ["  ".join(["module".ljust(width), *(h.rjust(max(8, len(h))) for h in heads)])]
-    for module in modules:
-        cells = []
-        for head, result in zip(heads, results, strict=True):
-            cosine = result.cosines.get(module)
-            cells.append(("-" if cosine is None else f"{cosine:.4f}").rjust(max(8, len(head))))
-        lines.append("  ".join([printable(module, 60).ljust(width), *cells]))
+    return [printable(name) if short.count(s) > 1 else s for name, s in zip(names, short, strict=True)]
+
+
+def _known(result: Result) -> list[float]:
+    return sorted(cosine for cosine in result.cosines.values() if cosine is not None)
+
+
+def _below(cosines: Sequence[float], threshold: float) -> int:
+    return sum(cosine < threshold for cosine in cosines)
+
+
+def _thresholds(known: Sequence[Sequence[float]]) -> list[float]:
+    """Round thresholds from the first that changes a module to the first that changes all."""
+    values = [cosine for each in known for cosine in each]
+    if not values:
+        return []
+    step = 0.05 if max(values) - min(values) <= 0.5 else 0.1
+    first, last = floor(min(values) / step) + 1, floor(max(values) / step) + 1
+    return [round(number * step, 2) for number in range(first, last + 1)]
+
+
+def suggestions(results: Sequence[Result]) -> str:
+    """A threshold for each model: in the middle of the widest gap between two cosines that lets 5 to 50 % change."""
+    lines = []
+    for head, result in zip(_heads(results), results, strict=True):
+        known = _known(result)
+        counts = range(max(1, len(known) // 20), len(known) // 2 + 1)
+        if not counts or len(known) < 2:
+            lines.append(f"{head}: too few cosines to suggest a threshold")
+            continue
+        count = max(counts, key=lambda n: known[n] - known[n - 1])
+        low, high = known[count - 1], known[count]
+        threshold = next(t for t in (round((low + high) / 2, digits) for digits in range(2, 17)) if low < t <= high)
+        lines.append(
+            f"{head}: --threshold {threshold:g} changes {count} of {len(known)} modules; it lies in the widest gap, "
+            f"between cosines of {low:.4f} and {high:.4f}"
+        )
+    lines.append("a suggestion knows nothing of safety or of the task: measure both")
     return "\n".join(lines)
 
 
@@ -136,6 +195,11 @@ def warnings(results: Sequence[Result]) -> list[str]:
         if len(texts) > MAX_OF_A_KIND:
             lines.append(f"warning: and {len(texts) - MAX_OF_A_KIND} more outputs of that kind")
     return lines
+
+
+def failure(job: Job, error: SafeshardError) -> dict[str, Any]:
+    """A job of a batch that failed, as JSON values."""
+    return {"method": job.method, "output": str(job.output), "error": str(error)}
 
 
 def outcome(result: Result) -> dict[str, Any]:

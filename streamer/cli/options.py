@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as introspection
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -12,6 +13,23 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from safeshard.streamer.options import Options, fields_of
+
+
+class Forgiving(TyperCommand):
+    """Lets an option of several numbers take them with commas too: --weights 0.8,0.2."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        counts = {name: p.nargs for p in self.params if p.nargs > 1 for name in p.opts}
+        spread: list[str] = []
+        for arg in args:
+            name, equals, value = arg.partition("=")
+            if equals and name in counts:
+                spread += [name, *re.split("[, ]+", value)]
+            elif spread and spread[-1] in counts and arg.count(",") == counts[spread[-1]] - 1:
+                spread += arg.split(",")
+            else:
+                spread.append(arg)
+        return super().parse_args(ctx, spread)
 
 
 class Variadic(TyperCommand):

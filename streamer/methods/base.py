@@ -109,7 +109,7 @@ class Job(Options):
     @model_validator(mode="after")
     def _one_input(self) -> Job:
         if (self.adapter is None) == (self.finetuned is None):
-            raise ValueError("give either adapter or finetuned")
+            raise ValueError("give either --adapter or --finetuned")
         return self
 
     def inputs(self) -> dict[str, str]:

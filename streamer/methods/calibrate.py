@@ -37,7 +37,7 @@ class KeptInputs(Options):
     @model_validator(mode="after")
     def _task_first(self) -> KeptInputs:
         if self.keep_data is not None and self.task_data is None:
-            raise ValueError("keep_data goes with task_data")
+            raise ValueError("--keep-data goes with --task-data")
         return self
 
 

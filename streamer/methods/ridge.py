@@ -18,7 +18,7 @@ from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module, random_key
 from safeshard.streamer.methods.calibrate import KeptInputs, Sampled
 from safeshard.streamer.methods.leak import ladder
-from safeshard.streamer.options import Finite, Place
+from safeshard.streamer.options import Finite, Place, flag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +37,7 @@ class Ridge(Job, Sampled, KeptInputs):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"  # Safe Delta, whose question it answers in closed form
     calibrated: ClassVar[bool] = True
     takes_grams: ClassVar[bool] = True
+    keeps_more: ClassVar[str] = "a higher --leak"
 
     factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
     leak: Finite | None = Field(
@@ -54,9 +55,11 @@ class Ridge(Job, Sampled, KeptInputs):
         if self.factors is not None:
             data = {"samples", "max_tokens", "seed"} if self.task_data is None else set()
             if fixed := sorted(self.model_fields_set & ({"calibration"} | data)):
-                raise ValueError(f"factors were made with their own {', '.join(fixed)}: leave that to calibrate")
+                raise ValueError(
+                    f"--factors were made with their own {', '.join(map(flag, fixed))}: leave that to calibrate"
+                )
         if self.leak is not None and self.penalty is not None:
-            raise ValueError("give either leak or penalty")
+            raise ValueError("give either --leak or --penalty")
         return self
 
     def factors_key(self) -> str:

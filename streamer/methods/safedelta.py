@@ -24,7 +24,7 @@ from safeshard.streamer.methods.base import (
 )  # fmt: skip
 from safeshard.streamer.methods.calibrate import Calibrated, Sampled
 from safeshard.streamer.methods.leak import ladder
-from safeshard.streamer.options import Finite, Place
+from safeshard.streamer.options import Finite, Place, flag
 
 if TYPE_CHECKING:
     import torch
@@ -72,15 +72,16 @@ class SafeDelta(Job, Calibrated):
     def _consistent(self) -> SafeDelta:
         fixed = sorted((self.model_fields_set & Calibrated.model_fields.keys()) - {"percdamp"})
         if self.factors is not None and fixed:
-            raise ValueError(f"factors were made with their own {', '.join(fixed)}: leave that to calibrate")
+            given = ", ".join(map(flag, fixed))
+            raise ValueError(f"--factors were made with their own {given}: leave that to calibrate")
         if self.leak is not None and "strength" in self.model_fields_set:
-            raise ValueError("give either leak or strength")
+            raise ValueError("give either --leak or --strength")
         if self.finetuned is not None and (self.output_format == "adapter" or self.rank is not None):
-            raise ValueError("a full checkpoint gives a checkpoint: output_format and rank go with adapter")
+            raise ValueError("a full checkpoint gives a checkpoint: --output-format and --rank go with --adapter")
         if self.output_format == "checkpoint" and self.rank is not None:
-            raise ValueError("rank goes with an adapter output")
+            raise ValueError("--rank goes with an adapter output")
         if self.selection == "row" and self.adapter is not None and self.output_format != "checkpoint":
-            raise ValueError("selection=row on an adapter has no low rank: add output_format=checkpoint")
+            raise ValueError("--selection row on an adapter has no low rank: add --output-format checkpoint")
         return self
 
     def factors_key(self) -> str:

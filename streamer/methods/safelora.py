@@ -31,7 +31,7 @@ class SafeLora(GatedJob):
     @model_validator(mode="after")
     def _one_rule(self) -> SafeLora:
         if (self.threshold is None) == (self.num_layers is None):
-            raise ValueError("give either threshold or num_layers")
+            raise ValueError("give either --threshold or --num-layers")
         return self
 
     @property

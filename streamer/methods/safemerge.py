@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from safeshard import kernels
 from safeshard.manifests.errors import Offence
@@ -50,16 +51,21 @@ class SafeMerge(GatedJob):
     rank: int | None = Field(None, gt=0, description="rank that svd truncates to (default: the fine-tuned adapter's)")
     seed: int = Field(0, ge=0, description="of dare_linear's random mask")
 
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> SafeMerge:
         if (self.adapter is None) != (self.safe_adapter is None) or (self.finetuned is None) != (self.safe is None):
-            raise ValueError("give adapter with safe_adapter, or finetuned with safe")
+            raise ValueError("give --adapter with --safe-adapter, or --finetuned with --safe")
         if (self.combine == "dare_linear") != (self.density is not None):
-            raise ValueError("density goes with combine=dare_linear, which needs it")
+            raise ValueError("--density goes with --combine dare_linear, which needs it")
         if self.rank is not None and self.combine != "svd":
-            raise ValueError("rank goes with combine=svd")
+            raise ValueError("--rank goes with --combine svd")
         if self.combine == "svd" and self.rank is None and self.finetuned is not None:
-            raise ValueError("combine=svd on full checkpoints needs rank")
+            raise ValueError("--combine svd on full checkpoints needs --rank")
         return self
 
     @property

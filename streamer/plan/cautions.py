@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from safeshard.manifests.schema import Caution
+from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.plan.bases import base_cautions
 from safeshard.streamer.plan.job_plan import JobPlan
 
 
 def cautions(plan: JobPlan) -> Iterator[Caution]:
     """Warnings about one job before it runs."""
     yield from _values(plan)
+    yield from base_cautions(plan)
+    yield from _families(plan)
+
+
+def _families(plan: JobPlan) -> Iterator[Caution]:
+    """Checkpoints whose configs name another type of model than the aligned one's, though their tensors fit."""
+    ours = _types(plan.aligned)
+    for role, other in plan.inputs.items():
+        if isinstance(other, Checkpoint) and ours and (theirs := _types(other)) and not ours & theirs:
+            text = f"--{role} is a {min(theirs)} by its config.json, --aligned a {min(ours)}"
+            yield Caution(kind="mix-up", text=text, remedy="check that they are of one family")
+
+
+def _types(checkpoint: Checkpoint) -> set[str]:
+    """What config.json calls the model and, of a multimodal one, the language model in it."""
+    inner = checkpoint.config.get("text_config")
+    configs = [checkpoint.config, inner if isinstance(inner, dict) else {}]
+    return {kind.removesuffix("_text") for each in configs if isinstance(kind := each.get("model_type"), str)}
 
 
 def _values(plan: JobPlan) -> Iterator[Caution]:

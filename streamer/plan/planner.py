@@ -23,10 +23,12 @@ from safeshard.streamer.inputs.names.apply import in_names_of
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
+from safeshard.streamer.options import flag
+from safeshard.streamer.plan.bases import base_offences
 from safeshard.streamer.plan.cautions import cautions
 from safeshard.streamer.plan.checks import input_offences
 from safeshard.streamer.plan.identity import finished
-from safeshard.streamer.plan.job_plan import JobPlan, Weight
+from safeshard.streamer.plan.job_plan import JobPlan, Pair, Weight
 from safeshard.streamer.plan.layout import left_encoded
 from safeshard.streamer.plan.outputs import plan_outputs
 from safeshard.streamer.plan.places import output_offences
@@ -35,6 +37,7 @@ from safeshard.streamer.plan.whole_tensors import compare_whole
 from safeshard.streamer.sources import ShardCache, open_source
 
 T = TypeVar("T")
+Place = Pair | Weight
 
 
 class Planner:
@@ -51,6 +54,7 @@ class Planner:
         Raises:
             RequestError: some job cannot run; every offence of every job.
         """
+        self.offences = []
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
         for plan in (p for p in plans if p.job.writes_model):
             if (skip_finished and not overwrite) or _has_journal(plan.job.output):
@@ -96,7 +100,7 @@ class Planner:
             if isinstance(given, Adapter) and given.places:
                 pair = ("whole", given.source.identity, plan.aligned.source.identity)
                 plan.whole[role] = self._open(pair, partial(compare_whole, given, plan.aligned)) or {}
-        offences = list(input_offences(plan))
+        offences = [*input_offences(plan), *base_offences(plan)]
         if not offences and isinstance(job, SafeDelta | Ridge):
             plan.factors = self._open(("factors", job.factors_key()), partial(open_factors, plan.aligned, job))
             if plan.factors is None:
@@ -125,35 +129,47 @@ class Planner:
             try:
                 self._opened[key] = opener()
             except RequestError as error:
-                self.offences += error.offences
-                self._opened[key] = None
+                self._opened[key] = error
             except RunError as error:  # reading a header failed: nothing was begun yet
-                self.offences.append(Offence(error.message, remedy=error.remedy))
-                self._opened[key] = None
-        return self._opened[key]  # type: ignore[no-any-return]
+                self._opened[key] = RequestError(Offence(error.message, remedy=error.remedy))
+        found = self._opened[key]
+        if isinstance(found, RequestError):
+            self.offences += found.offences
+            return None
+        return found  # type: ignore[no-any-return]
 
     def _equal_offences(self, plan: JobPlan) -> Iterator[Offence]:
-        pairs: dict[str, list[tuple[Weight, Weight]]] = {}
+        """Inputs that are given as two and are one: by what is stored, wherever it lies."""
+        pairs: dict[tuple[str, str], list[tuple[Place, Place]]] = {}
         for module in plan.modules.values():
             if module.aligned and module.unaligned:
-                pairs.setdefault("unaligned", []).append((module.aligned, module.unaligned))
+                pairs.setdefault(("aligned", "unaligned"), []).append((module.aligned, module.unaligned))
             if module.aligned and isinstance(module.finetuned, Weight):
-                pairs.setdefault("finetuned", []).append((module.aligned, module.finetuned))
-        for role, weights in pairs.items():
-            other = plan.inputs[role]
-            key = ("equal", plan.aligned.source.identity, other.source.identity)
+                pairs.setdefault(("aligned", "finetuned"), []).append((module.aligned, module.finetuned))
+            if module.safe and isinstance(module.finetuned, Weight):
+                pairs.setdefault(("finetuned", "safe"), []).append((module.finetuned, module.safe))
+        if isinstance(plan.finetuned, Adapter) and isinstance(plan.safe, Adapter) and _alike(plan):
+            same = [(m.finetuned, m.safe) for m in plan.modules.values() if m.safe]
+            pairs["adapter", "safe_adapter"] = same
+        for (role, other), places in pairs.items():
+            sources = [plan.inputs[each].source for each in (role, other)]
+            key = ("equal", *(source.identity for source in sources))
             if key not in self._opened:
-                self._opened[key] = _same(weights)
+                self._opened[key] = sources[0].identity == sources[1].identity or _same(places)
             if self._opened[key]:
-                yield Offence(
-                    other.source.spec, "", "weights that differ from --aligned", "the same weights", f"check --{role}"
-                )
+                expected = f"weights that differ from {flag(role)}"
+                yield Offence(sources[1].spec, "", expected, "the same weights", f"check {flag(other)}")
 
 
-def _same(weights: list[tuple[Weight, Weight]]) -> bool:
-    """Whether all pairs of weights are equal, in what is stored."""
+def _alike(plan: JobPlan) -> bool:
+    """Whether two adapters treat the same modules."""
+    return all(module.safe is not None for module in plan.modules.values())
+
+
+def _same(places: list[tuple[Place, Place]]) -> bool:
+    """Whether all pairs of weights, or of pairs, are equal in what is stored."""
     pairs = []
-    for ours, theirs in weights:
+    for ours, theirs in places:
         regions = [list(ours.reads()), list(theirs.reads())]
         if len(regions[0]) != len(regions[1]):
             return False

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError
 from safeshard.manifests.schema import Caution, Fallback, Manifest, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import exact_products
@@ -28,7 +28,7 @@ from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress, human
-from safeshard.streamer.run.calibrated import Compute, host_bytes, run_calibrated
+from safeshard.streamer.run.calibrated import Compute, host_bytes, planned_steps, run_calibrated
 from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.compute import compute_step
 from safeshard.streamer.run.downloads import download, download_offences, shard_cache
@@ -136,6 +136,49 @@ def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -
                     job_run.writer.abandon()
 
 
+class SomeFailedError(RunError):
+    """Of the jobs of a batch that was to keep going, some could not run or failed; `results` are the others'."""
+
+    def __init__(self, results: list[Result], failures: list[tuple[Job, SafeshardError]]) -> None:
+        self.results, self.failures = results, failures
+        total = len(results) + len(failures)
+        super().__init__(f"{len(failures)} of {total} jobs failed", "the same command does what is left of them")
+
+
+def run_keeping_going(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
+    """As `run` with `skip_finished`, but a job that cannot run, or fails, keeps no other from its output.
+
+    Jobs that can run share one pass. Should it fail underway, they go on one by one, each from its journal.
+
+    Raises:
+        RequestError: what is wrong lies between the jobs, or with all of them alike.
+        SomeFailedError: some could not run or failed; the others are done.
+    """
+    planner = Planner(shard_cache(options))
+    failures: list[tuple[Job, SafeshardError]] = []
+    sound: list[Job] = []
+    for job in jobs:
+        try:
+            plans = planner.plan([job], options.overwrite, skip_finished=True)
+            if options.strict:
+                _refuse_cautions(plans)
+            sound.append(job)
+        except RequestError as error:
+            failures.append((job, error))
+    results: list[Result] = []
+    try:
+        results = run(sound, options, skip_finished=True) if sound else []
+    except RunError:
+        for job in sound:
+            try:
+                results += run([job], options, skip_finished=True)
+            except SafeshardError as error:
+                failures.append((job, error))
+    if failures:
+        raise SomeFailedError(results, failures)
+    return results
+
+
 def _refuse_cautions(plans: Sequence[JobPlan]) -> None:
     """With --strict: refuse what is warned about before anything is written."""
     where = [(str(p.job.output if p.job.writes_model else p.job.method), each) for p in plans for each in p.cautions]
@@ -240,17 +283,17 @@ class Pass:
 
     def _execute(self, runs: Sequence[JobRun]) -> None:
         steps = [*module_steps(runs), *copy_steps(runs)]
-        with Progress(_bytes(steps), quiet=self.options.quiet) as progress:
+        ranked = [r for r in runs if r.job.ranks_first]
+        second = _bytes(module_steps(ranked))  # at most; what is not chosen then reads less
+        with Progress(_bytes(steps) + second + _bytes(planned_steps(runs)), quiet=self.options.quiet) as progress:
             self._run(steps, progress)
-            ranked = [r for r in runs if r.job.ranks_first]
             for job_run in ranked:
                 job_run.choose()
             steps = module_steps(ranked)
-            progress.extend(_bytes(steps))
+            progress.extend(_bytes(steps) - second)
             self._run(steps, progress)
 
             def run_steps(steps: Sequence[Step], compute: Compute) -> None:
-                progress.extend(_bytes(steps))
                 self._run(steps, progress, compute)
 
             run_calibrated(runs, run_steps, device=self.device, buffers=self.buffers, clock=self.clock)

@@ -39,12 +39,24 @@ def test_one_offence_reads_as_one_line() -> None:
 
 
 def test_every_offence_is_carried_and_the_listing_is_capped() -> None:
-    error = RequestError([Offence("f", f"t{i}") for i in range(23)])
+    error = RequestError([Offence(f"f{i}", "t") for i in range(23)])
     lines = str(error).splitlines()
     assert len(error.offences) == 23
     assert lines[0] == "23 problems:"
-    assert lines[1:21] == [f"  - f: t{i}" for i in range(20)]
+    assert lines[1:21] == [f"  - f{i}: t" for i in range(20)]
     assert lines[21:] == ["  and 3 more"]
+
+
+def test_what_is_said_of_many_is_said_once() -> None:
+    many = [Offence("f", f"t{i}", "F32", "I8", "convert it") for i in range(22)]
+    error = RequestError([*many[:5], Offence("f", "u", "F32", "I16", "convert it"), *many[5:]])
+    names = ", ".join(f"t{i}" for i in range(20))
+    assert str(error).splitlines() == [
+        "23 problems of 2 kinds:",
+        f"  - f: expected F32, got I8 (convert it): {names} and 2 more",
+        "  - f: u: expected F32, got I16 (convert it)",
+    ]
+    assert str(RequestError(many[:2])) == "2 problems of 1 kind:\n  - f: expected F32, got I8 (convert it): t0, t1"
 
 
 def test_hostile_names_do_not_break_the_listing() -> None:

@@ -291,11 +291,11 @@ def test_an_adapter_keeps_its_dtype(llama: Any, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"leak": 0.1, "penalty": 1.0}, "either leak or penalty"),
+        ({"leak": 0.1, "penalty": 1.0}, "either --leak or --penalty"),
         ({"leak": 0.0}, "leak"),
         ({"leak": 1.0}, "leak"),
         ({"penalty": -1.0}, "penalty"),
-        ({"keep_data": "x"}, "keep_data goes with task_data"),
+        ({"keep_data": "x"}, "--keep-data goes with --task-data"),
         ({"factors": "x", "calibration": "y"}, "calibration"),
         ({"factors": "x", "samples": 3}, "samples"),
     ],

@@ -158,13 +158,13 @@ def test_mixture_of_experts_is_refused(tmp_path: Path, llama: Any) -> None:
     ("options", "message"),
     [
         ({"rank": 4, "output_format": "checkpoint"}, "rank goes with an adapter output"),
-        ({"finetuned": "x", "adapter": None, "rank": 4}, "go with adapter"),
-        ({"finetuned": "x", "adapter": None, "output_format": "adapter"}, "go with adapter"),
+        ({"finetuned": "x", "adapter": None, "rank": 4}, "go with --adapter"),
+        ({"finetuned": "x", "adapter": None, "output_format": "adapter"}, "go with --adapter"),
         ({"strength": -1.0}, "strength"),
         ({"sub_block": 0}, "sub-block"),
         ({"factors": "x", "calibration": "y"}, "calibration"),
         ({"factors": "x", "samples": 3}, "samples"),
-        ({"leak": 0.1, "strength": 1.0}, "either leak or strength"),
+        ({"leak": 0.1, "strength": 1.0}, "either --leak or --strength"),
     ],
 )
 def test_options_that_contradict(tmp_path: Path, options: dict[str, Any], message: str) -> None:
