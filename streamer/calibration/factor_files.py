@@ -94,7 +94,7 @@ class FactorIndex(Options):
 class SavedFactors:
     """Factors that `calibrate` wrote, of the aligned model given."""
 
-    forward_bytes = batch_bytes = hidden_bytes = bytes_read = 0
+    forward_bytes = batch_bytes = hidden_bytes = ahead_bytes = bytes_read = 0
 
     def __init__(self, place: str, aligned: Checkpoint) -> None:
         """Read the index and the headers.

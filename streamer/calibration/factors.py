@@ -17,6 +17,7 @@ from torch import Tensor
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
+from safeshard.streamer.calibration.ahead import Room, aligned_size, fresh
 from safeshard.streamer.calibration.forward import LayerGrams, calibrate, check_lengths
 from safeshard.streamer.calibration.groups import Group
 from safeshard.streamer.calibration.hidden_states import HiddenStates, UnsavedStates
@@ -73,6 +74,8 @@ class Calibration:
         self.forward_bytes = self._forward_bytes(skeleton.shapes(), batch)
         features = max(sum(sum(self._shape(name)) for name in names) for names in self._layers.values())
         self.batch_bytes = batch * features * dtype.itemsize
+        self._layer_bytes = self._largest_layer(skeleton)
+        self.ahead_bytes = len(self.prompts) * self._layer_bytes  # each data set runs a model of its own
 
     def inputs(self) -> dict[str, Input]:
         return {
@@ -94,6 +97,7 @@ class Calibration:
                     dtype=self.dtype, batch_tokens=BATCH_TOKENS, budget_bytes=budget * _positions(prompts) // total,
                     key=self.states_key(device, prompts),
                     saved=saved if number == 0 else UnsavedStates(saved.folders, saved.first), workers=workers,
+                    ahead_bytes=self._layer_bytes,
                 )
                 for number, (role, prompts) in enumerate(self.prompts.items())
             }  # fmt: skip
@@ -110,9 +114,9 @@ class Calibration:
         )  # fmt: skip
         return hash_bytes(json.dumps(decisive).encode())
 
-    def _load(self, name: str) -> Tensor:
+    def _load(self, name: str, room: Room = fresh) -> Tensor:
         ref = self.aligned.tensors[name]
-        tensor = torch.empty(ref.nbytes, dtype=torch.uint8)
+        tensor = room(ref.nbytes)
         self.aligned.source.readinto(ref.file, ref.offset, tensor.numpy().data)
         self.bytes_read += ref.nbytes
         return tensor.view(TORCH_DTYPES[ref.dtype]).view(ref.shape)
@@ -120,6 +124,11 @@ class Calibration:
     def _shape(self, module: str) -> tuple[int, int]:
         """(O, I) of a linear."""
         return self.aligned.linears[module].shape
+
+    def _largest_layer(self, skeleton: Skeleton) -> int:
+        """The weights of a layer as they are stored."""
+        stored = [[self.aligned.tensors[name].nbytes for name in skeleton.stored(path)] for path in self._layers]
+        return max((sum(map(aligned_size, sizes)) for sizes in stored), default=0)
 
     def _forward_bytes(self, shapes: Mapping[str, Sequence[int]], tokens: int) -> int:
         """The weights of a layer, or of the embeddings, and the inputs and outputs of a layer's linears for a batch."""

@@ -16,18 +16,22 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from safeshard.kernels.backend import upload
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.streamer.calibration.ahead import Ahead, Load
 from safeshard.streamer.calibration.gram_collector import Batch, GramCollector
 from safeshard.streamer.calibration.hidden_states import SPILL, HiddenStates
-from safeshard.streamer.calibration.skeleton import LayerCall, Load, Skeleton
+from safeshard.streamer.calibration.skeleton import LayerCall, Skeleton
+from safeshard.streamer.device import memory_errors, own_stream, wait
 from safeshard.streamer.disk import reserve
+from safeshard.streamer.pinned import host_memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ def calibrate(
     key: str,
     saved: HiddenStates,
     workers: int = 1,
+    ahead_bytes: int = 0,
 ) -> Iterator[LayerGrams]:
     """Run an aligned model over calibration samples, layer by layer, and yield the Grams of each from `saved.first` on.
 
@@ -75,16 +80,85 @@ def calibrate(
         key: hash of all that the hidden states depend on.
         saved: where they are saved between layers, once the consumer is through with a layer's Grams.
         workers: batches run at once, each on one thread of the CPU. They change no bit: a Gram takes them in order.
+        ahead_bytes: host bytes, pinned, for the weights of a layer, read while a device computes the one before.
 
     Raises:
         RequestError: at the call, as `Skeleton` does, and for empty or too long samples.
-        RunError: while iterating, for a non-finite Gram (module and sample named), or a linear that does not run.
+        RunError: while iterating, for a non-finite Gram (module and sample named), a linear that does not run, or too
+            little memory on the device.
     """
     skeleton = Skeleton(config_folder, names, dtype)
     check_lengths(config_folder, tokens, skeleton.max_positions)
     batches = _batches(tokens, batch_tokens)
-    buffer = partial(_host_buffer, dtype=dtype, budget_bytes=budget_bytes, folder=saved.folders[0])
+    pinned = device.type == "cuda"
+    buffer = partial(_host_buffer, dtype=dtype, budget_bytes=budget_bytes, folder=saved.folders[0], pinned=pinned)
+    if pinned:
+        return _run_on_device(skeleton, load, batches, device, buffer, key, saved, ahead_bytes)
     return _run(skeleton, load, batches, device, buffer, key, saved, workers)
+
+
+@torch.no_grad()
+def _run_on_device(
+    skeleton: Skeleton,
+    load: Load,
+    batches: list[Batch],
+    device: torch.device,
+    allocate: Callable[[int], torch.Tensor],
+    key: str,
+    saved: HiddenStates,
+    ahead_bytes: int,
+) -> Iterator[LayerGrams]:
+    """As `_run`, batch after batch on one stream.
+
+    Meanwhile the next layer's weights are read, and the next batch's states copied. The host waits until a layer's
+    weights are there, and until it is done.
+    """
+    remedy = "use a device with more memory, fewer --max-tokens, or --device cpu; the same command resumes"
+    with own_stream(device), memory_errors("embeddings", remedy):
+        buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
+        batches = [replace(batch, rows=upload(batch.rows, device)) for batch in batches]
+        wait(device)
+    start = saved.load(key, buffer)
+    left = list(enumerate(skeleton.layers))[start:]
+    ahead = Ahead(load, ahead_bytes)
+    with ahead.reading():
+        for (index, path), following in zip(left, [*left[1:], None], strict=True):
+            if index > start:
+                saved.save(key, index, buffer)
+            wanted = index >= saved.first
+            collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
+            with own_stream(device), memory_errors(path, remedy):
+                with skeleton.filled(path, ahead, device), collector:
+                    wait(device)
+                    ahead.announce(skeleton.stored(following[1]) if following else ())
+                    arriving = zip(hidden, _arriving(hidden, device), calls, strict=True)
+                    for number, (states, arrived, batch_calls) in enumerate(arriving):
+                        with collector.batch(number):
+                            states.copy_(batch_calls[index].run(skeleton.layers[path], arrived), non_blocking=True)
+                    wait(device)  # before the weights go, and before another stream takes the Grams
+                grams = collector.finish()
+                wait(device)
+            if wanted:
+                yield LayerGrams(index, path, grams, sum(len(batch.rows) for batch in batches))
+                del grams
+
+
+def _arriving(hidden: Sequence[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Each batch's hidden states on the device; those of the next are copied while one is computed."""
+    computing = torch.cuda.current_stream(device)
+    with own_stream(device):
+        copying = torch.cuda.current_stream(device)
+    coming: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+    for states in [*hidden, None]:
+        if states is not None:
+            with torch.cuda.stream(copying):
+                arrived = states.to(device, non_blocking=True)
+                arrived.record_stream(computing)
+                coming.append((arrived, copying.record_event()))
+        if states is None or len(coming) == 2:
+            arrived, event = coming.pop(0)
+            computing.wait_event(event)
+            yield arrived
 
 
 @torch.no_grad()
@@ -156,7 +230,7 @@ def _embed(
                 buffer = allocate(sum(b.tokens.numel() for b in batches) * states.shape[-1])
             used = sum(view.numel() for view in hidden)
             hidden.append(buffer[used : used + states.numel()].view(states.shape))
-            hidden[-1].copy_(states)
+            hidden[-1].copy_(states, non_blocking=True)
             calls.append(batch_calls)
     return buffer, hidden, calls
 
@@ -190,11 +264,11 @@ def _pad(samples: list[int], tokens: list[Sequence[int]]) -> Batch:
     return Batch(samples, ids, mask, mask.flatten().nonzero().flatten())
 
 
-def _host_buffer(numel: int, dtype: torch.dtype, budget_bytes: int, folder: Path) -> torch.Tensor:
+def _host_buffer(numel: int, dtype: torch.dtype, budget_bytes: int, folder: Path, pinned: bool = False) -> torch.Tensor:
     """A flat host tensor, in memory where it fits the budget, else mapped from a file that vanishes with it."""
     nbytes = numel * dtype.itemsize
     if nbytes <= budget_bytes:
-        return torch.empty(numel, dtype=dtype)
+        return host_memory(nbytes, pinned=pinned).view(dtype) if pinned else torch.empty(numel, dtype=dtype)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=SPILL[0], suffix=SPILL[1]) as file:
             reserve(file.fileno(), nbytes)  # now: a full disk would otherwise kill the process at some write

@@ -46,6 +46,7 @@ class GramCollector:
         self._grams: dict[str, torch.Tensor] = {}  # by leader
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._batches = batches
+        self._finite: list[tuple[str, int, torch.Tensor]] = []  # on a device: leader, batch, whether its Gram is finite
         self._turns: dict[str, int] = {}  # by leader: the batch that is added next
         self._failed = len(batches)  # the first batch that failed
         self._changed = threading.Condition()
@@ -100,6 +101,7 @@ class GramCollector:
         idle = [name for name in self._linears if name not in self._leader]
         if idle:
             raise RunError(f"{', '.join(idle)} took no part in the forward pass", _REMEDY)
+        self._refuse_not_finite()
         for gram in self._grams.values():
             gram_kernel.symmetrize(gram.mul_(self._scale))
         grams, self._grams = self._grams, {}
@@ -125,12 +127,29 @@ class GramCollector:
 
     def _check_finite(self, name: str, rows: torch.Tensor, batch: Batch) -> None:
         # By Cauchy-Schwarz no entry is larger than the largest of the diagonal, and a NaN input reaches the diagonal.
-        if self._grams[name].diagonal().isfinite().all():
+        finite = self._grams[name].diagonal().isfinite().all()
+        if finite.is_cuda:  # looked at once a layer: nothing waits for a device here
+            self._finite.append((name, self._running.number, finite))
+            return
+        if finite:
             return
         norms = rows.float().square().sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
         place = int(batch.rows[int(norms.argmax())])
         sample = batch.samples[place // batch.tokens.shape[1]]
-        raise RunError(
-            f"{name}: the Gram matrix is not finite from calibration sample {sample} (counted from 0) on",
-            "look at that sample and at the aligned checkpoint; float16 overflows where bfloat16 and float32 do not",
-        )
+        raise _not_finite(name, f"sample {sample}")
+
+    def _refuse_not_finite(self) -> None:
+        """Name the first batch from which on a device's Gram was not finite."""
+        flags = torch.stack([finite for *_, finite in self._finite]).tolist() if self._finite else []
+        bad = [(number, name) for (name, number, _), finite in zip(self._finite, flags, strict=True) if not finite]
+        self._finite.clear()
+        if bad:
+            number, name = min(bad)
+            raise _not_finite(name, f"samples {', '.join(map(str, self._batches[number].samples))}")
+
+
+def _not_finite(name: str, place: str) -> RunError:
+    return RunError(
+        f"{name}: the Gram matrix is not finite from calibration {place} (counted from 0) on",
+        "look at that sample and at the aligned checkpoint; float16 overflows where bfloat16 and float32 do not",
+    )

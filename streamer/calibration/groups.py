@@ -218,6 +218,7 @@ class FactorSource(Protocol):
         modules: the linears it answers for.
         forward_bytes: what running a layer of the aligned model on one batch holds, besides its Grams; 0 if none runs.
         batch_bytes: what each further batch adds that runs at the same time; 0 if nothing runs.
+        ahead_bytes: host bytes of a layer's weights, read while a device computes the layer before; 0 if nothing runs.
         hidden_bytes: host bytes of the hidden states at most; 0 if nothing runs.
         bytes_read: of the aligned model so far, to run it.
     """
@@ -225,6 +226,7 @@ class FactorSource(Protocol):
     modules: frozenset[str]
     forward_bytes: int
     batch_bytes: int
+    ahead_bytes: int
     hidden_bytes: int
 
     @property

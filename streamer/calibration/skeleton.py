@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,11 +23,10 @@ from torch import nn
 
 from safeshard.manifests.bounded import read_regular
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.calibration.ahead import Load
 from safeshard.streamer.extras import require_transformers
 from safeshard.streamer.sources import MAX_JSON_BYTES
 from safeshard.streamer.tensor_names import layer_of
-
-Load = Callable[[str], torch.Tensor]
 
 MAX_LAYERS = 10_000
 # Attention and experts' kernels may name a Hub repository; the others name code, or weights to fetch.
@@ -113,16 +112,7 @@ class Skeleton:
         Raises:
             RequestError: a tensor's shape is not the configuration's.
         """
-        if path is None:
-            inside = {module for layer in self.layers.values() for module in layer.modules()}
-            modules = [m for m in self._body.named_modules(prefix=self._body_path) if m[1] not in inside]
-        else:
-            modules = list(self.layers[path].named_modules(prefix=self._model_paths[path]))
-        empty = [
-            (module, name, tensor, _join(where, name))
-            for where, module in modules
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        ]
+        empty = self._empty(path)
         try:
             for module, name, tensor, full in empty:
                 # Buffers that are not saved, such as rotary frequencies, were computed when the model was built.
@@ -132,6 +122,23 @@ class Skeleton:
         finally:
             for module, name, tensor, _ in empty:
                 setattr(module, name, tensor)
+
+    def stored(self, path: str) -> list[str]:
+        """The checkpoint's tensors that `filled` loads for the decoder layer at `path`, in order."""
+        return [self._spell(full) for *_, full in self._empty(path) if full in self._needed]
+
+    def _empty(self, path: str | None) -> list[tuple[nn.Module, str, torch.Tensor, str]]:
+        """What `filled` fills: module, the tensor's name in it, the tensor, and its name in the model."""
+        if path is None:
+            inside = {module for layer in self.layers.values() for module in layer.modules()}
+            modules = [m for m in self._body.named_modules(prefix=self._body_path) if m[1] not in inside]
+        else:
+            modules = list(self.layers[path].named_modules(prefix=self._model_paths[path]))
+        return [
+            (module, name, tensor, _join(where, name))
+            for where, module in modules
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        ]
 
     def record(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
         """Run the model's forward with recorders in place of the decoder layers; needs `filled(None, ...)`.
@@ -186,7 +193,7 @@ class Skeleton:
         if tensor.shape != like.shape:
             remedy = "config.json and the weights do not belong together"
             raise RequestError(Offence(str(self._folder), stored, _shape(like), _shape(tensor), remedy))
-        return tensor.to(device=device, dtype=like.dtype)
+        return tensor.to(device, non_blocking=True).to(like.dtype) if device.type == "cuda" else tensor.to(like.dtype)
 
     def _refuse_unused_biases(self, present: Collection[str]) -> None:
         unused = [

@@ -57,7 +57,8 @@ def host_bytes(runs: Sequence[JobRun], device: torch.device) -> int:
     if device.type == "cpu":
         return arithmetic_bytes(runs)
     steps = [step for source, sharing in _by_source(runs) for step in _all_steps(source, sharing, on_device=True)]
-    return max([step.cost for step in steps], default=0)
+    ahead = max([source.ahead_bytes for source, _ in _by_source(runs)], default=0)
+    return ahead + max([step.cost for step in steps], default=0)
 
 
 def batches_at_once(source: FactorSource, device: torch.device, memory: int, needs: Needs) -> int:
@@ -145,7 +146,7 @@ def _serve(
             group.forget()
 
     left = {name for r in runs for name in r.plan.modules if r.has_factor(name) and not r.is_done(name)}
-    with _held(buffers, hidden + (0 if on_device else resident_bytes(source, needs))):
+    with _held(buffers, hidden + (source.ahead_bytes if on_device else resident_bytes(source, needs))):
         workers = batches_at_once(source, device, buffers.limit - hidden, needs)
         layers = source.layers(device, hidden, _hidden_states(source, runs), workers)
         forward = 0 if on_device else source.forward_bytes + (workers - 1) * source.batch_bytes

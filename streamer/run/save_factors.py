@@ -193,9 +193,9 @@ def _check_room(output: Path, memory: int, need: int, size: int) -> None:
 
 
 def _host_bytes(calibration: Calibration, device: torch.device) -> int:
-    """Host memory that a layer takes besides the hidden states: on a device only its finished factors."""
+    """Host memory that a layer takes besides the hidden states: on a device its finished factors, and weights ahead."""
     if device.type != "cpu":
-        return resident_bytes(calibration, _needs(calibration))
+        return resident_bytes(calibration, _needs(calibration)) + calibration.ahead_bytes
     needs = _needs(calibration)
     return device_bytes(calibration, [_step(group, needs) for layer in calibration.planned() for group in layer], needs)
 
