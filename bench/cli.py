@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from safeshard.bench import durability, io, kernels, models, peers, pictures, pipeline, rows
+from safeshard.bench import durability, io, kernels, models, peers, pictures, pipeline, roofline, rows
 from safeshard.bench.real import experiment as real
 from safeshard.bench.real import pictures as real_pictures
 from safeshard.bench.real import table as real_table
@@ -19,8 +20,8 @@ from safeshard.bench.toy.defences import WHOLE
 from safeshard.manifests.errors import Offence, RequestError
 
 
-def _known_shape(name: str) -> str:
-    if name not in models.SHAPES:
+def _known_shape(name: str | None) -> str | None:
+    if name is not None and name not in models.SHAPES:
         raise RequestError(Offence("--shape", "", " or ".join(models.SHAPES), name))
     return name
 
@@ -28,6 +29,12 @@ def _known_shape(name: str) -> str:
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 Folder = Annotated[Path, typer.Option("--folder", help="where the models lie; they are made once and kept")]
 Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES), callback=_known_shape)]
+KernelShape = Annotated[
+    str | None,
+    typer.Option(
+        "--shape", help=" or ".join(models.SHAPES) + "; default: llama-8b, on a GPU llama-70b", callback=_known_shape
+    ),
+]
 Layers = Annotated[
     int | None, typer.Option("--layers", help="decoder layers, fewer than the shape's own to save time", min=1)
 ]
@@ -76,15 +83,38 @@ def bench(
 @app.command("kernels")
 def measure_kernels(
     operations: Annotated[str, typer.Option(help="some of these")] = ",".join(kernels.OPERATIONS),
-    shape: Shape = "llama-8b",
-    ranks: Annotated[str, typer.Option(help="of the adapters")] = "8,16,64",
-    adapters: Annotated[str, typer.Option(help="numbers of adapters")] = "1,16,256",
+    shape: KernelShape = None,
+    ranks: Annotated[str, typer.Option(help="of the adapters; default: 8,16,64, on a GPU 16")] = "",
+    adapters: Annotated[str, typer.Option(help="numbers of adapters; default: 1,16,256, on a GPU 1,16,64")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda:N")] = "cpu",
-    limit: Annotated[float, typer.Option(help="seconds a run may be expected to take", min=0)] = 10,
+    limit: Annotated[
+        float | None, typer.Option(help="seconds a run may be expected to take; default: 10, on a GPU 1", min=0)
+    ] = None,
+    card: Annotated[str, typer.Option(help="a GPU's name: print its static roofline, and measure nothing")] = "",
 ) -> None:
-    """Time kernels on torch and Triton against the published formulation and the machine's ceilings."""
+    """Time kernels on torch and Triton against the published formulation and the machine's ceilings.
+
+    With --device cuda:N all that is to be known of a card goes to one new file in the current folder.
+    """
+    gpu = bool(card) or torch.device(device).type == "cuda"
     names = _names("--operations", operations, kernels.OPERATIONS)
-    kernels.run(names, shape, _numbers("--ranks", ranks), _numbers("--adapters", adapters), device, limit)
+    shape = shape or ("llama-70b" if gpu else "llama-8b")
+    sizes = (
+        _numbers("--ranks", ranks or ("16" if gpu else "8,16,64")),
+        _numbers("--adapters", adapters or ("1,16,64" if gpu else "1,16,256")),
+    )
+    if card:
+        if (known := roofline.find(card)) is None:
+            raise typer.BadParameter(f"none of {', '.join(c.name for c in roofline.CARDS)}", param_hint="--card")
+        kernels.print_roofline(names, shape, *sizes, known)
+        return
+    file = "kernels"
+    if gpu and rows.RESULTS == rows.DEFAULT_RESULTS:
+        rows.RESULTS = Path.cwd()
+        file += "-" + re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-").lower()
+    kernels.run(names, shape, *sizes, device, limit if limit is not None else 1.0 if gpu else 10.0, file)
+    if gpu:
+        print(f"All rows are in {rows.RESULTS / file}.csv: to report this card, send this file.")
 
 
 @app.command("pipeline")

@@ -13,6 +13,7 @@ import torch
 from safeshard.bench import published
 from safeshard.bench.ceilings import DTYPES, copying, multiplying, timings
 from safeshard.bench.models import SHAPES
+from safeshard.bench.roofline import Bound, Card, bound, find
 from safeshard.bench.rows import record
 from safeshard.kernels.compensation import safe_delta_dense
 from safeshard.kernels.factor import Factor, safety_factor
@@ -40,6 +41,11 @@ class Case:
     operations: int
     published_operations: int
     memory: int
+
+    @property
+    def label(self) -> str:
+        of = f", {self.adapters} of rank {self.rank}" if self.adapters else ""
+        return f"{self.operation} {self.rows} x {self.columns}{of}"
 
 
 def cases(names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequence[int]) -> Iterator[Case]:
@@ -71,25 +77,52 @@ def cases(names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequ
                 yield Case(name, rows, columns, 0, 0, nbytes, operations, dense, 4 * (4 * square + 6 * size))
 
 
-def run(
-    names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequence[int], device: str, limit: float
-) -> None:
-    """Time every case on every backend; append a row each and print it.
-
-    Args:
-        device: "cpu" or "cuda:N". Triton runs on CUDA alone. On a CPU one thread computes, as a job's worker does.
-        limit: seconds that one run may be expected to take; longer ones are skipped, and said so.
-    """
-    torch.set_num_threads(1)
-    cuda = torch.device(device).type == "cuda"
-    _ceilings(device)
+def distinct(names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequence[int]) -> Iterator[Case]:
+    """The cases that differ: a Gram and a factor have one size."""
     seen: set[tuple[Any, ...]] = set()
     for case in cases(names, shape, ranks, adapters):
         size = case.columns if case.operation in ("gram", "factor") else (case.rows, case.columns)
         key = (case.operation, size, case.rank, case.adapters)
-        if key in seen:
-            continue
-        seen.add(key)
+        if key not in seen:
+            seen.add(key)
+            yield case
+
+
+def print_roofline(names: Sequence[str], shape: str, ranks: Sequence[int], adapters: Sequence[int], card: Card) -> None:
+    """Print how long each case takes on a card at best, by its data sheet."""
+    for case in distinct(names, shape, ranks, adapters):
+        if (least := _bound(case, card)) is not None:
+            print(f"{case.label}: {least}")
+
+
+def _bound(case: Case, card: Card) -> Bound | None:
+    return bound(card, case.operation, case.rows, case.columns, case.rank * case.adapters, TOKENS)
+
+
+def run(
+    names: Sequence[str],
+    shape: str,
+    ranks: Sequence[int],
+    adapters: Sequence[int],
+    device: str,
+    limit: float,
+    file: str = "kernels",
+) -> None:
+    """Time every case on every backend; append a row each and print it, on a known card beside its static roofline.
+
+    Args:
+        device: "cpu" or "cuda:N". Triton runs on CUDA alone. On a CPU one thread computes, as a job's worker does.
+        limit: seconds that one run may be expected to take; longer ones are skipped, and said so.
+        file: the table that rows are appended to.
+    """
+    torch.set_num_threads(1)
+    cuda = torch.device(device).type == "cuda"
+    card = None
+    if cuda:
+        torch.cuda.set_device(device)
+        card = find(torch.cuda.get_device_name(device))
+    _ceilings(device, file)
+    for case in distinct(names, shape, ranks, adapters):
         dtype = "bf16" if cuda and case.operation == "gram" else "fp32"
         rate = multiplying(device, dtype).rate
         label = f"{case.rows} x {case.columns}"
@@ -107,22 +140,23 @@ def run(
                 continue
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            record(
-                "kernels", timings(function, device), nbytes=case.nbytes, operations=case.operations, floor=floor,
+            median = record(
+                file, timings(function, device), nbytes=case.nbytes, operations=case.operations, floor=floor,
                 what=case.operation, shape=label, dtype=dtype, backend=backend, adapters=case.adapters or "",
                 rank=case.rank or "", ceiling="copy and matrix rate", cache="in memory",
                 peak_device_bytes=torch.cuda.max_memory_allocated() if cuda else "",
             )  # fmt: skip
+            if backend == "triton" and card is not None and (least := _bound(case, card)) is not None:
+                reached = f"{least.seconds / median:.0%} of it, {least.share:.0%} wanted"
+                print(f"    {card.name} by its data sheet: {least}; {reached}")
 
 
-def _ceilings(device: str) -> None:
+def _ceilings(device: str, file: str) -> None:
     copied = copying(device)
-    record("kernels", copied.seconds, nbytes=copied.amount, what="copy", cache="in memory")
+    record(file, copied.seconds, nbytes=copied.amount, what="copy", cache="in memory")
     for dtype in DTYPES:
         product = multiplying(device, dtype)
-        record(
-            "kernels", product.seconds, operations=product.amount, what="square product", dtype=dtype, cache="in memory"
-        )
+        record(file, product.seconds, operations=product.amount, what="square product", dtype=dtype, cache="in memory")
 
 
 def _free(device: str) -> int:

@@ -21,6 +21,7 @@ from safeshard.bench.toy import table, tuned
 _HERE = Path(__file__).resolve().parent
 IN_CHECKOUT = (_HERE.parent / "pyproject.toml").is_file()
 RESULTS = _HERE / "results" if IN_CHECKOUT else Path("bench-results")
+DEFAULT_RESULTS = RESULTS
 COLUMNS = (
     "what", "shape", "dtype", "backend", "layers", "adapters", "rank", "median_s", "min_s", "max_s", "runs", "bytes",
     "GB_per_s", "operations", "TFLOP_per_s", "ceiling", "share_of_ceiling", "against", "time_ratio", "memory_ratio",
