@@ -20,6 +20,7 @@ class Joined:
         self.saved, self.run = saved, run
         self.modules = saved.modules & run.modules
         self.forward_bytes, self.batch_bytes, self.hidden_bytes = run.forward_bytes, run.batch_bytes, run.hidden_bytes
+        self.ahead_bytes = run.ahead_bytes
 
     @property
     def bytes_read(self) -> int:
