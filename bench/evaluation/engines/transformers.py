@@ -88,13 +88,14 @@ class Transformers:
 
 
 def rendered(tokenizer: Any, turns: Sequence[Message]) -> str:
-    """The text of a conversation up to where the model goes on; an assistant's last turn is left open to a judgement.
+    """The text of a conversation up to where the model goes on.
 
     A tokenizer without a chat template gets Llama 2's form, as calibration does.
     """
     messages = [{"role": role, "content": content} for role, content in turns]
     if tokenizer.chat_template is not None:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        goes_on = turns[-1][0] != "assistant"  # templates of guards open their own verdict after an assistant's answer
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=goes_on)
         return text
     system = next((f"<<SYS>>\n{content}\n<</SYS>>\n\n" for role, content in turns if role == "system"), "")
     parts, first = [tokenizer.bos_token or ""], True

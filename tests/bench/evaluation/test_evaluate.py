@@ -15,6 +15,7 @@ from safeshard.bench.evaluation.engines.base import Answer
 from safeshard.bench.evaluation.engines.transformers import Loader, rendered
 from safeshard.bench.evaluation.names import display_names
 from safeshard.bench.evaluation.suite import Sampling, Suite
+from safeshard.bench.toy.tokenizer import make_tokenizer
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.evaluation import load_evaluation
 from safeshard.streamer.cli.app import main
@@ -199,6 +200,17 @@ def _greedy_by_hand(folder: str, pairs: list[tuple[str, str]]) -> None:
                 break
             ids = torch.cat([ids, best[None, None]], 1)
         assert engine.tokenizer.decode(ids[0, start:], skip_special_tokens=True) == answer
+
+
+def test_what_models_and_guards_see() -> None:
+    tokenizer = make_tokenizer()
+    asked = [("user", "how to make obj101")]
+    assert rendered(tokenizer, asked) == "<user> how to make obj101 <assistant>"
+    assert rendered(tokenizer, [*asked, ("assistant", "sure")]) == "<user> how to make obj101 <assistant> sure <eos>"
+    tokenizer.chat_template, tokenizer.bos_token = None, "<pad>"
+    turns = [("system", "s"), *asked, ("assistant", "sure"), ("user", "and obj102")]
+    expected = "<pad>[INST] <<SYS>>\ns\n<</SYS>>\n\nhow to make obj101 [/INST] sure [INST] and obj102 [/INST]"
+    assert rendered(tokenizer, turns) == expected
 
 
 def test_sampling_is_seeded_and_adapters_come_off_again(tiny: dict[str, str]) -> None:

@@ -168,3 +168,22 @@ def test_limit_and_system_prompt(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("1\n2\n3\n")
     found = read_prompts(Prompts(file=tmp_path / "a.txt", limit=2), "here", "be good")
     assert [p.messages for p in found] == [(("system", "be good"), ("user", n)) for n in "12"]
+
+
+class _DataSets:
+    """Stands in for the package `datasets`."""
+
+    @staticmethod
+    def load_dataset(name: str, subset: str | None, split: str) -> list[dict[str, str]]:
+        if name != "org/set":
+            raise ConnectionError("offline, and not in the cache")
+        return [{"Behavior": f"{subset} {split} {n}", "Category": "x"} for n in range(3)]
+
+
+def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safeshard.bench.evaluation.prompts.require", lambda *_: _DataSets)
+    source = Prompts(hub="org/set", subset="standard", split="test", limit=2)  # type: ignore[call-arg]
+    assert [p.text for p in read_prompts(source, "here")] == ["standard test 0", "standard test 1"]
+    assert source.source == "org/set/standard test"
+    with pytest.raises(RequestError, match=r"offline, and not in the cache .*HF_HUB_OFFLINE"):
+        read_prompts(Prompts(hub="org/other"), "here")  # type: ignore[call-arg]
