@@ -7,8 +7,9 @@ where neither markup, HTML nor links are interpreted.
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
+from types import MappingProxyType
 from typing import Literal
 
 from safeshard.manifests.errors import printable
@@ -36,15 +37,19 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")""",
 }
 
 
-def card(manifest: Manifest, base_model: str | None, kind: Kind) -> str:
+def card(
+    manifest: Manifest, base_model: str | None, kind: Kind, licence: Mapping[str, str] = MappingProxyType({})
+) -> str:
     """The text of README.md. `base_model` enters the metadata only if it is a Hub id (`org/name`).
+
+    `licence` has the fields `license`, `license_name` and `license_link`, as far as the inputs' cards state them.
 
     Nothing of `manifest.files`, `tensors` and `run` is used, so the card can be written, and hashed into the manifest,
     before those are complete.
     """
     base = base_model if base_model is not None and _HUB_ID.fullmatch(base_model) else None
     blocks = [
-        _front_matter(manifest, base, kind),
+        _front_matter(manifest, base, kind, licence),
         f"# {_code(manifest.method.name)} {kind}",
         _opening(manifest, kind),
         "## Method",
@@ -63,13 +68,27 @@ def card(manifest: Manifest, base_model: str | None, kind: Kind) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _front_matter(manifest: Manifest, base: str | None, kind: Kind) -> str:
-    tags = ["safeshard", manifest.method.name, *(["lora"] if kind == "adapter" else [])]
-    lines = [f"library_name: {'peft' if kind == 'adapter' else 'transformers'}", "tags:"]
-    lines += [f"- {_yaml(tag)}" for tag in tags]
-    if base is not None:
-        lines.insert(0, f"base_model: {_yaml(base)}")
-    return "\n".join(["---", *lines, "---"])
+def _front_matter(manifest: Manifest, base: str | None, kind: Kind, licence: Mapping[str, str]) -> str:
+    from huggingface_hub import ModelCardData  # only where a card is written: it takes its time
+
+    tags = ["safeshard", printable(manifest.method.name), *(["lora"] if kind == "adapter" else [])]
+    link = licence.get("license_link", "")
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=None if base is None else "adapter" if kind == "adapter" else "finetune",
+        library_name="peft" if kind == "adapter" else "transformers",
+        license=_slug(licence.get("license")),
+        license_name=_slug(licence.get("license_name")),
+        license_link=link if PLAIN_LINK.fullmatch(link) or _slug(link) else None,
+        pipeline_tag="text-generation",
+        tags=tags,
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _slug(text: str | None) -> str | None:
+    """A short word without markup, as licences are named; None for anything else, which others wrote."""
+    return text if text is not None and re.fullmatch(r"[\w.-]{1,64}", text, re.ASCII) else None
 
 
 def _opening(manifest: Manifest, kind: Kind) -> str:
@@ -141,8 +160,3 @@ def _code(text: object) -> str:
 
 def _link(text: str) -> str:
     return f"<{text}>" if PLAIN_LINK.fullmatch(text) else _code(text)
-
-
-def _yaml(text: str) -> str:
-    """A double-quoted scalar. Only printable characters are left, and for those JSON's quoting is YAML's."""
-    return json.dumps(printable(text), ensure_ascii=False)

@@ -53,6 +53,11 @@ class _Place:
         return any(_last(each) == _last(base) for each in (self.id, self.folder) if each)
 
 
+def known_id(source: Source) -> str | None:
+    """The Hub id of a place that is known to be a repository of the Hub, or a snapshot in its cache."""
+    return _Place.of(source).id
+
+
 def hub_id(spec: str) -> str | None:
     """`org/name` of a place on the Hub."""
     place = HubPlace.parse(spec)

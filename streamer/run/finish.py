@@ -29,13 +29,14 @@ from safeshard.manifests.schema import (
 )  # fmt: skip
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs import adapter as lora
-from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import INDEX
+from safeshard.streamer.plan.bases import known_id
 from safeshard.streamer.plan.identity import checked_inputs
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.plan.model_config import model_config
 from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.effects import total
+from safeshard.streamer.run.licence import licence
 from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.tensor_names import natural
 
@@ -77,7 +78,9 @@ def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
     whole = plan.job.writes_checkpoint
     small = _checkpoint_files(plan) if whole else _adapter_files(plan)
     manifest = _manifest(job_run, measured)
-    small["README.md"] = card(manifest, _base_model(plan), "checkpoint" if whole else "adapter").encode()
+    small["README.md"] = card(
+        manifest, known_id(plan.aligned.source), "checkpoint" if whole else "adapter", licence(plan)
+    ).encode()
     files = [FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files]
     taken = ((file.name, file.read()) for file in plan.side_files)  # one at a time
     for name, data in itertools.chain(small.items(), taken):
@@ -171,13 +174,6 @@ def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
         total = sum(ref.nbytes for file in plan.files for ref in file.tensors.values())
         files[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     return files
-
-
-def _base_model(plan: JobPlan) -> str | None:
-    if isinstance(plan.finetuned, Adapter) and (named := plan.finetuned.config.raw.get("base_model_name_or_path")):
-        return without_secrets(str(named))
-    source = plan.aligned.source
-    return source.spec.removeprefix("hf://").partition("@")[0] if source.revision else None
 
 
 def _json(value: Any) -> bytes:

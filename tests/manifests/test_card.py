@@ -39,7 +39,11 @@ def test_the_example_reads_as_frozen(example: Manifest, data: Path) -> None:
 )
 def test_metadata(example: Manifest, kind: Kind, library: str, tags: list[str]) -> None:
     text = card(example, "org/chat", kind)
-    assert front_matter(text) == {"base_model": "org/chat", "library_name": library, "tags": tags}
+    relation = "adapter" if kind == "adapter" else "finetune"
+    assert front_matter(text) == {
+        "base_model": "org/chat", "base_model_relation": relation, "library_name": library, "tags": tags,
+        "pipeline_tag": "text-generation",
+    }  # fmt: skip
     assert ("PeftModel" in text) == (kind == "adapter")
     assert "safeshard verify" in text
     assert "it does not claim that the model is safe" in text
@@ -70,9 +74,9 @@ def test_hostile_names_stay_text(example: Manifest, evil: str) -> None:
             "tool": example.tool.model_copy(update={"safeshard": evil}),
         }
     )
-    text = card(hostile, None, "adapter")
+    text = card(hostile, None, "adapter", {"license": evil, "license_name": evil, "license_link": evil})
     loaded = front_matter(text)
-    assert loaded.keys() == {"library_name", "tags"}
+    assert loaded.keys() == {"library_name", "pipeline_tag", "tags"}
     assert loaded["tags"] == ["safeshard", printable(evil), "lora"]
     assert text.replace("\n", "").isprintable()
     for line in text.split("---\n", 2)[2].splitlines():
@@ -88,3 +92,15 @@ def test_options_are_shown_as_json(example: Manifest) -> None:
     text = card(example, None, "adapter")
     for name, value in example.method.options.items():
         assert f"| `{name}` | `{json.dumps(value)}` |" in text
+
+
+def test_the_licence_is_named(example: Manifest) -> None:
+    given = {
+        "license": "other",
+        "license_name": "llama2",
+        "license_link": "https://huggingface.co/org/m/blob/main/LICENSE",
+    }
+    assert given.items() <= front_matter(card(example, None, "adapter", given)).items()
+    assert (
+        front_matter(card(example, None, "adapter", {"license_link": "LICENSE.txt"}))["license_link"] == "LICENSE.txt"
+    )
