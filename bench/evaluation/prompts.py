@@ -120,9 +120,9 @@ def _path(source: Prompts, where: str) -> Path:
     if source.built_in is not None:
         name = BUILT_IN[source.built_in]
         if source.built_in == "refusals":
-            from safeshard.streamer.calibration import prompts  # the calibration data
+            from safeshard.streamer.calibration import data_files  # the calibration data
 
-            return prompts.BUILT_IN
+            return data_files.BUILT_IN
         return Path(__file__).parent / "data" / name
     if source.file is None:
         remedy = "--prompts FILE, or --prompts PART=FILE"

@@ -112,6 +112,9 @@ class SavedFactors:
         file = InputFile(name=INDEX, size=self.source.sizes()[INDEX], blake3=self._blake3)
         return {"factors": Input(source=self.source.spec, files=(file,)), "calibration": self.index.calibration}
 
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        return {}
+
     def planned(self) -> list[list[Group]]:
         return self._layers
 

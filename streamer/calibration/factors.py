@@ -18,17 +18,17 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
 from safeshard.streamer.calibration.ahead import Room, aligned_size, fresh
+from safeshard.streamer.calibration.data_files import DATA
 from safeshard.streamer.calibration.forward import LayerGrams, calibrate, check_lengths
 from safeshard.streamer.calibration.groups import Group
 from safeshard.streamer.calibration.hidden_states import HiddenStates, UnsavedStates
-from safeshard.streamer.calibration.prompts import BUILT_IN, Prompts, load_prompts
+from safeshard.streamer.calibration.prompts import Prompts, load_prompts
 from safeshard.streamer.calibration.skeleton import Skeleton, read_config
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.methods.calibrate import Sampled
 from safeshard.streamer.sources import Source
 
-DATA = {"safe": "calibration", "task": "task_data", "keep": "keep_data"}  # role of a Gram -> option that names its data
 BATCH_TOKENS = 4096  # part of what decides the last bits of a Gram
 # What transformers reads to build a model and its tokenizer.
 MODEL_FILES = (
@@ -57,9 +57,11 @@ class Calibration:
             _check_shapes(aligned, skeleton)
             self._layers = {path: list(skeleton.linears(path)) for path in skeleton.layers}
             given = {role: getattr(options, DATA[role], None) for role in roles}
+            fewer = "samples" not in options.model_fields_set  # a number that was asked for stays a demand
             self.prompts: dict[str, Prompts] = {
                 role: load_prompts(
-                    place, self.folder, samples=options.samples, max_tokens=options.max_tokens, seed=options.seed
+                    place, self.folder, samples=options.samples, max_tokens=options.max_tokens, seed=options.seed,
+                    fewer=fewer,
                 )
                 for role, place in given.items()
                 if role == "safe" or place is not None
@@ -78,9 +80,11 @@ class Calibration:
         self.ahead_bytes = len(self.prompts) * self._layer_bytes  # each data set runs a model of its own
 
     def inputs(self) -> dict[str, Input]:
-        return {
-            DATA[role]: _input(prompts, getattr(self.options, DATA[role])) for role, prompts in self.prompts.items()
-        }
+        return {DATA[role]: _input(prompts) for role, prompts in self.prompts.items()}
+
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        """By source of data: what was done otherwise than it or the options say."""
+        return {prompts.source: prompts.notes for prompts in self.prompts.values()}
 
     def planned(self) -> list[list[Group]]:
         keeps = len(self.prompts.keys() - {"safe"})
@@ -146,11 +150,10 @@ def _positions(prompts: Prompts) -> int:
     return len(prompts.tokens) * max(map(len, prompts.tokens))
 
 
-def _input(prompts: Prompts, place: str | None) -> Input:
-    path = Path(place) if place else BUILT_IN
-    return Input(
-        source=prompts.source, files=(InputFile(name=path.name, size=path.stat().st_size, blake3=prompts.blake3),)
-    )
+def _input(prompts: Prompts) -> Input:
+    data = prompts.file
+    file = InputFile(name=data.name, size=len(data.data), blake3=prompts.blake3)
+    return Input(source=data.source, revision=data.revision, files=(file,))
 
 
 def _groups(layers: dict[str, LayerGrams]) -> list[Group]:

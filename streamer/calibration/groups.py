@@ -235,6 +235,9 @@ class FactorSource(Protocol):
     def inputs(self) -> dict[str, Input]:
         """What the manifest says of it, by role."""
 
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        """By source of data: what was done otherwise than it or the options say."""
+
     def planned(self) -> Sequence[Sequence[Group]]:
         """The groups of each decoder layer as far as headers tell, without Grams: none of them shared, if one runs."""
 

@@ -13,9 +13,12 @@ class Sampled(Options):
     """What decides a calibration run of the aligned model, hence its Gram matrices."""
 
     calibration: Place | None = Field(
-        None, description="prompts with safe answers, .jsonl (default: the built-in refusals)"
+        None,
+        description="prompts with safe answers: a file, hf://datasets/org/name/file, a URL (default: the built-in)",
     )
-    samples: int = Field(128, gt=0, description="prompts to take, by a seeded permutation")
+    samples: int = Field(
+        128, gt=0, description="prompts to take, by a seeded permutation; fewer only where this is not given"
+    )
     max_tokens: int = Field(512, gt=0, description="longest prompt with answer, in tokens; the rest is cut")
     seed: int = Field(0, ge=0, description="of the choice of samples")
 

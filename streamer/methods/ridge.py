@@ -70,7 +70,8 @@ class Ridge(Job, Sampled, KeptInputs):
             decisive |= {"dtype", "samples", "max_tokens", "seed"}
         if self.task_data is not None:
             decisive |= {"task_data", "keep_data"}
-        return json.dumps(self.model_dump(mode="json", include=decisive), sort_keys=True)
+        demanded = "samples" in self.model_fields_set
+        return json.dumps([demanded, self.model_dump(mode="json", include=decisive)], sort_keys=True)
 
     def settings(self) -> dict[str, Any]:
         left_out = {"calibration", "factors", "task_data", "keep_data"}

@@ -87,7 +87,8 @@ class SafeDelta(Job, Calibrated):
     def factors_key(self) -> str:
         """Equal for jobs that share a calibration."""
         decisive = {"aligned", "factors"} if self.factors is not None else {"aligned", "dtype", *Sampled.model_fields}
-        return json.dumps(self.model_dump(mode="json", include=decisive), sort_keys=True)
+        demanded = "samples" in self.model_fields_set
+        return json.dumps([demanded, self.model_dump(mode="json", include=decisive)], sort_keys=True)
 
     @property
     def damping(self) -> float | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
-from safeshard.manifests.schema import JOURNAL_NAME
+from safeshard.manifests.schema import JOURNAL_NAME, Fallback
 from safeshard.streamer.calibration.factor_files import factor_offences, open_factors
 from safeshard.streamer.inputs.adapter import Adapter, open_adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
@@ -106,6 +106,11 @@ class Planner:
             if plan.factors is None:
                 return None
             offences = list(factor_offences(plan.factors, job))
+            plan.fallbacks += [
+                Fallback(asked="calibration", done=note, why=source)
+                for source, notes in plan.factors.notes().items()
+                for note in notes
+            ]
         if not offences:
             plan_outputs(plan)
             if job.writes_model:

@@ -7,16 +7,16 @@ files that these list; a URL is opened where the user names it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile, Manifest
 from safeshard.manifests.verify import Finding
-from safeshard.streamer.calibration.factors import DATA
-from safeshard.streamer.calibration.prompts import BUILT_IN, BUILT_IN_NAME
+from safeshard.streamer.calibration.data_files import DATA, read_data
+from safeshard.streamer.calibration.data_files import pinned as pinned_data
 from safeshard.streamer.inputs.headers import file_header, read_file_header
 from safeshard.streamer.inputs.samples import hash_file
-from safeshard.streamer.sources import LocalSource, Source, is_url, open_source, pinned
+from safeshard.streamer.sources import Source, is_url, open_source, pinned
 
 Note = Callable[[str], None]
 
@@ -37,7 +37,8 @@ def input_places(manifest: Manifest, moved: Mapping[str, str]) -> dict[str, str]
     places = {}
     for role in roles:
         given = manifest.inputs[role]
-        places[role] = moved.get(role) or pinned(given.source, given.revision)
+        at_commit = pinned_data if role in DATA.values() else pinned
+        places[role] = moved.get(role) or at_commit(given.source, given.revision)
         if role not in moved and is_url(given.source):
             remedy = f"add --source {role}=URL if you trust it"
             offences.append(Offence(given.source, role, "a URL that you name", "one that the manifest names", remedy))
@@ -67,15 +68,15 @@ def check_inputs(manifest: Manifest, places: Mapping[str, str], note: Note) -> l
 def _data(role: str, given: Input, place: str) -> Iterator[Finding]:
     """Data of a calibration: one file, wherever it lies."""
     try:
-        path = (BUILT_IN if place == BUILT_IN_NAME else Path(place)).resolve()
-        is_file = path.is_file()
-    except (OSError, RuntimeError, ValueError):  # too long, a loop of links, a null byte
-        is_file = False
-    if not is_file:
-        yield Finding(place, "", f"{role}: missing")
+        found = read_data(place)
+    except RequestError as error:
+        yield from (Finding(place, "", f"{role}: missing", o.expected, o.got) for o in error.offences)
         return
     for file in given.files:
-        yield from _file(role, LocalSource(path.parent, str(path.parent)), path.name, file)
+        if file.size != len(found.data):
+            yield Finding(place, "", f"{role}: size differs", str(file.size), str(len(found.data)))
+        elif file.blake3 != (digest := hash_bytes(found.data)):
+            yield Finding(place, "", f"{role}: content differs", str(file.blake3), digest)
 
 
 def _folder(role: str, given: Input, place: str, note: Note) -> Iterator[Finding]:

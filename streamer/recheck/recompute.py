@@ -19,7 +19,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import header_digest
 from safeshard.manifests.schema import MANIFEST_NAME, Manifest, Tool
 from safeshard.manifests.verify import Finding
-from safeshard.streamer.calibration.prompts import BUILT_IN_NAME
+from safeshard.streamer.calibration.data_files import BUILT_IN_NAME
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.base import ROLES, Job, random_key
 from safeshard.streamer.options import RunOptions, build
@@ -68,7 +68,9 @@ def _job(manifest: Manifest, places: Mapping[str, str], output: Path) -> Job:
         expected = "inputs under their roles, and options that name no place"
         raise RequestError([Offence(MANIFEST_NAME, key, expected, "another") for key in sorted(foreign)])
     given = {role: place for role, place in places.items() if (role, place) != ("calibration", BUILT_IN_NAME)}
-    return build(METHODS[name], {**options, **given, "output": output}, MANIFEST_NAME)
+    fields = METHODS[name].model_fields  # a default counts as not given: fewer samples than asked for are refused
+    chosen = {key: value for key, value in options.items() if key not in fields or fields[key].default != value}
+    return build(METHODS[name], {**chosen, **given, "output": output}, MANIFEST_NAME)
 
 
 def _planned_differences(plan: JobPlan, manifest: Manifest) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
 from safeshard.manifests.schema import JOURNAL_NAME, Input
+from safeshard.streamer.calibration.data_files import DATA
 from safeshard.streamer.calibration.factor_files import (
     INDEX,
     FactorIndex,
@@ -29,7 +30,7 @@ from safeshard.streamer.calibration.factor_files import (
     SavedGroup,
     sample_weights,
 )
-from safeshard.streamer.calibration.factors import DATA, Calibration, forward_dtype
+from safeshard.streamer.calibration.factors import Calibration, forward_dtype
 from safeshard.streamer.calibration.groups import Group, Needs, device_bytes, hash_host, resident_bytes
 from safeshard.streamer.calibration.hidden_states import COPIES, HiddenStates, clear_states
 from safeshard.streamer.clock import Clock
@@ -114,6 +115,9 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
     _check_places(output, staging, run.overwrite)
     aligned = open_checkpoint(open_source(options.aligned, shard_cache(run)))
     calibration = Calibration(aligned, options, forward_dtype(aligned, options.dtype))
+    for source, notes in calibration.notes().items():
+        for note in notes:
+            log.warning("%s: %s", source, note)
     need, size = _host_bytes(calibration, device), _disk_bytes(calibration)
     _check_room(output, int(run.memory), need, size + COPIES * calibration.hidden_bytes)
     if run.dry_run:

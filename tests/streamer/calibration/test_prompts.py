@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from safeshard.manifests.errors import RequestError
-from safeshard.streamer.calibration import prompts
-from safeshard.streamer.calibration.prompts import BUILT_IN, load_prompts
+from safeshard.streamer.calibration import data_files
+from safeshard.streamer.calibration.data_files import BUILT_IN
+from safeshard.streamer.calibration.prompts import load_prompts
 
 CONFIG = Path(__file__).parents[2] / "goldens/llama/aligned/config.json"  # a vocabulary of 256
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -154,10 +155,16 @@ GOOD = {"input_ids": [1]}
         ([1], "got list"),
         ({}, "got none of them"),
         ({"instruction": "a", "messages": []}, "got messages and instruction"),
+        ({"conversations": [], "messages": []}, "got messages and conversations"),
         ({"instruction": "a"}, "`output`"),
         ({"instruction": "a", "output": "  "}, "`output`.*blank"),
         ({"instruction": 3, "output": "b"}, "`instruction`"),
-        ({"instruction": "a", "input": "x", "output": "b"}, "`input`"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "`input`"),
+        ({"prompt": "a"}, "`prompt` alone"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "`tool`"),
+        ({"conversations": []}, "`conversations`"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "type `image`"),
+        ({"messages": [{"role": "user", "content": None}]}, "`content`"),
         ({"messages": []}, "`messages`"),
         ({"messages": [{"role": "user"}]}, "`content`"),
         ({"messages": "hi"}, "`messages`"),
@@ -242,16 +249,16 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
 
 
 def test_a_chat_template_that_fails_names_the_line(tmp_path):
-    folder = make_tokenizer(tmp_path, "{{ raise_exception('no such role') if messages[0].role == 'system' else 'hi' }}")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no such role') }}{% endif %}"
     path = write(tmp_path, lines(PAIR, {"messages": [{"role": "system", "content": "x"}]}))
     with pytest.raises(RequestError, match="no such role") as caught:
-        load_prompts(path, folder, samples=2)
+        load_prompts(path, make_tokenizer(tmp_path, refusing + CHAT), samples=2)
     assert [offence.where for offence in caught.value.offences] == [f"{path}:2"]
 
 
 def test_text_that_renders_to_no_token_is_refused(tmp_path):
     path = write(tmp_path, lines(PAIR))
-    with pytest.raises(RequestError, match="got no token"):
+    with pytest.raises(RequestError, match="drops the text of turn 1"):
         load_prompts(path, make_tokenizer(tmp_path, "{{ '' }}"), samples=1)
 
 
@@ -286,8 +293,117 @@ def test_a_chat_template_stays_in_its_sandbox(tmp_path, monkeypatch, template):
 
 
 def test_data_beyond_the_limit(tmp_path, plain, monkeypatch):
-    monkeypatch.setattr(prompts, "MAX_DATA_BYTES", 20)
+    monkeypatch.setattr(data_files, "MAX_DATA_BYTES", 20)
     data = tmp_path / "data.jsonl"
     data.write_text('{"input_ids": [1, 2]}')
     with pytest.raises(RequestError, match="at most 20 bytes, got 21 bytes"):
         load_prompts(data, plain, samples=1)
+
+
+LLAVA = (
+    "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ c['text'] }} {% endfor %}{% endfor %}"
+)
+SMOLVLM = (
+    "{% for m in messages %}{{ m['role'] }} {% for c in m['content'] %}{% if c['type'] == 'text' %}"
+    "{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] | trim }} {% endfor %}"
+)
+ANSWER_ALONE = "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [LLAVA, SMOLVLM])
+def test_a_template_that_goes_through_parts_is_given_parts(tmp_path, template):
+    """Of a plain text it would leave nothing, without an error."""
+    folder = make_tokenizer(tmp_path, template)
+    (sample,) = load_prompts(write(tmp_path, lines(PAIR)), folder, samples=1).tokens
+    assert words(sample) == ["user", "hi", "there", "assistant", "sorry", "no"]
+
+
+def test_a_template_that_drops_a_turn_is_refused(tmp_path):
+    path = write(tmp_path, lines(TALK))
+    with pytest.raises(RequestError, match="drops the text of turn 1") as caught:
+        load_prompts(path, make_tokenizer(tmp_path, ANSWER_ALONE), samples=1)
+    assert caught.value.offences[0].where == f"{path}:1"
+
+
+def test_reasoning_that_a_template_leaves_out_is_no_loss(tmp_path):
+    template = "{% for m in messages %}{{ m['role'] }} {{ m['content'].split('</think>')[-1] }} {% endfor %}"
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>ask</think>sorry"}]
+    path = write(tmp_path, lines({"messages": talk}))
+    (sample,) = load_prompts(path, make_tokenizer(tmp_path, template), samples=1).tokens
+    assert words(sample) == ["user", "hi", "assistant", "sorry"]
+
+
+@pytest.mark.parametrize("template", [GEMMA, None])
+def test_a_system_turn_that_is_not_taken_goes_to_the_user(tmp_path, template):
+    system = {"role": "system", "content": "ask"}
+    path = write(tmp_path, lines({"messages": [system, *TALK["messages"]]}, PAIR))
+    prompts = load_prompts(path, make_tokenizer(tmp_path, template), samples=2)
+    assert [word for word in words(prompts.tokens[0]) if word in ("ask", "hi", "there")] == ["ask", "hi", "there"]
+    assert prompts.notes == ("the text of the system turn at the head of the user's, in 1 calibration samples",)
+
+
+FORMS = {
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi there"}, {"from": "gpt", "value": "sorry no"}]},
+    "sharegpt with roles": {"conversations": TALK["messages"]},
+    "alpaca": {"instruction": "hi", "input": "there", "output": "sorry no"},
+    "alpaca without input": {"instruction": "hi there", "input": "", "output": "sorry no"},
+    "completion": {"prompt": "hi there", "completion": "sorry no"},
+    "response": {"prompt": "hi there", "response": "sorry no"},
+    "preference": {"prompt": "hi there", "chosen": "sorry no", "rejected": "ask"},
+    "conversational": {"prompt": TALK["messages"][:1], "completion": TALK["messages"][1:]},
+    "conversational preference": {"prompt": "hi there", "chosen": TALK["messages"], "rejected": TALK["messages"]},
+    "ultrachat": {"prompt": "hi there", "prompt_id": "3", **TALK},
+    "parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "there"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "sorry no"}]},
+        ]
+    },
+    "nulls": {"instruction": "hi there", "output": "sorry no", "messages": None, "input": None},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_all_forms_say_the_same(chatty, tmp_path, form):
+    (sample,) = load_prompts(write(tmp_path, lines(FORMS[form])), chatty, samples=1).tokens
+    assert words(sample) == ["<", "user", ">", "hi", "there", "<", "assistant", ">", "sorry", "no"]
+
+
+def test_an_alpaca_system_comes_first(chatty, tmp_path):
+    (sample,) = load_prompts(write(tmp_path, lines(PAIR | {"system": "ask"})), chatty, samples=1).tokens
+    assert words(sample)[:4] == ["<", "system", ">", "ask"]
+
+
+def test_tables_are_read_by_rows(chatty, tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('prompt,response\nhi there,sorry no\n"hi,",no\n')
+    first, second = load_prompts(path, chatty, samples=2).tokens
+    assert words(first)[3:5] == ["hi", "there"]
+    assert words(second)[-1] == "no"
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist([FORMS["sharegpt"], FORMS["sharegpt"]]), tmp_path / "data.parquet")
+    for sample in load_prompts(tmp_path / "data.parquet", chatty, samples=2).tokens:
+        assert words(sample)[-2:] == ["sorry", "no"]
+
+
+def test_fewer_samples_than_the_default_are_taken_and_noted(chatty, tmp_path):
+    path = write(tmp_path, lines(PAIR, TALK))
+    prompts = load_prompts(path, chatty, fewer=True)
+    assert len(prompts.tokens) == 2
+    assert prompts.notes == ("2 calibration samples, all there are, in place of 128",)
+    with pytest.raises(RequestError, match="expected 128 samples"):
+        load_prompts(path, chatty)
+
+
+def test_a_folder_and_a_data_set_are_told_how_to_be_named(chatty, tmp_path, monkeypatch):
+    write(tmp_path, lines(PAIR))
+    with pytest.raises(RequestError, match=r"name a file in it: data\.jsonl"):
+        load_prompts(tmp_path, chatty)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match="hf://datasets/org/name"):
+        load_prompts("org/name", chatty)

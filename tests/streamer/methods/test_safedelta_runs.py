@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from safeshard.manifests.errors import RequestError
-from safeshard.streamer import batch
+from safeshard.streamer import batch, verify
 from safeshard.streamer.calibration import factors
 from safeshard.streamer.cli.app import main
 from safeshard.streamer.methods.safedelta import SafeDelta
@@ -198,3 +198,16 @@ def test_resume_after_sigkill(llama: Any, monkeypatch: pytest.MonkeyPatch) -> No
     batch(file, quiet=True)
     assert 1 <= len(edited) <= len(llama.grams) - 8
     assert llama.weights("out") == llama.weights("whole")
+
+
+def test_fewer_samples_than_the_default_are_taken_noted_and_recomputed(llama: Any) -> None:
+    """A number that is asked for stays a demand."""
+    result, tensors = llama.run("few", samples=None)
+    assert result.manifest is not None
+    [note] = [f for f in result.manifest.fallbacks if f.asked == "calibration"]
+    assert note.done == f"{len(llama.tokens)} calibration samples, all there are, in place of 128"
+    _, same = llama.run("asked", samples=len(llama.tokens))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in tensors.items())
+    assert verify(llama.root / "few", inputs=True, recompute=1) == []
+    with pytest.raises(RequestError, match="expected 128 samples"):
+        llama.run("demanded", samples=128)

@@ -361,7 +361,7 @@ def test_a_commit_pins_a_hub_repository(world: Any, monkeypatch: pytest.MonkeyPa
         if not spec.startswith("hf://"):
             return original(spec)
         asked.append(spec)
-        return recheck.LocalSource(world.root / "aligned", spec, revisions[-1])
+        return LocalSource(world.root / "aligned", spec, revisions[-1])
 
     original, revisions = recheck.open_source, [commit]
     monkeypatch.setattr(recheck, "open_source", opened)

@@ -1,0 +1,121 @@
+"""Messages as token ids, by the model's own chat template; nothing of a message may be lost on the way.
+
+A template is a program. Those of LLaVA and SmolVLM go through the parts of a content, and of a plain text that leaves
+nothing, without an error. So what was rendered is looked at: it must hold each turn's text, in order. Where it does
+not, the content is given in parts; where that fails too, the data is refused. A template that takes no system turn is
+given its text at the head of the first user's.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.calibration.records import BadRecordError, Messages
+from safeshard.streamer.extras import require_transformers
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+SYSTEM_JOINED = "the text of the system turn at the head of the user's"
+
+
+class Renderer:
+    """Token ids of messages; the tokenizer is loaded when it is first needed.
+
+    `notes` counts the records in which something was done otherwise than the data says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.notes: Counter[str] = Counter()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        where, remedy = str(self._folder), "copy the aligned model's tokenizer there, or give the data as `input_ids`"
+        if not any((self._folder / name).is_file() for name in _VOCABULARY_FILES):
+            raise RequestError(Offence(where, "tokenizer", "a tokenizer", "none", remedy))
+        for path in sorted(self._folder.iterdir()):  # transformers opens files by name: a pipe would block it
+            if not path.is_dir() and path.exists() and not path.is_file():
+                raise RequestError(Offence(str(path), "", "a regular file", "a device or a pipe", "remove it"))
+        auto = require_transformers().AutoTokenizer
+        try:
+            return auto.from_pretrained(self._folder, trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # files from elsewhere fail in many ways, all of them theirs
+            raise RequestError(Offence(where, "tokenizer", "one that loads", str(error)[:300], remedy)) from error
+
+    def render(self, messages: Messages) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            BadRecordError: the template refuses the messages, or drops a part of them.
+            RequestError: there is no tokenizer.
+        """
+        if not self._tokenizer.chat_template:
+            return self._render_plainly(messages)
+        joined = _without_system(messages)
+        try:
+            return self._encode(self._rendered(messages), special=False)
+        except BadRecordError:
+            if joined is None:
+                raise
+        ids = self._encode(self._rendered(joined), special=False)
+        self.notes[SYSTEM_JOINED] += 1
+        return ids
+
+    def _rendered(self, messages: Messages) -> str:
+        """The text of the template, with every turn in it."""
+        lost, problem = "", ""
+        in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        for form in (messages, in_parts):
+            try:
+                text = str(self._tokenizer.apply_chat_template(form, tokenize=False))
+            except RequestError:
+                raise
+            except Exception as error:  # a template may raise anything
+                problem = problem or str(error)[:300]
+                continue
+            missing = _first_missing(messages, text)
+            if missing is None:
+                return text
+            lost = lost or f"it drops the text of turn {missing + 1}"
+        raise BadRecordError("messages that the chat template takes", problem or lost)
+
+    def _render_plainly(self, messages: Messages) -> list[int]:
+        joined = _without_system(messages)
+        if joined is not None:
+            self.notes[SYSTEM_JOINED] += 1
+        ids: list[int] = []
+        for turn, message in enumerate(joined or messages):
+            if message["role"] != ("user", "assistant")[turn % 2]:
+                expected = "roles `user` and `assistant` in turn, for a model without a chat template"
+                raise BadRecordError(expected, f"`{message['role']}` at turn {turn + 1}")
+            if message["role"] == "user":
+                ids += self._encode(f"[INST] {message['content'].strip()} [/INST]", special=turn == 0)
+            else:
+                ids += self._encode(message["content"], special=False)
+        return ids
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def _without_system(messages: Messages) -> Messages | None:
+    """The system's text at the head of the first user's; None where there is no such pair."""
+    if len(messages) < 2 or [m["role"] for m in messages[:2]] != ["system", "user"]:
+        return None
+    content = f"{messages[0]['content'].strip()}\n\n{messages[1]['content']}"
+    return [{"role": "user", "content": content}, *messages[2:]]
+
+
+def _first_missing(messages: Messages, text: str) -> int | None:
+    """The first turn whose text does not follow in `text`. A template may leave out reasoning before an answer."""
+    at = 0
+    for turn, message in enumerate(messages):
+        content = message["content"].rpartition("</think>")[2].strip() or message["content"].strip()
+        found = text.find(content, at)
+        if found < 0:
+            return turn
+        at = found + len(content)
+    return None
