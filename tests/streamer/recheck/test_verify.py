@@ -23,6 +23,7 @@ from safeshard.streamer.cli.app import main
 from safeshard.streamer.inputs import samples
 from safeshard.streamer.recheck import inputs as recheck
 from safeshard.streamer.recheck import recompute
+from safeshard.streamer.sources import LocalSource
 
 ALL = 1000
 
