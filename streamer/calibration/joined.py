@@ -29,6 +29,9 @@ class Joined:
     def inputs(self) -> dict[str, Input]:
         return self.saved.inputs() | self.run.inputs()
 
+    def notes(self) -> dict[str, tuple[str, ...]]:
+        return self.run.notes()
+
     def planned(self) -> list[list[Group]]:
         keeps = len(self.run.prompts)
         return [[replace(group, keeps=keeps) for group in layer] for layer in self.saved.planned()]
