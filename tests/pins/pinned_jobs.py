@@ -129,7 +129,7 @@ JOBS = (
     Pinned("resumed-merge", "safemerge", MERGE, interrupted_at=20),
     Pinned("resumed-lora", "safelora", places("sharded/", *PROJECT) | {"num_layers": 6}, interrupted_at=14),
     Pinned("resumed-delta", "safedelta", DENSE | DATA, "forward", interrupted_at=10),
-    Pinned("resumed-factors", "calibrate", DATA | {"aligned": "aligned"}, "forward", interrupted_at=3),
+    Pinned("resumed-factors", "calibrate", DATA | {"aligned": "aligned"}, "forward", interrupted_at=14),
 )  # fmt: skip
 
 BATCH = """\
