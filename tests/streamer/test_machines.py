@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 import transformers
@@ -256,9 +257,12 @@ def test_an_output_with_a_scheme_is_refused(world: Any, place: str, monkeypatch:
     assert sorted(world.root.iterdir()) == before
 
 
-def test_calibration_data_at_a_url_is_refused_with_what_to_do(model: Path) -> None:
-    with pytest.raises(RequestError, match="fetch it first") as refused:
-        prompts.load_prompts("s3://key:secret@bucket/data.jsonl?token=secret", model)
+def test_calibration_data_at_a_url_is_read_and_its_secrets_stay_out(model: Path) -> None:
+    fsspec.filesystem("memory").pipe("/calibration/data.jsonl", b'{"input_ids": [1, 2]}\n')
+    found = prompts.load_prompts("memory://calibration/data.jsonl", model, samples=1)
+    assert found.tokens == [[1, 2]]
+    with pytest.raises(RequestError) as refused:
+        prompts.load_prompts("http://key:secret@127.0.0.1:9/data.jsonl?token=secret", model)
     assert "secret" not in str(refused.value)
 
 
