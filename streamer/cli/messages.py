@@ -18,6 +18,7 @@ from safeshard.streamer.progress import human
 if TYPE_CHECKING:
     from safeshard.streamer.methods.base import Job
     from safeshard.streamer.plan.job_plan import JobPlan
+    from safeshard.streamer.run.downloads import Download
     from safeshard.streamer.run.runner import Result
     from safeshard.streamer.run.save_factors import Factors
 
@@ -89,9 +90,7 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
     costs = sorted((step.cost for step in steps), reverse=True)[: workers_for(torch.device("cpu")) + 4]
     in_flight = human(min(sum(costs), memory))
     lines.append(f"to read {human(read)} in {len(steps)} steps; tensors in flight take at most {in_flight}")
-    if (need := download(runs)).nbytes:
-        kept = f"; the Hub's cache keeps {human(need.kept)} of it, its largest shard {human(need.largest)}"
-        lines.append(f"to download {human(need.nbytes)} in {need.requests} requests{kept if need.kept else ''}")
+    lines += _downloads(download(runs))
     if calibrated := arithmetic_bytes(runs):
         lines.append(
             f"a layer with its Gram matrices, factors and compensation takes at most {human(calibrated)} on the device"
@@ -105,8 +104,17 @@ def factors_plan(made: Factors) -> str:
     return (
         f"factors: {printable(made.output)}\n"
         f"  to write at most {human(made.bytes_to_write)}; a layer takes {human(made.memory)} of memory\n"
-        "dry run: nothing was written"
+        + "".join(f"{line}\n" for line in _downloads(made.download))
+        + "dry run: nothing was written"
     )
+
+
+def _downloads(need: Download) -> list[str]:
+    """What is to be fetched from afar, and where it stays."""
+    if not need.nbytes:
+        return []
+    kept = f"; the Hub's cache keeps {human(need.kept)} of it, its largest shard {human(need.largest)}"
+    return [f"to download {human(need.nbytes)} in {need.requests} requests{kept if need.kept else ''}"]
 
 
 def scores(results: Sequence[Result], color: bool = False) -> str:

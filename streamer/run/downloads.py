@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from safeshard.manifests.errors import Offence
+from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.progress import human
@@ -17,12 +19,17 @@ from safeshard.streamer.sources import PIECE, ShardCache, hub_cache
 
 @dataclass(frozen=True)
 class Download:
-    """Bytes and requests from afar. `kept` is what the Hub's cache takes on, `largest` its largest shard."""
+    """Bytes and requests from afar.
+
+    `kept` is what the Hub's cache takes on, `largest` its largest shard; `held` are adapters that lie in the folder for
+    temporary files as long as the run takes.
+    """
 
     nbytes: int = 0
     requests: int = 0
     kept: int = 0
     largest: int = 0
+    held: int = 0
 
 
 def shard_cache(options: RunOptions) -> ShardCache:
@@ -33,16 +40,20 @@ def shard_cache(options: RunOptions) -> ShardCache:
 
 def download(runs: Sequence[JobRun]) -> Download:
     """What runs will fetch, as far as headers tell."""
-    reads = [*{read.key: read for step in _steps(runs) for read in _reads(step)}.values()]
-    forward = [read for job_run in runs for read in _forward(job_run)]
-    reads = [*reads, *{read.key: read for read in forward}.values()]
+    reads = {read.key: read for step in _steps(runs) for read in _reads(step)}
+    forward = {read.key: read for job_run in runs for read in _forward(job_run)}
+    return download_of([*reads.values(), *forward.values()])
+
+
+def download_of(reads: Sequence[Read]) -> Download:
+    """What reading of tensors fetches; one that is named twice is read twice."""
     sources = {read.source.identity: read.source for read in reads}
     whole = {(r.source.identity, r.ref.file) for r in reads if r.source.transfer(r.ref.file) == "whole"}
     sizes = [sources[place].sizes()[name] for place, name in whole]
     ranges = [r.ref.nbytes for r in reads if r.source.transfer(r.ref.file) == "ranges"]
     kept = [sources[place].sizes()[name] for place, name in whole if sources[place].keeps(name)]
     requests = sum(-(-nbytes // PIECE) for nbytes in (*sizes, *ranges))
-    return Download(sum(sizes) + sum(ranges), requests, sum(kept), max(kept, default=0))
+    return Download(sum(sizes) + sum(ranges), requests, sum(kept), max(kept, default=0), held=sum(sizes) - sum(kept))
 
 
 def download_offences(need: Download, options: RunOptions) -> Iterator[Offence]:
@@ -51,6 +62,9 @@ def download_offences(need: Download, options: RunOptions) -> Iterator[Offence]:
     if budget is not None and need.largest > budget:
         expected = f"at least {need.largest} bytes ({human(need.largest)}), the largest shard"
         yield Offence("--cache-budget", "", expected, human(budget), "raise it, or leave it out to read by ranges")
+    if need.held > (free := shutil.disk_usage(tempfile.gettempdir()).free):
+        expected = f"{need.held} bytes ({human(need.held)}) of free space for adapters from the Hub"
+        yield Offence(tempfile.gettempdir(), "", expected, human(free), "set TMPDIR to a larger disk, or give --cache")
     if need.kept:
         folder = hub_cache()
         disk = next(place for place in (folder, *folder.parents) if place.exists())
@@ -62,11 +76,15 @@ def download_offences(need: Download, options: RunOptions) -> Iterator[Offence]:
 
 def _forward(job_run: JobRun) -> Iterator[Read]:
     """What running the aligned model reads of it: all but the head."""
-    factors, aligned = job_run.plan.factors, job_run.plan.aligned
-    if factors is not None and factors.forward_bytes:
-        for name, ref in aligned.tensors.items():
-            if not name.startswith("lm_head"):
-                yield Read(aligned.source, ref)
+    if (factors := job_run.plan.factors) is not None and factors.forward_bytes:
+        yield from forward_reads(job_run.plan.aligned)
+
+
+def forward_reads(aligned: Checkpoint) -> Iterator[Read]:
+    """What running a model reads: all but the head."""
+    for name, ref in aligned.tensors.items():
+        if not name.startswith("lm_head"):
+            yield Read(aligned.source, ref)
 
 
 def _steps(runs: Sequence[JobRun]) -> Iterable[Step]:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from safeshard.streamer.plan.places import (
 )  # fmt: skip
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import batches_at_once
-from safeshard.streamer.run.downloads import shard_cache
+from safeshard.streamer.run.downloads import Download, download_of, download_offences, forward_reads, shard_cache
 from safeshard.streamer.run.steps import workers_for
 from safeshard.streamer.run.stream import Buffers, run_steps
 from safeshard.streamer.sources import LocalSource, open_source
@@ -73,6 +73,7 @@ class Factors:
     reverted: Mapping[str, str]
     bytes_to_write: int = 0
     memory: int = 0
+    download: Download = field(default_factory=Download)
 
 
 class _Layer(Options):
@@ -120,8 +121,11 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
             log.warning("%s: %s", source, note)
     need, size = _host_bytes(calibration, device), _disk_bytes(calibration)
     _check_room(output, int(run.memory), need, size + COPIES * calibration.hidden_bytes)
+    fetched = download_of(list(forward_reads(aligned)))
+    if offences := list(download_offences(fetched, run)):
+        raise RequestError(offences)
     if run.dry_run:
-        return Factors(output, {}, size, need)
+        return Factors(output, {}, size, need, fetched)
     fingerprint = _fingerprint(calibration, options, device)
     with clear_errors(staging):
         if not run.overwrite and (output / INDEX).is_file():  # killed in its last step

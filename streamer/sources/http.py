@@ -55,7 +55,7 @@ def request(method: str, url: str, headers: Mapping[str, str]) -> Iterator[Answe
 
     session: Any = get_session()  # httpx's or, before huggingface_hub 1.0, that of requests
     sent = dict(headers) | {"Accept-Encoding": "identity"}
-    if hasattr(session, "stream"):
+    if callable(getattr(session, "stream", None)):  # requests has a setting of this name
         with session.stream(method, url, headers=sent, timeout=TIMEOUT, follow_redirects=True) as response:
             first = response.history[0].headers if response.history else None
             yield Answer(response.status_code, response.headers, str(response.url), first, response.iter_raw)

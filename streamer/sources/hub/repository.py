@@ -18,7 +18,7 @@ from safeshard.streamer.sources.hub.xet import XetRanges
 from safeshard.streamer.sources.remote import OPENING, UNDERWAY, Final, Line
 
 ADAPTER = "adapter_model.safetensors"  # which every job reads whole
-WHOLE_BYTES = 256 << 20  # up to this size it is fetched at once
+WHOLE_BYTES = 64 << 20  # up to this size it is fetched at once, when its first tensor is read
 _CONFIGS = ("config.json", "adapter_config.json")
 
 
@@ -98,7 +98,7 @@ class HubSource:
         require(self, name)
         if start >= stop:  # no range says this
             return b""
-        if self._is_held(name):
+        if self._is_held(name) and (name != ADAPTER or name in self._held):
             return self._whole(name, OPENING).read(start, stop)
         return self._from_head(name, start, stop)
 
@@ -154,7 +154,9 @@ class HubSource:
                         raise damaged(wanted.target.where, file)
                     if self._cache.fetches:
                         keep_small(wanted, data)
-                self._held[name] = Held(data)
+                if not data.startswith(head := self._heads.get(name, b"")):  # which told where the tensors lie
+                    raise damaged(f"the header of {wanted.target.where}, {len(head)} bytes", file)
+                self._held[name] = Held(wanted.target.where, data)
                 self._checked[name] = "hash"
             return self._held[name]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,10 @@ from safeshard.streamer.sources import ShardCache, open_source, pinned
 def ranges(hub: StandinHub) -> list[tuple[str, str | None]]:
     """The answers with content since the last call."""
     return sorted((r.name, r.range) for r in hub.taken() if r.status in (200, 206) and r.name)
+
+
+def _full(**_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 class TestReading:
@@ -77,12 +83,32 @@ class TestReading:
         source, name = open_source("org/adapter"), "adapter_model.safetensors"
         data = (folder / name).read_bytes()
         hub.taken()
-        assert source.read(name, 0, 8) == data[:8]
+        assert source.read(name, 0, 8) == data[:8]  # for a plan, its header alone
+        assert ranges(hub) == [(name, "bytes=0-7")]
         buffer = bytearray(100)
-        source.readinto(name, 300, memoryview(buffer))
-        assert bytes(buffer) == data[300:400]
+        for start in (300, 500):
+            source.readinto(name, start, memoryview(buffer))
+            assert bytes(buffer) == data[start : start + 100]
+        assert source.read(name, 0, 8) == data[:8]
         assert ranges(hub) == [(name, f"bytes=0-{len(data) - 1}")]
         assert source.checked(name) == "hash"
+
+    def test_an_adapter_whose_header_came_damaged(self, hub: StandinHub, world: Any) -> None:
+        """Its content is sound, but where the tensors lie was told wrong."""
+        hub.add("org/adapter", world.adapter("adapter", world.llama()))
+        source, name = open_source("org/adapter"), "adapter_model.safetensors"
+        hub.fail("/cdn/", "flip", after=5, times=1)
+        source.read(name, 0, 8)
+        with pytest.raises(RunError, match=r"the header of org/adapter/.*not what the Hub states"):
+            source.readinto(name, 300, memoryview(bytearray(10)))
+
+    def test_no_room_for_an_adapter(self, hub: StandinHub, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.add("org/adapter", world.adapter("adapter", world.llama()))
+        source = open_source("org/adapter")
+        monkeypatch.setattr("safeshard.streamer.sources.hub.held.IN_MEMORY", 0)
+        monkeypatch.setattr("tempfile.TemporaryFile", _full)
+        with pytest.raises(RunError, match=r"cannot be held in .*set TMPDIR"):
+            source.readinto("adapter_model.safetensors", 300, memoryview(bytearray(10)))
 
     def test_many_threads(self, hub: StandinHub) -> None:
         checkpoint = open_checkpoint(open_source("org/name"))

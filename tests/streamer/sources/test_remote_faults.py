@@ -139,7 +139,7 @@ class TestBodies:
         hub.add("org/adapter", world.adapter("adapter", world.llama()))  # type: ignore[attr-defined]
         hub.fail("/cdn/", "flip", after=2000)
         with pytest.raises(RunError, match=r"not what the Hub states of it \(sha256 "):
-            open_source("org/adapter").read("adapter_model.safetensors", 0, 8)
+            open_source("org/adapter").readinto("adapter_model.safetensors", 500, memoryview(bytearray(8)))
 
     def test_another_file_under_its_name(self, hub: StandinHub, checkpoint: Checkpoint, folder: Path) -> None:
         """A mirror whose copy is another commit's."""
