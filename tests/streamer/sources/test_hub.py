@@ -110,6 +110,17 @@ class TestReading:
         with pytest.raises(RunError, match=r"cannot be held in .*set TMPDIR"):
             source.readinto("adapter_model.safetensors", 300, memoryview(bytearray(10)))
 
+    def test_the_session_of_older_releases(self, hub: StandinHub, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before 1.0 huggingface_hub went through requests."""
+        session = pytest.importorskip("requests").Session()
+        monkeypatch.setattr("huggingface_hub.utils.get_session", lambda: session)
+        hub.fail("/cdn/", "truncate", after=3, times=3)
+        hub.fail("/cdn/", status=503, times=2)
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        checkpoint = open_checkpoint(open_source("org/name"))
+        assert [read_weight(checkpoint, i) for i in (0, 1)] == [weight(0), weight(1)]
+        assert {r.token for r in hub.taken() if r.path.startswith("/cdn/")} == {None}
+
     def test_many_threads(self, hub: StandinHub) -> None:
         checkpoint = open_checkpoint(open_source("org/name"))
         with ThreadPoolExecutor(8) as threads:
