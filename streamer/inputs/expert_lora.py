@@ -18,6 +18,7 @@ from typing import Literal
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import ITEM_BITS, TensorRef
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.codecs import MAX_EXPERTS
 from safeshard.streamer.inputs.layouts import FAMILIES, WHOLE, Part, Stored, View, plain
 from safeshard.streamer.inputs.lora_config import LoraConfig
 from safeshard.streamer.tensor_names import layer_of
@@ -99,13 +100,16 @@ def packed_targets(modules: Iterable[str], base: Checkpoint) -> Iterator[str]:
     """The modules that a config targets, given those found of fused parameters: those of all layers and experts."""
     layers = {layer_of(name) for name in base.linears if is_expert(name)}
     built = base.config.get("num_hidden_layers")
+    forms = set()  # path before and after the layer's number, and what follows the expert's
     for module in modules:
         experts, _, rest = module.partition(".experts.")
         head, _, tail = re.split(r"(?:^|(?<=\.))(\d+)(?=\.|$)", experts, maxsplit=1)
+        forms.add((head, tail, rest.partition(".")[2]))
+    for head, tail, role in sorted(forms):
         for layer in sorted(n for n in layers if n is not None and not (isinstance(built, int) and n >= built)):
             path = f"{head}{layer}{tail}.experts"
-            for expert in range(base.modules.experts(path) if rest.startswith("0.") else 0):
-                yield f"{path}.{expert}.{rest.partition('.')[2]}"
+            for expert in range(base.modules.experts(path)):
+                yield f"{path}.{expert}.{role}"
 
 
 def unpack(
@@ -196,7 +200,12 @@ def _unnested(path: str) -> tuple[str, int]:
 def _shape_offences(sides: Mapping[str, TensorRef], rank: int, count: int, where: str, own: str) -> Iterator[Offence]:
     shapes = {side: list(ref.shape) for side, ref in sides.items()}
     fits = len(sides) == 2 and all(len(ref.shape) == 2 for ref in sides.values())
-    if not fits or not count or sides["A"].shape[0] != count * rank or sides["B"].shape[1] != count * rank:
+    if (
+        not fits
+        or not 0 < count <= MAX_EXPERTS
+        or sides["A"].shape[0] != count * rank
+        or sides["B"].shape[1] != count * rank
+    ):
         expected = f"A of experts * {rank} rows and B of as many columns"
         yield Offence(where, own, expected, str(shapes), "check the rank in adapter_config.json")
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.inputs.codecs import Encoding, Refused, encoding, region
+from safeshard.streamer.inputs.codecs import MAX_EXPERTS, Encoding, Refused, encoding, region, schemes
 from safeshard.streamer.inputs.layouts.families import BLOCKS, FAMILIES, GATE_UP, ROLES, SYNONYMS, Family, model_type
 from safeshard.streamer.inputs.layouts.views import Part, Stored, View, plain
 from safeshard.streamer.tensor_names import layer_of, natural
@@ -78,11 +78,11 @@ class Modules:
 
     @cached_property
     def _apart(self) -> dict[str, int]:
-        counts: dict[str, int] = {}
+        found: dict[str, set[str]] = {}
         for name in self.names:
             if match := _EXPERT.fullmatch(name):
-                counts[match["experts"]] = max(counts.get(match["experts"], 0), int(match["expert"]) + 1)
-        return counts
+                found.setdefault(match["experts"], set()).add(match["expert"])
+        return {path: len(experts) for path, experts in found.items()}
 
     def find(self, module: str) -> Stored | None:
         """A module's weight; None where there is none, or it is refused."""
@@ -148,18 +148,18 @@ class Modules:
 
     def _encodings(self) -> Iterator[tuple[str, Encoding]]:
         modules = {name[: match.start()] for name in self._tensors if (match := _ENDINGS.search(name))}
-        for module in sorted(modules, key=natural):
-            found = encoding(module, self._tensors, self._config)
+        modules |= {  # without a scale
+            name.removesuffix(".weight")
+            for name, ref in self._tensors.items()
+            if ref.dtype.startswith("F8") and name.endswith(".weight")
+        }
+        declared = schemes(self._config)
+        for module in sorted(modules):
+            found = encoding(module, self._tensors, declared)
             if isinstance(found, Encoding):
                 yield module, found
             elif found is not None:
                 self.refused[module] = found
-        for name, ref in self._tensors.items():  # without a scale
-            module = name.removesuffix(".weight")
-            if ref.dtype.startswith("F8") and name.endswith(".weight") and module not in self.refused:
-                found = encoding(module, self._tensors, self._config)
-                if isinstance(found, Refused):
-                    self.refused[module] = found
 
     def _fused_tensors(self) -> Iterator[tuple[tuple[str, str], Encoding | TensorRef]]:
         family = FAMILIES.get(self._type)
@@ -203,6 +203,8 @@ class Modules:
         if isinstance(hidden, int) and found.shape[axis] != hidden:
             got = f"{list(found.shape)}, which with hidden_size {hidden} is not {layout}, as {self._type} stores it"
             return Refused(name, got, _BY_SAVING)
+        if found.shape[0] > MAX_EXPERTS:
+            return Refused(name, f"{found.shape[0]} experts", f"check the header: at most {MAX_EXPERTS} are read")
         if role == GATE_UP and found.shape[2 if transposed else 1] % 2:
             return Refused(name, f"{list(found.shape)}, an odd number of gate and up rows", "check the checkpoint")
         return None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from safeshard.manifests.safetensors_header import ITEM_BITS, TensorRef
-from safeshard.streamer.inputs.codecs import Encoding, Refused, encoding
+from safeshard.streamer.inputs.codecs import Encoding, Refused, encoding, schemes
 
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 
@@ -52,12 +52,17 @@ def compressed(**weights: Any) -> dict[str, Any]:
         # Kimi K2
         ({"__weight_packed": ("I32", (6, 8)), "__weight_scale": ("BF16", (6, 2)), "__weight_shape": ("I64", (2,))},
          compressed(num_bits=4, group_size=32, symmetric=True), "int4 in groups of 32", (6, 64)),
+        # experts in int4 beside attention in fp8
+        ({"__weight_packed": ("I32", (6, 8)), "__weight_scale": ("BF16", (6, 2))},
+         {"quantization_config": {"config_groups": {
+             "a": {"weights": {"num_bits": 8, "type": "float"}}, "b": {"weights": {"num_bits": 4, "group_size": 32}}}}},
+         "int4 in groups of 32", (6, 64)),
         ({"__weight_packed": ("I32", (6, 8)), "__weight_scale": ("BF16", (6, 1))},
          compressed(num_bits=4, group_size=None, symmetric=True), "int4 by row", (6, 64)),
     ],
 )  # fmt: skip
 def test_formats_as_releases_store_them(given: Any, config: Any, name: str, shape: tuple[int, ...]) -> None:
-    found = encoding("m", tensors(**given), config)
+    found = encoding("m", tensors(**given), schemes(config))
     assert isinstance(found, Encoding), found
     assert (found.codec.name, found.shape) == (name, shape)
     assert {ref.name for ref in found.refs.values()} == {
@@ -67,7 +72,7 @@ def test_formats_as_releases_store_them(given: Any, config: Any, name: str, shap
 
 def test_an_expert_is_a_region_of_each_part() -> None:
     given = tensors(_blocks=("U8", (4, 6, 2, 16)), _scales=("U8", (4, 6, 2)))
-    found = encoding("m", given, {})
+    found = encoding("m", given, [])
     assert isinstance(found, Encoding)
     third = found.expert(3)
     assert third.shape == (6, 64)
@@ -77,13 +82,18 @@ def test_an_expert_is_a_region_of_each_part() -> None:
 
 
 def test_plain_weights_have_no_encoding() -> None:
-    assert encoding("m", tensors(__weight=("BF16", (8, 8))), FP8) is None
-    assert encoding("m", tensors(__bias=("BF16", (8,))), FP8) is None
+    assert encoding("m", tensors(__weight=("BF16", (8, 8))), schemes(FP8)) is None
+    assert encoding("m", tensors(__bias=("BF16", (8,))), schemes(FP8)) is None
 
 
 @pytest.mark.parametrize(
     ("given", "config", "got"),
     [
+        ({"_blocks": ("U8", (16, 4)), "_scales": ("U8", (4,)), "__weight": ("F8_E5M2", (4,))}, {},
+         "F8_E5M2 without a scale"),
+        ({"__weight_packed": ("I32", (8,))}, {}, "packed values of shape [8]"),
+        ({"__weight": ("F8_E4M3", (5000, 1, 1)), "__weight_scale": ("F32", (5000,))}, {},
+         "fp8 by tensor of shape [5000, 1, 1]"),
         ({"__weight": ("U8", (8, 8)), "__weight_scale": ("F8_E4M3", (8, 1)), "__weight_scale_2": ("F32", ())}, {},
          "NVFP4"),
         ({"__weight_packed": ("U8", (8, 8)), "__weight_global_scale": ("F32", (1,))}, {}, "NVFP4"),
@@ -112,7 +122,7 @@ def test_plain_weights_have_no_encoding() -> None:
     ],
 )  # fmt: skip
 def test_other_formats_are_refused_by_name(given: Any, config: Any, got: str) -> None:
-    found = encoding("m", tensors(**given), config)
+    found = encoding("m", tensors(**given), schemes(config))
     assert isinstance(found, Refused), found
     assert found.got == got
     assert found.remedy
