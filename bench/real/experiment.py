@@ -49,7 +49,7 @@ WHOLE = Size(
     {
         "scale": {"factor": [0.2, 0.3, 0.4, 0.5, 0.7]},
         "safedelta": {"strength": [0.1, 1, 3, 10, 30]},
-        "ridge": {"penalty": [0.03, 0.1, 0.3, 1]},
+        "ridge": {"leak": [0.002, 0.004, 0.008, 0.016]},
         "safemerge": {"weights": [[0.8, 0.2], [0.6, 0.4]]},
         "safelora": {"num_layers": [70, 140]},
     },
