@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from safeshard.bench import durability, io, kernels, models, peers, pictures, pipeline, roofline, rows
+from safeshard.bench import durability, io, kernels, models, peers, pictures, pipeline, remote, roofline, rows
 from safeshard.bench.real import experiment as real
 from safeshard.bench.real import pictures as real_pictures
 from safeshard.bench.real import table as real_table
@@ -133,6 +133,14 @@ def measure_pipeline(
     depths = _numbers("--layers", layers) if layers else [None]
     counts, names = _numbers("--adapters", adapters), _names("--jobs", jobs, pipeline.JOBS)
     pipeline.run(folder, shape, depths, repeat, counts, names, runs, cold, memory)
+
+
+@app.command("remote")
+def measure_remote(
+    folder: Folder = Path("bench-models"), shape: Shape = "llama-1b", layers: Layers = 4, runs: Runs = 3
+) -> None:
+    """Time reading from a server on this machine, by each kind of place: rate, processor time, requests in flight."""
+    remote.run(folder, shape, layers, runs)
 
 
 @app.command("peers")

@@ -49,6 +49,16 @@ def append(file: str, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) 
         rows.writerow({**environment(), **row})
 
 
+def write_table(file: Path, found: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Write rows as a file of their own, whole or not at all."""
+    part = file.with_suffix(".part")
+    with part.open("w", newline="") as out:
+        table = csv.DictWriter(out, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(found)
+    part.replace(file)
+
+
 def record(
     file: str, seconds: Sequence[float], *, nbytes: int = 0, operations: int = 0, floor: float = 0.0, **columns: Any
 ) -> float:
@@ -170,6 +180,8 @@ CELLS: dict[str, Callable[[dict[str, str]], str]] = {
     "peak device memory": lambda row: (
         f"{float(row['peak_device_bytes']) / 1e9:.2f} GB" if row["peak_device_bytes"] else ""
     ),
+    "requests in flight": lambda row: _stage(row, "in_flight"),
+    "processor": lambda row: f"{seconds} s" if (seconds := _stage(row, "processor")) else "",
     "hardware": lambda row: row["hardware"],
     "commit": lambda row: row["commit"],
 }
@@ -189,6 +201,11 @@ def markdown(found: Sequence[dict[str, str]], left_out: Sequence[str] = ()) -> s
     }  # fmt: skip
     lines = [list(columns), ["---"] * len(columns), *map(list, zip(*columns.values(), strict=True))]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _stage(row: dict[str, str], name: str) -> str:
+    found = re.search(rf"\b{name}=([\d.]+)", row["stages"])
+    return f"{float(found[1]):.3g}" if found else ""
 
 
 def _seconds(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from safeshard.bench.evaluation.suite import Sampling
 from safeshard.bench.real import data
 from safeshard.bench.real.stages import STEPS, Steps, trained
 from safeshard.bench.real.table import COLUMNS, Row
-from safeshard.bench.rows import environment
+from safeshard.bench.rows import environment, write_table
 from safeshard.bench.toy.language import Example
 from safeshard.bench.toy.tokenizer import token_ids
 from safeshard.bench.tune import tune
@@ -75,18 +74,8 @@ def run_seed(folder: Path, seed: int, size: Size, say: Say) -> list[Row]:
         made = tune(sweep, device="cpu", quiet=True)
         perplexities = _perplexities(work, models["aligned"], made, size.measured, say)
         rows += _rows(seed, model, made, perplexities)
-    write(work / "rows.csv", rows)
+    write_table(work / "rows.csv", rows, COLUMNS)
     return rows
-
-
-def write(file: Path, rows: Sequence[Row]) -> None:
-    """Write rows whole or not at all."""
-    part = file.with_suffix(".part")
-    with part.open("w", newline="") as out:
-        table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    part.replace(file)
 
 
 def _suite(split: str, size: Size) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
@@ -13,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safeshard.bench.rows import environment
+from safeshard.bench.rows import environment, write_table
 from safeshard.bench.toy.defences import OUTPUTS, Grid, defences, run_defences
 from safeshard.bench.toy.evaluation import evaluate
 from safeshard.bench.toy.language import SPLITS
@@ -55,12 +54,7 @@ def rows_of(folder: Path, seed: int, grid: Grid) -> Path:
 
 def write(file: Path, rows: Sequence[Row]) -> None:
     """Write rows whole or not at all."""
-    part = file.with_suffix(".part")
-    with part.open("w", newline="") as out:
-        table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    part.replace(file)
+    write_table(file, rows, COLUMNS)
 
 
 def _judging(folder: Path, seed: int, grid: Grid) -> list[Task]:

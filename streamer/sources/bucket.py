@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 SCHEMES = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 
 
 def has_obstore() -> bool:

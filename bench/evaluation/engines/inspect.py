@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ class Inspect:
     """A model of inspect_ai."""
 
     def __init__(self, name: str, batch: int, **arguments: Any) -> None:
-        os.environ.setdefault("INSPECT_TELEMETRY", "")  # its hooks are none of ours
         self._inspect = require("inspect_ai.model", "evaluate")
         self.batch = batch
         self._loop = asyncio.new_event_loop()

@@ -8,6 +8,7 @@ model's own generation settings are put aside: what is not in the suite's sampli
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class Loader:
         transformers.utils.logging.disable_progress_bar()  # there is one bar, over answers
         transformers.utils.logging.set_verbosity_error()
         adapter = aligned if (Path(model) / ADAPTER).is_file() else None
+        warnings.filterwarnings("ignore", module=r"(transformers|peft)\.")
         try:
             loaded = self._load(transformers, adapter or model)
             tokenizer = _tokenizer(transformers, model, adapter)
