@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from safeshard.bench import support
 from safeshard.bench.real import table as real_table
 from safeshard.bench.toy import table, tuned
 
@@ -233,7 +234,9 @@ def _picture(document: Path, name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """The text between two markers: a table of a file's rows, or of whole jobs in short, or of the toy experiment."""
+    """The text between two markers: a table of a file's rows, of whole jobs in short, of the toy, or of support."""
+    if name == "support":
+        return support.markdown()
     if name == "jobs":
         return markdown(whole_jobs(read("pipeline")), left_out=("rank", "adapters", "spread"))
     if name not in ("toy", "toy_findings", "toy_tuned", "real"):

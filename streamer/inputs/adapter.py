@@ -234,7 +234,9 @@ class _Matching:
         if len(self.offences) > before:
             return None
         if len(sides) != 2:
-            missing = f"{path}.lora_{'B' if 'A' in sides else 'A'}.weight"
+            side = "B" if "A" in sides else "A"
+            on_embedding = "lora_embedding_" in next(iter(sides.values())).name
+            missing = f"{path}.lora_embedding_{side}" if on_embedding else f"{path}.lora_{side}.weight"
             self._refuse(missing, "both A and B", "one of them", "fetch or save the adapter again")
         meaning = self._meaning(path, next(iter(sides.values())))
         if meaning is None or len(self.offences) > before:

@@ -32,8 +32,21 @@ _NEUTRAL = {
 # Initialisations that leave the base weights alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) train B A against
 # a changed base, so B A is not the delta to the aligned model.
 _NEUTRAL_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+_EXPECTED = {
+    "use_dora": "plain LoRA: DoRA scales W + B A by its norms, so that its delta is not B A",
+    "lora_bias": "plain LoRA: a bias of B is no part of B A",
+}
 _EMPTY: tuple[object, ...] = (None, False, {}, [], "", 0)
-_REMEDY = "merge the adapter into a full checkpoint and use --finetuned, or retrain as plain LoRA"
+_MERGE = (
+    'merge it first and give the result as --finetuned: python -c "from peft import AutoPeftModelForCausalLM as M; '
+    "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\""
+)
+_REMEDY = f"{_MERGE}; or retrain as plain LoRA"
+# Merging onto the aligned model would be wrong: A and B belong to a base from which their first product was taken.
+_CONVERT = (
+    "convert it to plain LoRA when it is saved (save_pretrained's path_initial_model_for_weight_conversion), or merge "
+    "it into the residual base that it was trained on and give the result as --finetuned"
+)
 
 Names = str | Sequence[str] | None
 
@@ -147,7 +160,7 @@ def read_config(where: str, raw: Any) -> LoraConfig:
         raise RequestError(Offence(where, "", "a JSON object", type(raw).__name__, "check the file"))
     if raw.get("peft_type") != "LORA":
         raise RequestError(Offence(where, "peft_type", "LORA", repr(raw.get("peft_type")), _REMEDY))
-    offences = [Offence(where, key, expected, repr(raw[key]), _REMEDY) for key, expected in _unsupported(raw)]
+    offences = [Offence(where, key, *facts) for key, *facts in _unsupported(raw)]
     malformed = list(_malformed(raw))
     for key in malformed:
         offences.append(Offence(where, key, "what PEFT writes there", repr(raw.get(key)), "correct the file"))
@@ -164,15 +177,16 @@ def read_config(where: str, raw: Any) -> LoraConfig:
     return config
 
 
-def _unsupported(raw: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys whose value is not supported, and what would be."""
-    if raw.get("bias", "none") != "none":
-        yield "bias", "'none'"
-    if str(raw.get("init_lora_weights", True)).lower() not in _NEUTRAL_INITS:
-        yield "init_lora_weights", "an initialisation that keeps the base weights"
+def _unsupported(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """Keys whose value is not supported: what would be, what it is, and what to do."""
+    if (bias := raw.get("bias", "none")) != "none":
+        yield "bias", "'none': trained biases are no part of B A", repr(bias), _REMEDY
+    if str(init := raw.get("init_lora_weights", True)).lower() not in _NEUTRAL_INITS:
+        yield "init_lora_weights", "an initialisation that keeps the base weights", repr(init), _CONVERT
     for key in sorted(raw.keys() - _READ - _NEUTRAL):
         if raw[key] not in _EMPTY:
-            yield key, "plain LoRA, without it"
+            expected = _EXPECTED.get(key, "plain LoRA, without it")
+            yield key, expected, repr(raw[key]), _REMEDY
 
 
 def _malformed(raw: Mapping[str, Any]) -> Iterator[str]:

@@ -340,7 +340,8 @@ def test_every_fault_of_the_weights_is_named(world: Any) -> None:
         "model.layers.9.mlp.up_proj": "no such weight",
         "layers.0.mlp.up_proj.lora_magnitude_vector": "an unknown tensor",
         "model.norm.weight": "[24]",
-        "embed_tokens.lora_embedding_A": "an unknown tensor",
+        "model.embed_tokens.lora_embedding_B": "one of them",
+        "model.embed_tokens": "not a target",
     }
 
 
@@ -414,8 +415,12 @@ def test_variants_that_peft_writes_are_refused(tmp_path: Path, key: str) -> None
         assert refused(tmp_path / "adapter", tmp_path / "base")
 
 
-def test_a_lora_on_the_embedding_is_refused(tmp_path: Path) -> None:
+def test_a_lora_on_the_embedding_is_a_linear_of_tokens(tmp_path: Path) -> None:
     model = trained(llama(), tmp_path, target_modules=["q_proj", "embed_tokens"])
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    offences = refused(tmp_path / "adapter", tmp_path / "base")
-    assert {offence.what.rpartition(".")[2] for offence in offences} == {"lora_embedding_A", "lora_embedding_B"}
+    adapter = opened(tmp_path / "adapter", tmp_path / "base")
+    pair = adapter.modules["model.embed_tokens"]
+    vocabulary, hidden = model.get_base_model().config.vocab_size, model.get_base_model().config.hidden_size
+    assert (pair.a.shape[1], pair.b.shape[0]) == (vocabulary, hidden)
+    assert adapter.own_name("model.embed_tokens") == "model.embed_tokens"
+    assert len(adapter.modules) == adapter.expected
