@@ -38,6 +38,7 @@ def summary(results: Sequence[Result]) -> str:
         lines.append(f"  {len(result.plan.modules)} of {result.plan.expected} modules: {counts}")
         if effect := effect_text(manifest.effect):
             lines.append(f"  {effect}")
+        lines += _rank(result.plan)
         kinds = result.plan.kinds
         if any("experts" in kind for kind in kinds):
             lines.append("  " + ", ".join(f"{kind} {n} of {of}" for kind, (n, of) in sorted(kinds.items())))
@@ -67,6 +68,12 @@ def _strength(manifest: Manifest) -> str:
     return ""
 
 
+def _rank(each: JobPlan) -> list[str]:
+    if each.rank is None:
+        return []
+    return [f"  rank {each.rank}" + (f": serve it with --max-lora-rank {each.rank}" if each.serve_rank else "")]
+
+
 def plan(plans: Sequence[JobPlan], memory: int) -> str:
     """What a dry run says: bytes to read and write, modules, and the memory it takes, of `memory` bytes allowed."""
     import torch
@@ -86,6 +93,7 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
         lines.append(
             f"  modules {len(each.modules)} of {each.expected} expected, to write {human(each.bytes_to_write)}"
         )
+        lines += _rank(each)
         lines += [f"  note: {f.asked} -> {f.done} ({f.why})" for f in each.fallbacks[:5]]
     costs = sorted((step.cost for step in steps), reverse=True)[: workers_for(torch.device("cpu")) + 4]
     in_flight = human(min(sum(costs), memory))
@@ -216,6 +224,8 @@ def outcome(result: Result) -> dict[str, Any]:
     base: dict[str, Any] = {"method": job.method, "output": str(job.output) if job.writes_model else None}
     base |= {"modules": len(result.plan.modules), "expected": result.plan.expected}
     base["warnings"] = [each.model_dump(mode="json", exclude_none=True) for each in result.warnings]
+    if result.plan.rank is not None:
+        base["rank"] = result.plan.rank
     if manifest is not None:
         decisions = Counter(entry.decision for entry in manifest.modules)
         if manifest.effect is not None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from safeshard import kernels
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
@@ -92,6 +93,7 @@ class Job(Options):
     takes_grams: ClassVar[bool] = False  # the Gram matrices themselves
     writes_model: ClassVar[bool] = True
     rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
+    truncates: ClassVar[bool] = False  # takes --rank without --serve too
     keeps_more: ClassVar[str] = ""  # what to choose to keep more of the delta
 
     aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
@@ -123,8 +125,19 @@ class Job(Options):
             key: value
             for key, value in options.items()
             if key not in ("adapter", "finetuned", "safe_adapter", "safe")
-            and (key, value) not in (("expert_packing", None), ("dequantize", False))
+            and (key, value) not in (("expert_packing", None), ("dequantize", False), ("serve", None))
+            and not (key == "rank" and value is None and not self.truncates)
         }
+
+    @property
+    def served_by(self) -> str | None:
+        """What is to serve the adapter that is written."""
+        return getattr(self, "serve", None)
+
+    @property
+    def writes_unit_scaling(self) -> bool:
+        """Whether an adapter's pairs are written for a scaling of 1."""
+        return self.rescales or self.served_by is not None
 
     @property
     def dense_scratch(self) -> int:
@@ -192,6 +205,21 @@ class Job(Options):
         raise NotImplementedError
 
 
+class Served(Options):
+    """Of methods that write adapters."""
+
+    serve: Literal["vllm"] | None = Field(
+        None, description="write the adapter so that this reads it right: scaling 1, one rank that it takes"
+    )
+    rank: int | None = Field(None, gt=0, description="with --serve: truncate to this rank (default: exact)")
+
+    @model_validator(mode="after")
+    def _rank_is_served(self) -> Served:
+        if self.rank is not None and self.serve is None and not getattr(self, "truncates", False):
+            raise ValueError("--rank goes with --serve")
+        return self
+
+
 class GatedJob(Job):
     """A method that decides by cos(P delta, delta)."""
 
@@ -225,3 +253,18 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     extra = rank - a.shape[0]
     return pad(a, (0, 0, 0, extra)), pad(b, (0, extra))
+
+
+def served(edit: Edit, old: Lora, job: Job, rank: int) -> Edit:
+    """An edit of a pair for a scaling of 1 at a given rank: truncated to the job's `rank`, then padded with zeros."""
+    a, b = (each for each in (edit.tensors.get("a", old.a), edit.tensors.get("b", old.b)))
+    assert not isinstance(a, Iterator)
+    assert not isinstance(b, Iterator)
+    a, b = a.float(), b.float() * (1.0 if job.rescales else old.scaling)
+    fields = {**edit.fields, "rank": rank}
+    limit = getattr(job, "rank", None) or rank
+    if len(a) > limit:
+        a, b, lost = kernels.merge.truncate(a, b, limit)
+        fields["lost_fraction"] = float(lost)
+    a, b = pad_rank(a, b, rank)
+    return replace(edit, tensors={"a": a, "b": b}, fields=fields)

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from safeshard import kernels
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
-from safeshard.streamer.methods.base import Edit, Job, Lora, Module, random_key
+from safeshard.streamer.methods.base import Edit, Job, Lora, Module, Served, random_key
 from safeshard.streamer.methods.calibrate import KeptInputs, Sampled
 from safeshard.streamer.methods.leak import ladder
 from safeshard.streamer.options import Finite, Place, flag
@@ -29,7 +29,7 @@ LEAK = 0.008  # see docs/ridge.md for the study
 PENALTIES = ladder(1e4, 1e-4, 8)
 
 
-class Ridge(Job, Sampled, KeptInputs):
+class Ridge(Job, Sampled, KeptInputs, Served):
     """Shrink a delta just where safe inputs excite it; of a LoRA adapter only A changes."""
 
     method: ClassVar[str] = "ridge"

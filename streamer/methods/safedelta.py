@@ -17,6 +17,7 @@ from safeshard.streamer.methods.base import (
     Job,
     Lora,
     Module,
+    Served,
     pad_rank,
     product,
     random_key,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 STRENGTHS = ladder(1e-3, 1e4, 2)
 
 
-class SafeDelta(Job, Calibrated):
+class SafeDelta(Job, Calibrated, Served):
     """Keep the delta's cheapest entries within a safety budget and compensate what they do to the safe answers."""
 
     method: ClassVar[str] = "safedelta"
@@ -44,6 +45,7 @@ class SafeDelta(Job, Calibrated):
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"
     calibrated: ClassVar[bool] = True
     rescales: ClassVar[bool] = True
+    truncates: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a higher --strength"
 
     factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from safeshard import kernels
 from safeshard.streamer.inputs.adapter import LoraModule
-from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module
+from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module, Served
 from safeshard.streamer.options import Finite
 
 
-class SafeLora(GatedJob):
+class SafeLora(GatedJob, Served):
     """Where cos(P delta, delta) <= threshold, or among the N modules of lowest cosine: delta <- P delta (section 3)."""
 
     method: ClassVar[str] = "safelora"

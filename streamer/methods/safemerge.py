@@ -20,6 +20,7 @@ from safeshard.streamer.methods.base import (
     GatedJob,
     Lora,
     Module,
+    Served,
     pad_rank,
     random_key,
     unit_scaling_config,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Combine = Literal["linear", "dare_linear", "exact", "svd"]
 
 
-class SafeMerge(GatedJob):
+class SafeMerge(GatedJob, Served):
     """Where cos(P delta, delta) < threshold, merge the fine-tuned delta with the safe one; else keep it (section 3)."""
 
     method: ClassVar[str] = "safemerge"
@@ -40,6 +41,7 @@ class SafeMerge(GatedJob):
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.17239"
 
     rescales: ClassVar[bool] = True
+    truncates: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a lower --threshold, or other --weights"
 
     safe_adapter: Place | None = Field(None, description="LoRA adapter trained on safety data")
@@ -62,8 +64,8 @@ class SafeMerge(GatedJob):
             raise ValueError("give --adapter with --safe-adapter, or --finetuned with --safe")
         if (self.combine == "dare_linear") != (self.density is not None):
             raise ValueError("--density goes with --combine dare_linear, which needs it")
-        if self.rank is not None and self.combine != "svd":
-            raise ValueError("--rank goes with --combine svd")
+        if self.rank is not None and self.combine != "svd" and self.serve is None:
+            raise ValueError("--rank goes with --combine svd, or with --serve")
         if self.combine == "svd" and self.rank is None and self.finetuned is not None:
             raise ValueError("--combine svd on full checkpoints needs --rank")
         return self
@@ -82,7 +84,7 @@ class SafeMerge(GatedJob):
                 yield Offence(
                     safe.source.spec, name, f"equal ranks for --combine {self.combine}", got, "use --combine exact"
                 )
-            if self.rank is not None and self.rank < module.rank:
+            if self.combine == "svd" and self.rank is not None and self.rank < module.rank:
                 expected = f"at least {module.rank}, the rank of a module that may be kept as it is"
                 yield Offence("--rank", name, expected, str(self.rank), "raise --rank")
 

@@ -8,11 +8,11 @@ from pydantic import Field
 
 from safeshard import kernels
 from safeshard.streamer.inputs.adapter import LoraModule
-from safeshard.streamer.methods.base import Edit, Job, Lora, Module
+from safeshard.streamer.methods.base import Edit, Job, Lora, Module, Served
 from safeshard.streamer.options import Finite
 
 
-class Scale(Job):
+class Scale(Job, Served):
     """delta <- factor * delta, for every tensor of a full checkpoint or every pair of an adapter."""
 
     method: ClassVar[str] = "scale"

@@ -150,6 +150,7 @@ class JobPlan:
     whole: dict[str, dict[str, Difference]] = field(default_factory=dict)  # by role, of adapters' whole tensors
     factors: FactorSource | None = None
     layout: Layout | None = None  # of a checkpoint that is written
+    serve_rank: int | None = None  # of every pair, where an adapter is written to be served
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already
 
     def sources(self) -> list[Source]:
@@ -186,6 +187,18 @@ class JobPlan:
         targets = self.finetuned.targets if isinstance(self.finetuned, Adapter) else self.modules.keys()
         treated, expected = (Counter(map(_kind, names)) for names in (self.modules, {*targets, *self.modules}))
         return {kind: (treated[kind], count) for kind, count in expected.items()}
+
+    def parts(self, module: LoraModule, safe: LoraModule | None) -> Mapping[str, int]:
+        """Of an adapter's pair, the tensors that are written anew ("a", "b") and their rank."""
+        if self.serve_rank is not None:
+            return {"a": self.serve_rank, "b": self.serve_rank}
+        return self.job.parts(module, safe)
+
+    @property
+    def rank(self) -> int | None:
+        """The highest rank of the adapter that is written."""
+        config = self.adapter_config
+        return None if config is None else max([config["r"], *(config.get("rank_pattern") or {}).values()])
 
     @property
     def bytes_to_write(self) -> int:

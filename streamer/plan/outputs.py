@@ -13,10 +13,11 @@ from safeshard.streamer.inputs.layouts import Stored, plain
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.vocabulary import added_rows, common_rows, only_rows_differ
-from safeshard.streamer.methods.base import Job
+from safeshard.streamer.methods.base import Job, unit_scaling_config
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, OutputFile, Pair, Weight
 from safeshard.streamer.plan.layout import Layout, layout_of
 from safeshard.streamer.plan.model_config import is_other_class
+from safeshard.streamer.plan.serving import serve_rank
 from safeshard.streamer.plan.storage import encoded_counterparts, moved
 from safeshard.streamer.plan.vocabulary import row_notes
 from safeshard.streamer.plan.whole_tensors import describe, safe_notes
@@ -29,6 +30,7 @@ Named = tuple[str, str, tuple[int, ...]]  # of an output tensor: name, dtype, sh
 def plan_outputs(plan: JobPlan) -> None:
     """Fill in a plan's modules, copies, files and fallbacks."""
     plan.fallbacks += _renamed(plan)
+    plan.serve_rank = serve_rank(plan)
     adapter = plan.finetuned if isinstance(plan.finetuned, Adapter) else None
     if adapter is not None:
         _pair_modules(plan, adapter)
@@ -54,7 +56,7 @@ def _pair_modules(plan: JobPlan, adapter: Adapter) -> None:
         if job.writes_checkpoint:
             writes = {"weight": _written(plan, name)}
         else:
-            ranks = job.parts(lora, other)
+            ranks = plan.parts(lora, other)
             writes = {part: output(lora.a if part == "a" else lora.b, part, rank) for part, rank in ranks.items()}
         plan.modules[name] = ModulePlan(
             name,
@@ -150,7 +152,7 @@ def _adapter_file(plan: JobPlan, adapter: Adapter) -> None:
     for name, module in plan.modules.items():
         assert isinstance(module.finetuned, Pair)
         lora = module.finetuned.lora
-        parts = job.parts(lora, module.safe.lora if isinstance(module.safe, Pair) else None)
+        parts = plan.parts(lora, module.safe.lora if isinstance(module.safe, Pair) else None)
         rank = ranks[adapter.own_name(name)] = max(parts.values(), default=lora.rank)
         for part, ref in (("a", lora.a), ("b", lora.b)):
             if ref.name in tensors:  # one for all experts
@@ -165,6 +167,8 @@ def _adapter_file(plan: JobPlan, adapter: Adapter) -> None:
         plan.copies.append(copy)
     plan.files = [output_file(WEIGHTS, tensors.values())]
     plan.adapter_config = job.adapter_config(adapter, ranks)
+    if plan.serve_rank is not None:
+        plan.adapter_config |= unit_scaling_config(adapter, ranks) | {"modules_to_save": None}
     if job.rest_role == "aligned":
         saved = [each for each in adapter.config.modules_to_save if any(each in name.split(".") for name in carried)]
         plan.adapter_config["modules_to_save"] = saved or None

@@ -32,6 +32,7 @@ from safeshard.streamer.plan.job_plan import JobPlan, Pair, Weight
 from safeshard.streamer.plan.layout import left_encoded
 from safeshard.streamer.plan.outputs import plan_outputs
 from safeshard.streamer.plan.places import output_offences
+from safeshard.streamer.plan.serving import serve_offences
 from safeshard.streamer.plan.side_files import plan_side_files
 from safeshard.streamer.plan.whole_tensors import compare_whole
 from safeshard.streamer.sources import ShardCache, open_source
@@ -100,7 +101,7 @@ class Planner:
             if isinstance(given, Adapter) and given.places:
                 pair = ("whole", given.source.identity, plan.aligned.source.identity)
                 plan.whole[role] = self._open(pair, partial(compare_whole, given, plan.aligned)) or {}
-        offences = [*input_offences(plan), *base_offences(plan)]
+        offences = [*input_offences(plan), *base_offences(plan), *serve_offences(plan)]
         if not offences and isinstance(job, SafeDelta | Ridge):
             plan.factors = self._open(("factors", job.factors_key()), partial(open_factors, plan.aligned, job))
             if plan.factors is None:

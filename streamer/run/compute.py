@@ -27,7 +27,7 @@ from safeshard.streamer.inputs.codecs.base import Encoded
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
-from safeshard.streamer.methods.base import Job, Lora, Module
+from safeshard.streamer.methods.base import Job, Lora, Module, served
 from safeshard.streamer.plan.job_plan import Pair, Weight
 from safeshard.streamer.run.effects import effect, measured_pair, measured_tiles
 from safeshard.streamer.run.encoded import encoding_fields, known_parts
@@ -223,6 +223,8 @@ def _decide(
         job_run.measured(plan.name, [] if module.note else task.job.measure(module))
         return
     edit = task.job.edit(module)
+    if (rank := job_run.plan.serve_rank) is not None and isinstance(module.finetuned, Lora):
+        edit = served(edit, module.finetuned, task.job, rank)
     encoded: list[Encoded] = []
     left = _write(task, module, edit.tensors, inputs, clock, arrivals, encoded)
     fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields, **encoding_fields(encoded)}
@@ -313,7 +315,7 @@ def _write(
         assert isinstance(old, Lora)
         assert isinstance(pair, Pair)
         dtypes = {part: writer.place(ref.name).dtype for part, ref in (("a", pair.lora.a), ("b", pair.lora.b))}
-        return measured_pair(old, new, 1.0 if task.run.job.rescales else old.scaling, dtypes)
+        return measured_pair(old, new, 1.0 if task.run.job.writes_unit_scaling else old.scaling, dtypes)
 
 
 def _write_weight(

@@ -154,7 +154,11 @@ def _untouched(job_run: JobRun, module: ModulePlan) -> bool:
         same = {ref.name: ref.dtype for ref in finetuned.stored.refs()}
         same_dtype = all(same.get(name) == writer.place(name).dtype for name in module.outputs)
     same_dtype = same_dtype and module.added is None
-    return job_run.entries[module.name]["decision"] == "kept" and same_dtype and not (pair and job_run.job.rescales)
+    return (
+        job_run.entries[module.name]["decision"] == "kept"
+        and same_dtype
+        and not (pair and job_run.job.writes_unit_scaling)
+    )
 
 
 def _adapter_files(plan: JobPlan) -> dict[str, bytes]:

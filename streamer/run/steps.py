@@ -333,5 +333,5 @@ def _gate_scratch(weight: Weight) -> int:
 def _written_rank(task: ModuleTask) -> int:
     finetuned, safe = task.plan.finetuned, task.plan.safe
     assert isinstance(finetuned, Pair)
-    parts = task.run.job.parts(finetuned.lora, safe.lora if isinstance(safe, Pair) else None)
+    parts = task.run.plan.parts(finetuned.lora, safe.lora if isinstance(safe, Pair) else None)
     return max(parts.values(), default=finetuned.lora.rank)
