@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
+
+from safeshard.kernels.lang import GPUTarget, has_triton, triton
 
 Backend = Literal["auto", "torch", "triton"]
 
@@ -52,11 +52,13 @@ def resolve(backend: Backend, *tensors: torch.Tensor) -> Literal["torch", "trito
     device = devices.pop()
     on_cuda = device.type == "cuda"
     if backend == "auto":
-        return "triton" if on_cuda and supported(target(device)) else "torch"
+        return "triton" if on_cuda and has_triton() and supported(target(device)) else "torch"
     if backend == "torch":
         return "torch"
     if backend != "triton":
         raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    if not has_triton():
+        raise ValueError("backend 'triton' needs Triton, which torch brings on Linux alone")
     if not on_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 for CPU tensors")
     return "triton"

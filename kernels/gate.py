@@ -23,12 +23,11 @@ from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from safeshard.kernels import projection
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
+from safeshard.kernels.lang import tl, triton
 from safeshard.kernels.projection import WEIGHT_DTYPES
 
 # Columns of a full delta that are projected at a time.

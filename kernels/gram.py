@@ -12,11 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from triton.backends.compiler import GPUTarget
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, target
+from safeshard.kernels.lang import GPUTarget, tl, triton
 
 PANEL = 512  # columns a product of the torch implementation covers; narrower ones save work below the diagonal
 SLAB = 2048  # rows converted to fp32 at a time

@@ -10,10 +10,9 @@ Shapes: H is n x n, packed is flat; both fp32.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve
+from safeshard.kernels.lang import tl, triton
 
 PANEL = 128
 BLOCK = 64  # of the Triton kernels' tiles; divides PANEL, so that a tile's rows lie in one panel

@@ -14,11 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
+from safeshard.kernels.lang import tl, triton
 from safeshard.kernels.philox import philox_words
 
 # torch: counters (four entries each) worked on at a time; their temporaries stay in cache.

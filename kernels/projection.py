@@ -16,12 +16,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, target
+from safeshard.kernels.lang import GPUTarget, tl, triton
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -13,10 +13,9 @@ to the columns after it is one matrix product. Shapes: X and D are O x I, U is I
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve
+from safeshard.kernels.lang import tl, triton
 
 CHUNK = 128  # columns of a chunk; also the largest sub-block
 

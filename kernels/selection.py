@@ -16,10 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
+from safeshard.kernels.lang import tl, triton
 
 EXCLUDED = 0.15  # share of a block's entries, the costliest, that is never kept
 REFERENCE_ROWS = 4096  # the budget is stated for a layer of this many rows

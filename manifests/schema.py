@@ -34,6 +34,9 @@ JOURNAL_NAME = "journal.jsonl"
 INLINE_CHARS = 300
 MAX_MANIFEST_BYTES = 200_000_000  # of as many tensors as are taken it is some 80 MB
 MAX_MANIFEST_VALUES = 6_000_000
+MAX_SHOWN = 200  # characters of a value that is wrong
+MAX_WIDE_BYTES = 32_000_000
+MAX_OPTIONS_CHARS = 1_000_000  # of the method's options
 MAX_ENTRIES = 2 * MAX_TENSORS  # of one list
 MAX_KEYS = 10_000  # of one table
 
@@ -304,7 +307,11 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 def _offence(where: str, detail: ErrorDetails) -> Offence:
     value = detail["input"]
-    got = type(value).__name__ if isinstance(value, dict | list | Manifest | FileEntry) else repr(value)
+    got = (
+        type(value).__name__
+        if isinstance(value, dict | list | Manifest | FileEntry)
+        else repr(value[:200] if isinstance(value, str) else value)
+    )
     return Offence(where, ".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Input should be "), got)
 
 
@@ -324,7 +331,12 @@ def _no_constant(constant: str) -> None:
 def _reject_ambiguous(text: bytes) -> None:
     """Raise ValueError for what parsers read differently (a repeated key, NaN, infinity), and for what is too much."""
     refuse_many(text, MAX_MANIFEST_VALUES)
+    if len(text) > MAX_WIDE_BYTES and (b"\\u" in text or not text.isascii()):  # such a text takes four times the memory
+        raise ValueError(f"more than {MAX_WIDE_BYTES} bytes with characters beyond ASCII")
     document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    method = document.get("method") if isinstance(document, dict) else None
+    if len(json.dumps(method)) > MAX_OPTIONS_CHARS:
+        raise ValueError(f"method has more than {MAX_OPTIONS_CHARS} characters")
     for key, value in document.items() if isinstance(document, dict) else ():
         if isinstance(value, list) and len(value) > MAX_ENTRIES:
             raise ValueError(f"{key} has {len(value)} entries, more than {MAX_ENTRIES}")

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
+from safeshard.manifests.bounded import MAX_TENSORS
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import Header, TensorRef
 from safeshard.streamer.inputs.codecs import FORMATS, Refused
@@ -208,6 +209,9 @@ def _weight_map(source: Source) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         where = f"{source.spec}/{INDEX}"
         raise RequestError(Offence(where, "weight_map", "tensor -> file", "malformed", "correct the index"))
+    if len(weight_map) > MAX_TENSORS:
+        where, expected = f"{source.spec}/{INDEX}", f"at most {MAX_TENSORS} tensors"
+        raise RequestError(Offence(where, "weight_map", expected, str(len(weight_map)), "check the index"))
     return weight_map
 
 

@@ -12,7 +12,7 @@ from safeshard.manifests.bounded import TooLargeError, read_regular
 from safeshard.manifests.errors import Offence, RequestError
 
 MAX_BYTES = 4_000_000
-MAX_NODES = 150_000  # the parser takes some 30 us for each; 10,000 jobs with five options have 110,000
+MAX_NODES = 120_000  # the parser takes some 30 us for each; 10,000 jobs with five options have 110,000
 MAX_NUMBER_CHARS = 40
 
 

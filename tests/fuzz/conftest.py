@@ -23,7 +23,7 @@ class OutOfBounds(BaseException):
 class Folder:
     """A source whose files are bytes in memory."""
 
-    revision = None
+    revision, far = None, False
 
     def __init__(self, files: dict[str, bytes], spec: str = "folder") -> None:
         self.files, self.spec, self.identity = files, spec, spec

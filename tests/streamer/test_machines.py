@@ -162,7 +162,7 @@ def test_tensors_are_bounded(world: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RequestError, match="at most 5 tensors in all files"):
         open_checkpoint(open_source(folder))
     entries = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(bounded.MAX_TENSORS + 2)}
-    with pytest.raises(HeaderError, match="at most 250000 tensors"):
+    with pytest.raises(HeaderError, match="at most 200000 tensors"):
         header(json.dumps(entries).encode())()
 
 
@@ -324,3 +324,16 @@ def test_what_linux_alone_has_is_not_needed(world: Any, monkeypatch: pytest.Monk
     save_file({"x": torch.zeros(1)}, world.root / "unused.safetensors")
     scale(**folders, factor=0.5, output=world.root / "out", quiet=True)
     assert api.verify(world.root / "out") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"method": {"options": {"a": [' + '{"a":0},' * 200_000 + "0]}}}",
+        '{"method": "' + "x" * 1_000_001 + '"}',
+        '{"modules": "\\ud83d\\ude00' + "x" * 33_000_000 + '"}',
+    ],
+)
+def test_what_would_grow_in_a_manifest_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match="more than"):
+        schema.Manifest.from_json(text)
