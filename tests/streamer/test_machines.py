@@ -179,7 +179,7 @@ def test_wrong_records_are_counted_and_the_first_shown(model: Path, monkeypatch:
     with pytest.raises(RequestError) as refused:
         prompts.load_prompts(model / "data.jsonl", model, samples=1)
     assert len(refused.value.offences) == 4
-    assert refused.value.offences[-1].got == "50 of 51 that are none"
+    assert refused.value.offences[-1].got.startswith("50 of 51 that ")
 
 
 def test_a_json_list_says_the_same_as_json_lines(model: Path) -> None:
