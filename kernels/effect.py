@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ELEMENTS = 1 << 15  # of a factor, taken to fp64 at a time
+# Elements of a factor, taken to fp64 at a time: on the CPU in its cache, on a device in one launch.
+ELEMENTS, DEVICE_ELEMENTS = 1 << 15, 1 << 24
 
 # Entries of a weight that are measured together: on the CPU they stay in a core's cache.
 PIECE, DEVICE_PIECE = 1 << 14, 1 << 20
@@ -44,7 +45,8 @@ def _gram(x: Tensor, y: Tensor | None = None) -> Tensor:
     """x^T y in fp64, of two factors with the same rows; of one alone x^T x."""
     other = x if y is None else y
     total = torch.zeros((x.shape[1], other.shape[1]), dtype=torch.float64, device=x.device)
-    rows = max(1, ELEMENTS // max(1, x.shape[1], other.shape[1]))
+    elements = ELEMENTS if x.device.type == "cpu" else DEVICE_ELEMENTS
+    rows = max(1, elements // max(1, x.shape[1], other.shape[1]))
     for start in range(0, len(x), rows):
         left = x[start : start + rows].double()
         total.addmm_(left.T, left if y is None else y[start : start + rows].double())
