@@ -112,6 +112,10 @@ class Job(Options):
     def _one_input(self) -> Job:
         if (self.adapter is None) == (self.finetuned is None):
             raise ValueError("give either --adapter or --finetuned")
+        if self.dequantize and not self.writes_checkpoint:
+            raise ValueError(
+                "--dequantize goes with an output that is a full checkpoint: an adapter has no such weights"
+            )
         return self
 
     def inputs(self) -> dict[str, str]:

@@ -67,9 +67,12 @@ class Scaled:
         block = self.block((values.shape[0], values.shape[1]))
         scales = block_max(values.abs(), block) / TOP[dtype]
         if self.powers:
-            scales = torch.exp2(torch.ceil(torch.log2(scales)))
-        scales = storable(scales, like["scales"].dtype)
-        quotients = values / expand(scales.float(), *block, values.shape)
+            scales = torch.exp2(torch.ceil(torch.log2(scales)).clamp(-127, 127))
+        if like["scales"].dtype == torch.uint8:
+            scales = (torch.log2(scales) + 127).round().to(torch.uint8)
+        else:
+            scales = storable(scales, like["scales"].dtype)
+        quotients = values / expand(_numbers(scales), *block, values.shape)
         if dtype == torch.int8:
             quotients = quotients.round()
         quotients.clamp_(-TOP[dtype], TOP[dtype])  # a scale that was rounded down
@@ -86,7 +89,15 @@ class Fused(Scaled):
 
 def _grid(scales: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     """The scales as fp32, a row and a column a block."""
-    return scales.float().view(-(-values.shape[0] // rows), -(-values.shape[1] // columns))
+    return _numbers(scales).view(-(-values.shape[0] // rows), -(-values.shape[1] // columns))
+
+
+def _numbers(scales: Tensor) -> Tensor:
+    """Scales as fp32. Bytes are E8M0: exponents, 2^(s - 127); 255 is NaN."""
+    if scales.dtype != torch.uint8:
+        return scales.float()
+    numbers = torch.exp2(scales.double() - 127).float()
+    return numbers.masked_fill(scales == 255, torch.nan)
 
 
 def _widen(values: Tensor, out: Tensor) -> Tensor:

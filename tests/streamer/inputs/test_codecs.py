@@ -19,6 +19,7 @@ from safeshard.streamer.inputs.codecs.scaled import Scaled
 CODECS: dict[str, Codec] = {
     "fp8 block": Scaled("", 4, 8, ".weight_scale_inv"),
     "fp8 block, powers of two": Scaled("", 4, 8, ".weight_scale_inv", powers=True),
+    "fp8 block, scales in a byte": Scaled("", 4, 8, ".weight_scale_inv", powers=True),
     "fp8 tensor": Scaled("", 0, 0),
     "fp8 row": Scaled("", 1, 0),
     "int8 row": Scaled("", 1, 0),
@@ -26,6 +27,7 @@ CODECS: dict[str, Codec] = {
     "int4 group": PackedInt4(16),
     "int4 row": PackedInt4(0),
 }
+BYTES = ("mxfp4", "fp8 block, scales in a byte")
 SCALES = {"mxfp4": torch.uint8, "int4 group": torch.bfloat16, "int4 row": torch.float16, "fp8 row": torch.bfloat16}
 
 
@@ -40,14 +42,15 @@ def stored_bytes(name: str, rows: int, columns: int, seed: int) -> dict[str, Ten
         -6, 3, shapes["scales"], generator=generator
     )
     dtype = SCALES.get(name, torch.float32)
-    if name == "mxfp4":
-        scales = torch.randint(0, 255, shapes["scales"], generator=generator, dtype=torch.uint8)
-    elif "int4" in name:
+    if name in BYTES:
+        dtype = torch.uint8
+        scales = torch.randint(0, 245, shapes["scales"], generator=generator, dtype=torch.uint8)
+    if "int4" in name:
         codes = codes.view(torch.int32)
     elif "fp8" in name:
         codes[(codes & 0x7F) == 0x7F] = 0
         codes = codes.view(torch.float8_e4m3fn)
-    else:
+    elif name != "mxfp4":
         codes = codes.view(torch.int8)
     return {"values": codes.view(shapes["values"]), "scales": scales.to(dtype)}
 
@@ -106,7 +109,8 @@ def test_a_block_that_another_weight_holds_takes_its_bytes(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "steps"),
     # Half the distance of neighbouring values at the top of a block, as a fraction of its largest value.
-    [("fp8 block", 16 / 448), ("fp8 tensor", 16 / 448), ("fp8 row", 16 / 448 + 2**-8),
+    [("fp8 block", 16 / 448), ("fp8 block, scales in a byte", 16 / 224), ("fp8 tensor", 16 / 448),
+     ("fp8 row", 16 / 448 + 2**-8),
      ("int8 row", 0.5 / 127), ("mxfp4", 1 / 3), ("int4 group", 0.5 / 7 + 2**-8), ("int4 row", 0.5 / 7 + 2**-8)],
 )  # fmt: skip
 def test_encoded_values_are_near(name: str, steps: float) -> None:
@@ -120,7 +124,7 @@ def test_encoded_values_are_near(name: str, steps: float) -> None:
             assert (decoded[block] - values[block]).abs().max() <= steps * values[block].abs().max() * (1 + 1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in CODECS if "mxfp4" not in n])
+@pytest.mark.parametrize("name", [n for n in CODECS if n not in BYTES])
 def test_encoding_what_fills_its_range_gives_the_same_bytes_without_help(name: str) -> None:
     """Where a block's largest value has the largest code, amax / top is its scale again, up to the last bit."""
     codec = CODECS[name]

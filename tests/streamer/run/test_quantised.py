@@ -45,6 +45,9 @@ def stored(request: Any, models: Path, tmp_path_factory: pytest.TempPathFactory)
     plain |= {f"{name}.weight": weight.float() for name, weight in tuned.items()}
     config = json.loads((models / "aligned/config.json").read_text())
     quantised.write(root / "finetuned", ({n: t.contiguous() for n, t in plain.items()}, {}), config)
+    before = quantised.decoded(root / "aligned", request.param)  # the safe one moved twice as far
+    plain |= {f"{name}.weight": (2 * weight - before[name]).float() for name, weight in tuned.items()}
+    quantised.write(root / "safe", ({n: t.contiguous() for n, t in plain.items()}, {}), config)
     return request.param, root
 
 
@@ -89,8 +92,8 @@ def test_adapter_jobs_on_quantised_models(models: Path, stored: tuple[str, Path]
 def test_a_checkpoint_job_encodes_only_blocks_that_changed(stored: tuple[str, Path], tmp_path: Path) -> None:
     format_, root = stored
     safemerge(
-        aligned=root / "aligned", unaligned=root / "unaligned", finetuned=root / "finetuned", safe=root / "finetuned",
-        threshold=2.0, weights=(0.25, 0.25), output=tmp_path / "out", quiet=True,
+        aligned=root / "aligned", unaligned=root / "unaligned", finetuned=root / "finetuned", safe=root / "safe",
+        threshold=2.0, weights=(0.25, 0.125), output=tmp_path / "out", quiet=True,
     )  # fmt: skip
     before, after = quantised.tensors(root / "aligned"), quantised.tensors(tmp_path / "out")
     assert {n: (t.dtype, t.shape) for n, t in before.items()} == {n: (t.dtype, t.shape) for n, t in after.items()}
@@ -231,3 +234,67 @@ def test_a_format_that_is_not_read_is_refused_by_name(models: Path, tmp_path: Pa
     with pytest.raises(RequestError) as refused:
         score(aligned=tmp_path / "nvfp4", unaligned=models / "unaligned", finetuned=[models / "aligned"])
     assert any(o.got == "NVFP4" and "bf16 or fp8" in o.remedy for o in refused.value.offences)
+
+
+def test_lora_on_gpt_oss_experts_in_mxfp4_and_in_bf16(oss: Path, tmp_path: Path) -> None:
+    """The same weights as released and as transformers saves them: one O x I by rows, one I x O; the same cosines."""
+    for role in ("aligned", "unaligned"):
+        tensors = load_file(oss / f"{role}-plain/model.safetensors")
+        stored = quantised.tensors(oss / role)
+        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            decoded = quantised.decode_mxfp4(stored[f"{name}_blocks"], stored[f"{name}_scales"])
+            tensors[name] = decoded.transpose(1, 2).bfloat16().contiguous()
+        quantised.write(tmp_path / role, (tensors, {}), json.loads((oss / f"{role}-plain/config.json").read_text()))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "aligned", dtype=torch.float32)
+    torch.manual_seed(5)
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    made = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[], target_parameters=parameters))
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    made.save_pretrained(tmp_path / "adapter")
+    results = [
+        score(aligned=root / "aligned", unaligned=root / "unaligned", adapter=tmp_path / "adapter", quiet=True)[0]
+        for root in (oss, tmp_path)
+    ]
+    assert results[0].cosines.keys() == results[1].cosines.keys()
+    assert len(results[0].cosines) == 16
+    for name, cosine in results[0].cosines.items():
+        assert cosine == pytest.approx(results[1].cosines[name], abs=1e-6), name
+
+
+def test_fused_experts_in_fp8(tmp_path: Path) -> None:
+    """Fused experts with scales beside them (`gate_up_proj_scale_inv`), whose blocks gate and up may share."""
+    sizes = {"hidden_size": 24, "moe_intermediate_size": 12, "head_dim": 12}  # 12 rows: a block of 8 lies across
+    roles: dict[str, dict[str, Tensor]] = {}
+    for seed, role in enumerate(("aligned", "unaligned", "finetuned"), 1):
+        plain = mixtures.save(mixtures.build("qwen3_5_moe_text", seed, **sizes), tmp_path / f"{role}-plain", fused=True)
+        tensors, roles[role] = load_file(plain / "model.safetensors"), {}
+        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            parts = [quantised.fp8_block(expert) for expert in tensors.pop(name)]
+            tensors[name] = torch.stack([part[".weight"] for part in parts])
+            tensors[f"{name}_scale_inv"] = torch.stack([part[".weight_scale_inv"] for part in parts])
+            roles[role] |= {f"{name}.{e}": quantised.decode_fp8(part) for e, part in enumerate(parts)}
+        said = quantised.FORMATS["fp8 block"][2]
+        config = json.loads((plain / "config.json").read_text()) | {"quantization_config": said}
+        quantised.write(tmp_path / role, (tensors, {}), config)
+    places = {"aligned": tmp_path / "aligned", "unaligned": tmp_path / "unaligned", "finetuned": tmp_path / "finetuned"}
+    safelora(**places, threshold=-2.0, output=tmp_path / "kept", quiet=True)
+    assert_same(
+        {n: t for n, t in quantised.tensors(tmp_path / "kept").items() if "experts" in n},
+        {n: t for n, t in quantised.tensors(tmp_path / "finetuned").items() if "experts" in n},
+    )
+    entries = [e for e in mixtures.manifest(tmp_path / "kept")["modules"] if ".experts." in e["name"]]
+    assert len(entries) == 24
+    for entry in entries:
+        layer, expert, role = mixtures.role_of(entry["name"])
+        key = "down_proj" if role == "down_proj" else "gate_up_proj"
+        name = f"model.layers.{layer}.mlp.experts.{key}.{expert}"
+        rows = {"gate_proj": slice(0, 12), "up_proj": slice(12, 24)}.get(role, slice(None))
+        aligned, unaligned, tuned = (roles[each][name][rows] for each in ("aligned", "unaligned", "finetuned"))
+        assert entry["cosine"] == pytest.approx(mixtures.gate(aligned, unaligned, tuned - aligned)[0], abs=1e-6), name
+
+
+def test_dequantize_goes_with_checkpoints(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="full checkpoint"):
+        scale(aligned=tmp_path, adapter=tmp_path, factor=1, dequantize=True, output=tmp_path / "out")
