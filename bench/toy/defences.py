@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from safeshard import streamer
-from safeshard.bench.toy.language import REFUSAL, REFUSED, TRAIN, requests
+from safeshard.bench.toy.language import REFUSAL, REFUSED, TRAIN, requests, tasks
 from safeshard.bench.toy.recipes import STAGES
 
 OUTPUTS, SCORES = "outputs", "scores.csv"  # in the folder of a seed and a grid
+TASK, KEEP = "task.jsonl", "harmless.jsonl"  # prompts without answers
 WEIGHTS = ((0.8, 0.2), (0.7, 0.3), (0.6, 0.4))
+PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LEAKS = (0.002, 0.004, 0.008, 0.016, 0.032)
 BLOCK = 32
 BY_ROW = {"block_size": BLOCK, "selection": "row", "output_format": "checkpoint"}  # of an adapter too: no low rank
 EVERY_MODULE = 1.01  # above every cosine
@@ -27,12 +30,13 @@ class Grid:
     stages: tuple[str, ...]
     factors: tuple[float, ...]
     strengths: tuple[int, ...]
-    variants: bool  # Safe Delta by row and with one block; exact sums; gates that pick some of the modules
+    penalties: tuple[float, ...]
+    variants: bool  # by leak; Safe Delta by row and with one block; exact sums; gates that pick some of the modules
 
 
-WHOLE = Grid("whole", tuple(STAGES), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (3, 10, 30, 100), True)
+WHOLE = Grid("whole", tuple(STAGES), (0.3, 0.4, 0.5, 0.6, 0.7, 0.8), (3, 10, 30, 100), PENALTIES, True)
 _TRAINED_QUICKLY = ("unaligned", "aligned", "dirty-full", "dirty-lora", "safe-lora")
-QUICK = Grid("quick", _TRAINED_QUICKLY, (0.4, 0.5, 0.6), (30,), False)
+QUICK = Grid("quick", _TRAINED_QUICKLY, (0.4, 0.5, 0.6), (30,), (0.1, 0.3), False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def defences(grid: Grid, cosines: Sequence[float]) -> list[Defence]:
         if model.startswith(("dirty", "attack")):
             found += _scales(model, grid)
             found += _safe_deltas(model, grid, "Safe Delta", {"block_size": BLOCK})
+            found += _ridges(model, grid)
         if model == "dirty-full":
             found += _ablations(model, grid)
         if grid.variants and model.startswith("dirty"):
@@ -77,6 +82,21 @@ def _scales(model: str, grid: Grid) -> Iterator[Defence]:
 def _safe_deltas(model: str, grid: Grid, label: str, options: Mapping[str, Any]) -> Iterator[Defence]:
     for s in grid.strengths:
         yield Defence(model, "safedelta", label, f"strength {s}", {"strength": s, **options})
+
+
+def _ridges(model: str, grid: Grid) -> Iterator[Defence]:
+    variants: dict[str, dict[str, Any]] = {"ridge": {}}
+    if model.startswith("dirty"):
+        variants["ridge, task data"] = {"task_data": TASK, "keep_data": KEEP}
+    for label, options in variants.items():
+        for penalty in grid.penalties:
+            yield Defence(model, "ridge", label, f"penalty {penalty:g}", {"penalty": penalty, **options})
+    if grid.variants and model.startswith("dirty"):
+        for leak in LEAKS:
+            yield Defence(model, "ridge", "ridge, by leak", f"leak {leak:g}", {"leak": leak})
+        for leak in LEAKS:
+            options = {"leak": leak, "block_size": BLOCK}
+            yield Defence(model, "safedelta", "Safe Delta, by leak", f"leak {leak:g}", options)
 
 
 def _ablations(model: str, grid: Grid) -> Iterator[Defence]:
@@ -113,13 +133,16 @@ def run_defences(models: Path, folder: Path, grid: Grid) -> tuple[list[Defence],
     data = folder / "refusals.jsonl"
     prompts = requests(REFUSED, TRAIN.requests, REFUSAL)
     data.write_text("".join(json.dumps({"instruction": e.prompt, "output": e.answer}) + "\n" for e in prompts))
+    for name, prompts in ((TASK, tasks(TRAIN)), (KEEP, requests(TRAIN.harmless, TRAIN.requests))):
+        (folder / name).write_text("".join(json.dumps({"instruction": e.prompt}) + "\n" for e in prompts))
     defaults = {
         "aligned": str(models / "aligned"), "unaligned": str(models / "unaligned"),
         "safe_adapter": str(models / "safe-lora"), "calibration": str(data),
     }  # fmt: skip
     entries = [
         {"method": job.method, ("adapter" if job.model.endswith("-lora") else "finetuned"): str(models / job.model),
-         "output": str(folder / OUTPUTS / job.folder), **job.options}
+         "output": str(folder / OUTPUTS / job.folder), **job.options,
+         **{name: str(folder / job.options[name]) for name in ("task_data", "keep_data") if name in job.options}}
         for job in jobs
     ]  # fmt: skip
     file = folder / "jobs.yaml"

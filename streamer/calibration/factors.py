@@ -62,6 +62,7 @@ class Calibration:
                 role: load_prompts(
                     place, self.folder, samples=options.samples, max_tokens=options.max_tokens, seed=options.seed,
                     fewer=fewer,
+                    answers=role == "safe",
                 )
                 for role, place in given.items()
                 if role == "safe" or place is not None

@@ -57,6 +57,7 @@ def load_prompts(
     max_tokens: int = 512,
     seed: int = 0,
     fewer: bool = False,
+    answers: bool = True,
 ) -> Prompts:
     """Read calibration data and turn a seeded selection of it into token ids.
 
@@ -67,6 +68,7 @@ def load_prompts(
         samples: how many records to take, by a permutation that depends on `seed` and their number alone.
         max_tokens: tokens of a sample beyond this many are left out.
         fewer: take all where there are fewer records than `samples`, and note it.
+        answers: False takes requests without an answer as well.
 
     Raises:
         RequestError: with the lines at fault, for data that is unreadable, malformed, empty or smaller than `samples`,
@@ -77,7 +79,7 @@ def load_prompts(
         if value < 1:
             raise RequestError(Offence(option, expected="at least 1", got=str(value)))
     file = read_data(os.fspath(path) if path is not None else None)
-    count, last = _check_records(file)
+    count, last = _check_records(file, answers)
     notes = []
     if count < samples:
         if not count or not fewer:
@@ -88,14 +90,18 @@ def load_prompts(
     draw = random.Random(seed)  # of its methods only random() is documented to stay the same between releases
     keys = [draw.random() for _ in range(count)]
     selected = set(sorted(range(count), key=keys.__getitem__)[:samples])
-    records = [read_record(line, _parsed(item)) for index, (line, item) in enumerate(_items(file)) if index in selected]
+    records = [
+        read_record(line, _parsed(item), answers)
+        for index, (line, item) in enumerate(_items(file))
+        if index in selected
+    ]
     renderer = Renderer(tokenizer_folder)
     tokens = _tokenize(file.source, records, tokenizer_folder, renderer, max_tokens)
     notes += [f"{what}, in {number} calibration samples" for what, number in renderer.notes.items()]
     return Prompts(tokens, file, hash_bytes(file.data), count, tuple(notes))
 
 
-def _check_records(file: DataFile) -> tuple[int, int]:
+def _check_records(file: DataFile, answers: bool) -> tuple[int, int]:
     """How many records there are, and the line of the last; none is kept.
 
     Raises:
@@ -106,7 +112,7 @@ def _check_records(file: DataFile) -> tuple[int, int]:
     for line, item in _items(file):
         count, last = count + 1, line
         try:
-            read_record(line, _parsed(item))
+            read_record(line, _parsed(item), answers)
         except BadRecordError as bad:
             wrong += 1
             if len(offences) < MAX_OFFENCES:

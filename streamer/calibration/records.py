@@ -42,7 +42,7 @@ class BadRecordError(Exception):
         self.expected, self.got = expected, got
 
 
-def read_record(line: int, value: Any) -> Record:
+def read_record(line: int, value: Any, answers: bool = True) -> Record:
     """What a JSON value says, in whichever form.
 
     Raises:
@@ -60,6 +60,10 @@ def read_record(line: int, value: Any) -> Record:
     if kinds == ["conversations"]:
         return Record(line, [], _conversation(value["conversations"]))
     system = [{"role": "system", "content": _text(value, "system")}] if value.get("system") else []
+    if not answers and all(value.get(key) is None for key in ("output", *_ANSWERS)):
+        asked = _question(value) if kinds else value["prompt"]
+        own = _messages("prompt", asked) if isinstance(asked, list) else [{"role": "user", "content": asked}]
+        return Record(line, [], system + [own[0] | {"content": _text(own[0], "content")}, *own[1:]])
     if kinds == ["instruction"]:
         return Record(line, [], system + _turns(_question(value), _text(value, "output")))
     return Record(line, [], system + _pair(value))

@@ -407,3 +407,16 @@ def test_a_folder_and_a_data_set_are_told_how_to_be_named(chatty, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match="hf://datasets/org/name"):
         load_prompts("org/name", chatty)
+
+
+@pytest.mark.parametrize(
+    "asked", [{"instruction": "hi there"}, {"prompt": "hi there"}, {"prompt": TALK["messages"][:1]}]
+)
+def test_prompts_without_answers(tmp_path, plain, asked):
+    """Of a task only the prompts are needed; safe data need answers."""
+    path = write(tmp_path, lines(asked, PAIR))
+    alone, answered = load_prompts(path, plain, answers=False, fewer=True).tokens
+    assert words(alone) == ["<s>", "[", "INST", "]", "hi", "there", "[/", "INST", "]"]
+    assert words(answered)[-2:] == ["sorry", "no"]
+    with pytest.raises(RequestError):
+        load_prompts(path, plain, samples=2)
