@@ -63,7 +63,7 @@ def read_record(line: int, value: Any, answers: bool = True) -> Record:
     if not answers and all(value.get(key) is None for key in ("output", *_ANSWERS)):
         asked = _question(value) if kinds else value["prompt"]
         own = _messages("prompt", asked) if isinstance(asked, list) else [{"role": "user", "content": asked}]
-        return Record(line, [], system + [own[0] | {"content": _text(own[0], "content")}, *own[1:]])
+        return Record(line, [], [*system, own[0] | {"content": _text(own[0], "content")}, *own[1:]])
     if kinds == ["instruction"]:
         return Record(line, [], system + _turns(_question(value), _text(value, "output")))
     return Record(line, [], system + _pair(value))
