@@ -225,7 +225,20 @@ def _checkpoint_files(plan: JobPlan) -> None:
             theirs = f"{tuned.config.get('model_type')}, of another layout"
             asked, done = "the fine-tuned model's config.json", "the aligned one's"
             plan.fallbacks.append(Fallback(asked=asked, done=done, why=f"its model_type is {theirs}"))
+    else:
+        plan.fallbacks += _saved_left_out(plan, tuned)
     plan.files = [output_file(file, tensors) for file, tensors in sorted(shards.items())]
+
+
+def _saved_left_out(plan: JobPlan, adapter: Adapter) -> Iterator[Fallback]:
+    """What a written checkpoint does not take of the tensors that an adapter carries whole, and was not said yet."""
+    reads = [Read(copy.source, copy.ref) for copy in plan.copies] + [
+        c.added for c in plan.copies if c.added is not None
+    ]
+    taken = {read.ref.name for read in reads if read.source is adapter.source}
+    taken |= {fallback.subject for fallback in plan.fallbacks if fallback.subject is not None}
+    for key in sorted(adapter.saved.keys() - taken):
+        yield _left_out(key, f"--rest aligned; {describe(plan.whole.get('adapter', {}).get(key))}")
 
 
 def _taken_over(plan: JobPlan, name: str, ref: TensorRef | None, rest: Checkpoint) -> Copy:

@@ -256,8 +256,9 @@ def test_rest_of_an_adapter(llama: Any) -> None:
     _, got = llama.run("aligned-whole", adapter=adapter, output_format="checkpoint")
     assert torch.equal(got["lm_head.weight"], llama.aligned["lm_head.weight"])
     assert torch.equal(got["model.embed_tokens.weight"], llama.aligned["model.embed_tokens.weight"])
-    with pytest.raises(RequestError, match="modules_to_save"):
-        llama.run("refused", adapter=adapter, output_format="checkpoint", rest="finetuned")
+    result, got = llama.run("finetuned-whole", adapter=adapter, output_format="checkpoint", rest="finetuned")
+    assert torch.equal(got["model.embed_tokens.weight"], source["base_model.model.model.embed_tokens.weight"])
+    assert not set(saved) & {f.subject for f in result.manifest.fallbacks}
 
 
 def test_rest_of_an_adapter_in_a_checkpoint(llama: Any) -> None:
