@@ -142,8 +142,11 @@ def short(where: str, end: int, expected: int) -> RunError:
 
 def reason(error: BaseException) -> str:
     """An exception of a library in one line."""
+    if isinstance(error, RunError):
+        return error.message
     text = str(error).partition("\n\nDebug source")[0]  # obstore's
     if match := _S3_ANSWER.search(text):
         text = f"{match[1]} ({match[2]})"
     words = without_secrets(getattr(error, "strerror", None) or " ".join(text.split()))
-    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+    named = words if getattr(error, "speaks", False) else f"{type(error).__name__}: {words}"  # ours say enough
+    return named if words else type(error).__name__

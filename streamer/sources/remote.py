@@ -50,6 +50,8 @@ class Stopped(RunError):
 class StatusError(Exception):
     """An answer with a status that is not the one wanted; `after` are the seconds that the server asks to wait."""
 
+    speaks = True
+
     def __init__(self, status: int, words: str = "", after: float | None = None, again: bool | None = None) -> None:
         super().__init__(f"status {status}{words and f': {words}'}")
         self.status, self.after = status, after
@@ -58,6 +60,8 @@ class StatusError(Exception):
 
 class BrokenAnswer(Exception):
     """An answer that broke off or held something else than was asked for; worth another try."""
+
+    speaks = True
 
 
 class Final(RunError):

@@ -47,7 +47,7 @@ class RemoteFolder:
         except (RunError, ImportError) as error:
             cause = error.__cause__ or error
             remedy = error.remedy if isinstance(error, RunError) else fault_of(cause).remedy
-            raise refuse(self.spec, self.expected, reason(cause), remedy) from cause
+            raise refuse(self.spec, self.expected, reason(cause).removeprefix(f"{self.spec}: "), remedy) from cause
 
     expected = "a folder that can be listed"
 

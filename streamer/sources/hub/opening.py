@@ -42,7 +42,8 @@ def _online(spec: str, place: HubPlace, cache: ShardCache) -> Source:
         raise
     except Exception as error:  # the network layer's errors have no common base
         cause = error.__cause__ if isinstance(error, RunError) and isinstance(error.__cause__, Exception) else error
-        raise refuse(spec, "a folder, or a repository on the Hub", reason(cause), _remedy(cause, place)) from cause
+        remedy = cause.remedy if isinstance(cause, RunError) else _remedy(cause, place)
+        raise refuse(spec, "a folder, or a repository on the Hub", reason(cause), remedy) from cause
 
 
 def _remedy(error: BaseException, place: HubPlace) -> str:
