@@ -130,7 +130,7 @@ class Job(Options):
             for key, value in options.items()
             if key not in ("adapter", "finetuned", "safe_adapter", "safe")
             and (key, value) not in (("expert_packing", None), ("dequantize", False), ("serve", None))
-            and not (key == "rank" and value is None and not self.truncates)
+            and not (value is None and key in Served.model_fields and key not in type(self).__annotations__)
         }
 
     @property
@@ -151,7 +151,7 @@ class Job(Options):
     @property
     def writes_checkpoint(self) -> bool:
         """Whether the output is a full checkpoint."""
-        return self.finetuned is not None
+        return self.finetuned is not None or getattr(self, "output_format", None) == "checkpoint"
 
     @property
     def rest_role(self) -> str:
@@ -216,9 +216,14 @@ class Served(Options):
         None, description="write the adapter so that this reads it right: scaling 1, one rank that it takes"
     )
     rank: int | None = Field(None, gt=0, description="with --serve: truncate to this rank (default: exact)")
+    output_format: Literal["adapter", "checkpoint"] | None = Field(
+        None, description="of an adapter's output: adapter, or checkpoint to merge it (default: adapter)"
+    )
 
     @model_validator(mode="after")
-    def _rank_is_served(self) -> Served:
+    def _goes_together(self) -> Served:
+        if self.output_format == "adapter" and getattr(self, "finetuned", None) is not None:
+            raise ValueError("a full checkpoint gives a checkpoint: --output-format goes with --adapter")
         if self.rank is not None and self.serve is None and not getattr(self, "truncates", False):
             raise ValueError("--rank goes with --serve")
         return self
@@ -259,12 +264,17 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return pad(a, (0, 0, 0, extra)), pad(b, (0, extra))
 
 
-def served(edit: Edit, old: Lora, job: Job, rank: int) -> Edit:
-    """An edit of a pair for a scaling of 1 at a given rank: truncated to the job's `rank`, then padded with zeros."""
-    a, b = (each for each in (edit.tensors.get("a", old.a), edit.tensors.get("b", old.b)))
+def _written_pair(edit: Edit, old: Lora, job: Job) -> tuple[Tensor, Tensor]:
+    """The pair that an edit gives, in fp32 for a scaling of 1."""
+    a, b = edit.tensors.get("a", old.a), edit.tensors.get("b", old.b)
     assert not isinstance(a, Iterator)
     assert not isinstance(b, Iterator)
-    a, b = a.float(), b.float() * (1.0 if job.rescales else old.scaling)
+    return a.float(), b.float() * (1.0 if job.rescales else old.scaling)
+
+
+def served(edit: Edit, old: Lora, job: Job, rank: int) -> Edit:
+    """An edit of a pair for a scaling of 1 at a given rank: truncated to the job's `rank`, then padded with zeros."""
+    a, b = _written_pair(edit, old, job)
     fields = {**edit.fields, "rank": rank}
     limit = getattr(job, "rank", None) or rank
     if len(a) > limit:
@@ -272,3 +282,14 @@ def served(edit: Edit, old: Lora, job: Job, rank: int) -> Edit:
         fields["lost_fraction"] = float(lost)
     a, b = pad_rank(a, b, rank)
     return replace(edit, tensors={"a": a, "b": b}, fields=fields)
+
+
+def merged(edit: Edit, module: Module, job: Job) -> Edit:
+    """An edit of a pair as the weight that it makes of the aligned one, in row tiles."""
+    aligned, old = module.aligned, module.finetuned
+    assert aligned is not None
+    assert isinstance(old, Lora)
+    a, b = _written_pair(edit, old, job)
+    dtype = job.dense_dtype(aligned)
+    tiles = ((aligned[rows].float() + b[rows] @ a).to(dtype) for rows in kernels.dense.tiles(len(aligned)))
+    return replace(edit, tensors={"weight": tiles}, fields={k: v for k, v in edit.fields.items() if k != "rank"})

@@ -25,7 +25,7 @@ def serve_offences(plan: JobPlan) -> Iterator[Offence]:
         yield Offence("--serve", "", "an adapter as output", "a checkpoint, which needs no --serve", "leave it out")
         return
     where = adapter.source.spec
-    remedy = "write a merged checkpoint, or train the adapter without it"
+    remedy = "--output-format checkpoint, in place of --serve, merges it"
     for key in sorted(adapter.saved):
         yield Offence(where, key, "pairs alone, for vLLM", "a tensor that is saved whole", remedy)
     if adapter.config.raw.get("target_parameters"):

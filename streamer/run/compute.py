@@ -27,7 +27,7 @@ from safeshard.streamer.inputs.codecs.base import Encoded
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
-from safeshard.streamer.methods.base import Job, Lora, Module, served
+from safeshard.streamer.methods.base import Job, Lora, Module, merged, served
 from safeshard.streamer.plan.job_plan import Pair, Weight
 from safeshard.streamer.run.effects import effect, measured_pair, measured_tiles
 from safeshard.streamer.run.encoded import encoding_fields, known_parts
@@ -223,6 +223,8 @@ def _decide(
         job_run.measured(plan.name, [] if module.note else task.job.measure(module))
         return
     edit = task.job.edit(module)
+    if "weight" in plan.writes and "weight" not in edit.tensors:
+        edit = merged(edit, module, task.job)
     if (rank := job_run.plan.serve_rank) is not None and isinstance(module.finetuned, Lora):
         edit = served(edit, module.finetuned, task.job, rank)
     encoded: list[Encoded] = []

@@ -162,3 +162,34 @@ def test_the_rank_is_shown(capsys: pytest.CaptureFixture[str], world: Any, input
             with pytest.raises(SystemExit):
                 main([*map(str, argv), str(world.root / f"out{len(extra)}"), *extra, *dry, "--overwrite"])
             assert line in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("scale", {"factor": 0.5}),
+        ("safelora", {"num_layers": 6}),
+        ("safemerge", {"threshold": 0.7, "combine": "exact"}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_every_method_merges_an_adapter_into_a_checkpoint(
+    world: Any, inputs: dict[str, Path], method: str, options: dict[str, Any], dtype: str | None
+) -> None:
+    run(method, inputs, world.root / "plain", **options)
+    run(method, inputs, world.root / "merged", **options, output_format="checkpoint", dtype=dtype)
+    aligned = load_file(inputs["aligned"] / "model.safetensors")
+    written = load_file(world.root / "merged/model.safetensors")
+    assert written.keys() == aligned.keys()
+    deltas = as_peft_reads(world.root / "plain")
+    for name, weight in aligned.items():
+        expected = weight.double() + deltas.get(name.removesuffix(".weight"), 0)
+        assert written[name].dtype == (torch.float32 if dtype else weight.dtype)
+        rtol = 1e-5 if dtype else 2**-8
+        torch.testing.assert_close(written[name].double(), expected, rtol=rtol, atol=1e-5)
+    manifest = load(world.root / "merged")
+    ours = load(world.root / "plain").effect
+    assert ours is not None
+    assert manifest.effect is not None
+    assert manifest.effect.kept_norm == pytest.approx(ours.kept_norm, rel=1e-2)
+    assert verify(world.root / "merged", recompute=3) == []
