@@ -223,7 +223,7 @@ class Served(Options):
     @model_validator(mode="after")
     def _goes_together(self) -> Served:
         if self.output_format == "adapter" and getattr(self, "finetuned", None) is not None:
-            raise ValueError("a full checkpoint gives a checkpoint: --output-format goes with --adapter")
+            raise ValueError("a full checkpoint gives a checkpoint: --output-format and --rank go with --adapter")
         if self.rank is not None and self.serve is None and not getattr(self, "truncates", False):
             raise ValueError("--rank goes with --serve")
         return self
