@@ -106,7 +106,7 @@ def ridge(**options: Any) -> Result:
 
 @_takes(Calibrate, RunOptions)
 def calibrate(**options: Any) -> Factors:
-    """Save what jobs of Safe Delta and ridge share: factors and Grams.
+    """Save Grams and factors for many jobs.
 
     Returns their folder, and the modules of the aligned model that have no factor.
     Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.

@@ -54,7 +54,7 @@ def calibrate(
     quiet: bool = False,
     strict: bool = False,
 ) -> Factors:
-    """Save what jobs of Safe Delta and ridge share: factors and Grams.
+    """Save Grams and factors for many jobs.
 
     Returns their folder, and the modules of the aligned model that have no factor.
     Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.

@@ -1,4 +1,4 @@
-"""Try many settings on one model and choose one by what models answer."""
+"""Try many settings on one model; choose by what models answer."""
 
 from __future__ import annotations
 
