@@ -27,19 +27,15 @@ class Names:
     Attributes:
         stacks: their path of a stack of layers -> ours, of every stack that was found, also under the same path.
         others: their name -> ours, of what stands outside of layers and is called otherwise.
-        inside: their name -> ours, where names differ within a layer.
         ambiguous: their path or name -> ours that it may as well be.
     """
 
     stacks: Mapping[str, str] = field(default_factory=dict)
     others: Mapping[str, str] = field(default_factory=dict)
-    inside: Mapping[str, str] = field(default_factory=dict)
     ambiguous: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def ours(self, theirs: str) -> str:
         """The aligned checkpoint's name."""
-        if theirs in self.inside:
-            return self.inside[theirs]
         if (cut := stack_of(theirs)) is None:
             return self.others.get(theirs, theirs)
         return self.stacks.get(cut[0], cut[0]) + cut[1]
@@ -61,7 +57,7 @@ class Names:
 
     @cached_property
     def _theirs(self) -> dict[str, str]:
-        return {ours: theirs for theirs, ours in (*self.inside.items(), *self.others.items())}
+        return {ours: theirs for theirs, ours in self.others.items()}
 
     @cached_property
     def _their_stacks(self) -> dict[str, str]:
@@ -78,9 +74,6 @@ class Names:
         for old, new in sorted(self.others.items()):
             if not any(old.startswith(a) and new == b + old.removeprefix(a) for a, b in self.prefixes):
                 read.append(f"{old.removesuffix('.weight')!r} read as {new.removesuffix('.weight')!r}")
-        if self.inside:
-            old, new = next(iter(self.inside.items()))
-            read.append(f"{len(self.inside)} names within layers, such as {old!r} read as {new!r}")
         return "module prefix " + ", ".join(read) if read else ""
 
 
