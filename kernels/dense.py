@@ -46,6 +46,34 @@ def add_deltas(
         yield (base + total).to(dtype)
 
 
+def add_difference(
+    weight: Tensor,
+    pair: tuple[Tensor, Tensor] | None,
+    minuend: Tensor,
+    subtrahend: Tensor,
+    factor: float,
+    dtype: torch.dtype,
+    density: float,
+    key: Callable[[int], int],
+) -> Iterator[Tensor]:
+    """Tiles of weight + B A + factor * DARE(minuend - subtrahend), as `dtype`; without `pair`, B A is 0.
+
+    Args:
+        weight, minuend, subtrahend: O x I.
+        pair: A (r x I) and B (O x r), fp32.
+        density: the fraction of the difference's entries that are kept, and divided by it; 1 keeps all as they are.
+        key: the random key of the tile that starts at a row.
+    """
+    for rows in tiles(weight.shape[0]):
+        difference = minuend[rows].float() - subtrahend[rows].float()
+        added = merge.dare_linear([difference], [factor], density, [key(rows.start)])
+        del difference
+        base = weight[rows].float()
+        if pair is not None:
+            base = base.addmm(pair[1][rows], pair[0])
+        yield (base + added).to(dtype)
+
+
 def add_low_rank_delta(
     aligned: Tensor, tuned: Sequence[Tensor], weights: Sequence[float], rank: int, dtype: torch.dtype
 ) -> tuple[Iterator[Tensor], float]:

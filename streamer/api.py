@@ -30,6 +30,7 @@ __all__ = [
     "calibrate",
     "inspect",
     "report",
+    "resta",
     "ridge",
     "safedelta",
     "safelora",
@@ -102,6 +103,16 @@ def ridge(**options: Any) -> Result:
     Keywords are the fields of `safeshard.streamer.methods.ridge.Ridge` and of `RunOptions`.
     """
     return _run_one("ridge", options)
+
+
+@_takes(METHODS["resta"], RunOptions)
+def resta(**options: Any) -> Result:
+    """RESTA: add the safety vector, a baseline.
+
+    What alignment once added to the weights is added to the fine-tuned ones (arXiv 2402.11746).
+    Keywords are the fields of `safeshard.streamer.methods.resta.Resta` and of `RunOptions`.
+    """
+    return _run_one("resta", options)
 
 
 @_takes(Calibrate, RunOptions)

@@ -88,6 +88,34 @@ def report(
         overwrite: replace an existing file.
     """
 
+def resta(
+    *,
+    aligned: str | PathLike[str],
+    output: str | PathLike[str],
+    unaligned: str | PathLike[str],
+    adapter: str | PathLike[str] | None = None,
+    finetuned: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    dequantize: bool = False,
+    expert_packing: Literal["peft", "unsloth"] | None = None,
+    gamma: float = 1.0,
+    density: float | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    strict: bool = False,
+) -> Result:
+    """RESTA: add the safety vector, a baseline.
+
+    What alignment once added to the weights is added to the fine-tuned ones (arXiv 2402.11746).
+    Keywords are the fields of `safeshard.streamer.methods.resta.Resta` and of `RunOptions`.
+    """
+
 def ridge(
     *,
     aligned: str | PathLike[str],

@@ -49,15 +49,16 @@ class Module:
     """One module's inputs on the compute device. Weights are O x I, in their checkpoint's dtype.
 
     `finetuned` and `safe` are pairs for adapters and weights for full checkpoints; `safe` is None where the safe
-    adapter has no such module. `cosine` (NaN where undefined) and `projected` (P B for a pair, P delta for a weight,
-    fp32) are the gate's. `chosen` is set where the decision needed the cosines of all modules first. `factor` is
-    Safe Delta's; where its Gram has none, `note` says why. `grams` are ridge's. `strength` is what was found for
-    `target_leak`.
+    adapter has no such module, `unaligned` where the gate alone needs it. `cosine` (NaN where undefined) and
+    `projected` (P B for a pair, P delta for a weight, fp32) are the gate's. `chosen` is set where the decision needed
+    the cosines of all modules first. `factor` is Safe Delta's; where its Gram has none, `note` says why. `grams` are
+    ridge's. `strength` is what was found for `target_leak`.
     """
 
     name: str
     finetuned: Lora | Tensor
     aligned: Tensor | None = None
+    unaligned: Tensor | None = None
     safe: Lora | Tensor | None = None
     projected: Tensor | None = None
     cosine: float | None = None
@@ -87,6 +88,7 @@ class Job(Options):
     title: ClassVar[str]
     paper: ClassVar[str]
     gated: ClassVar[bool] = False
+    takes_unaligned: ClassVar[bool] = False  # computes with the unaligned weights, in the gate or in `edit`
     edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, element by element
     keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
     calibrated: ClassVar[bool] = False  # needs the aligned model's Gram matrices, or their factors
@@ -233,6 +235,7 @@ class GatedJob(Job):
     """A method that decides by cos(P delta, delta)."""
 
     gated: ClassVar[bool] = True
+    takes_unaligned: ClassVar[bool] = True
     unaligned: Place = Field(description="the base model that `aligned` was trained from")
 
 

@@ -34,7 +34,7 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
     modules = list(finetuned.modules) if isinstance(finetuned, Adapter) else list(computed(plan))
     for role, checkpoint in checkpoints.items():
         yield from checkpoint.treatable(
-            modules if checkpoint is aligned or plan.job.gated or checkpoint is finetuned else ()
+            modules if checkpoint is aligned or plan.job.takes_unaligned or checkpoint is finetuned else ()
         )
         if checkpoint is not aligned:
             yield from module_offences(aligned, checkpoint, modules, plan.excused[role], role == "unaligned")

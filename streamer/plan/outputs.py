@@ -62,8 +62,8 @@ def _pair_modules(plan: JobPlan, adapter: Adapter) -> None:
             name,
             Pair(adapter.source, lora),
             Pair(safe.source, other) if other and isinstance(safe, Adapter) else None,
-            _weight(plan.aligned, name) if job.gated or job.writes_checkpoint else None,
-            _weight(plan.inputs["unaligned"], name) if job.gated else None,
+            _weight(plan.aligned, name) if job.takes_unaligned or job.writes_checkpoint else None,
+            _weight(plan.inputs["unaligned"], name) if job.takes_unaligned else None,
             writes,
         )
 
@@ -74,7 +74,7 @@ def computed(plan: JobPlan) -> dict[str, Stored]:
     treated = aligned.linears
     if plan.factors is not None:
         treated = {name: stored for name, stored in treated.items() if name in plan.factors.modules}
-    lacking = {*plan.excused["finetuned"], *(plan.excused["unaligned"] if job.gated else ())}
+    lacking = {*plan.excused["finetuned"], *(plan.excused["unaligned"] if job.takes_unaligned else ())}
     return {name: stored for name, stored in treated.items() if stored.names.isdisjoint(lacking)}
 
 
@@ -91,13 +91,13 @@ def _weight_modules(plan: JobPlan) -> None:
             _weight(tuned, name),
             _weight(safe, name, aligned) if isinstance(safe, Checkpoint) else None,
             Weight(aligned.source, stored),
-            _weight(plan.inputs["unaligned"], name) if job.gated else None,
+            _weight(plan.inputs["unaligned"], name) if job.takes_unaligned else None,
             {"weight": _written(plan, name)},
         )
     if isinstance(safe, Checkpoint):
         written = {name for module in plan.modules.values() for name in module.outputs}
         plan.fallbacks += _grouped("a safe delta", "a zero delta", safe, plan.excused["safe"], written)
-    if job.gated:
+    if job.takes_unaligned:
         linears = {name for stored in aligned.linears.values() for name in stored.names}
         lacking = plan.excused["unaligned"]
         among = linears - plan.excused["finetuned"].keys()

@@ -142,7 +142,7 @@ class ModuleTask:
             yield self.plan.safe
         if self.plan.aligned is not None and (gated or self.run.job.writes_checkpoint):
             yield self.plan.aligned
-        if self.plan.unaligned is not None and gated:
+        if self.plan.unaligned is not None and (gated or not self.run.job.gated):
             yield self.plan.unaligned
 
     @property
