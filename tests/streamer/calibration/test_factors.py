@@ -246,9 +246,10 @@ def test_a_dry_run_says_what_factors_take(place: Place, capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         main(["calibrate", "--aligned", str(place.golden / "aligned"), "--calibration", str(place.data), "--samples",
               str(place.samples), "--output", str(place.root / "out"), "--dry-run", "--json"])  # fmt: skip
-    *said, outcome = capsys.readouterr().out.splitlines()
-    assert json.loads(outcome)["bytes_to_write"] == nbytes
-    assert f"to write at most {nbytes / 1000:.2f} kB" in said[1]
+    printed = capsys.readouterr()  # with --json prose goes to stderr
+    said = printed.err.splitlines()
+    assert json.loads(printed.out)["bytes_to_write"] == nbytes
+    assert f"to write at most {nbytes / 1e6:.2f} MB" in said[1]
     assert said[-1] == "dry run: nothing was written"
     assert not list(place.root.glob("out*"))
 
