@@ -10,10 +10,11 @@ from typing import Any
 from safeshard.bench.tune.rule import Choice, Point
 from safeshard.streamer.extras import require
 
-COLOURS = (  # the first of Okabe and Ito, and two darker ones
+COLOURS = (  # the first of Okabe and Ito, and darker ones
     "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",
+    "#FF0000", "#7A0000", "#FF8FA3", "#5A5AD6",
 )  # fmt: skip
-MARKS = "osD^vhpd<"
+MARKS = "osD^vhpd<o>sD"
 Curve = Sequence[tuple[float, float, float, float]]  # utility, 100 - attack success, and the error bars of both
 
 
