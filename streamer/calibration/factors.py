@@ -23,7 +23,7 @@ from safeshard.streamer.calibration.forward import LayerGrams, calibrate, check_
 from safeshard.streamer.calibration.groups import Group
 from safeshard.streamer.calibration.hidden_states import HiddenStates, UnsavedStates
 from safeshard.streamer.calibration.prompts import Prompts, load_prompts
-from safeshard.streamer.calibration.skeleton import Skeleton, read_config
+from safeshard.streamer.calibration.skeleton import Skeleton
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.methods.calibrate import Sampled
@@ -71,10 +71,10 @@ class Calibration:
             check_lengths(self.folder, tokens, skeleton.max_positions)
         self.modules = frozenset(name for names in self._layers.values() for name in names)
         longest = max(map(len, tokens))
-        width = int(read_config(self.folder).get_text_config().hidden_size)
-        self.hidden_bytes = dtype.itemsize * width * sum(map(_positions, self.prompts.values()))
+        positions = dtype.itemsize * sum(map(_positions, self.prompts.values()))
+        self.hidden_bytes = positions * skeleton.width
         batch = max(BATCH_TOKENS, longest)
-        self.forward_bytes = self._forward_bytes(skeleton.shapes(), batch)
+        self.forward_bytes = self._forward_bytes(skeleton.shapes(), batch) + positions * skeleton.kept_width
         features = max(sum(sum(self._shape(name)) for name in names) for names in self._layers.values())
         self.batch_bytes = batch * features * dtype.itemsize
         self._layer_bytes = self._largest_layer(skeleton)

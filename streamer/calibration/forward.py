@@ -13,12 +13,13 @@ saved (`HiddenStates`), and an interrupted run goes on from those.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,12 +119,12 @@ def _run_on_device(
         buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
         batches = [replace(batch, rows=upload(batch.rows, device)) for batch in batches]
         wait(device)
-    start = saved.load(key, buffer)
+    start, shared = saved.load(key, buffer), _shared(calls)
     left = list(enumerate(skeleton.layers))[start:]
     ahead = Ahead(load, ahead_bytes)
     with ahead.reading():
         for (index, path), following in zip(left, [*left[1:], None], strict=True):
-            if index > start:
+            if index > start and not any(shared):
                 saved.save(key, index, buffer)
             wanted = index >= saved.first
             collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
@@ -174,9 +175,9 @@ def _run(
 ) -> Iterator[LayerGrams]:
     with _one_thread():
         buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
-    start = saved.load(key, buffer)
+    start, shared = saved.load(key, buffer), _shared(calls)
     for index, path in list(enumerate(skeleton.layers))[start:]:
-        if index > start:
+        if index > start and not any(shared):
             saved.save(key, index, buffer)
         wanted = index >= saved.first
         collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
@@ -219,7 +220,7 @@ def _embed(
     allocate: Callable[[int], torch.Tensor],
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[list[LayerCall]]]:
     """The first hidden states: flat on the host, and each batch's view of them (batch x length x hidden size); and each
-    batch's arguments of the layers (on the device: masks and position embeddings, which the layers mostly share)."""
+    batch's arguments of the layers (on the device: masks and position embeddings, which they mostly share)."""
     hidden: list[torch.Tensor] = []
     calls: list[list[LayerCall]] = []
     buffer = torch.empty(0)
@@ -227,12 +228,22 @@ def _embed(
         for batch in batches:
             states, batch_calls = skeleton.record(batch.tokens.to(device), batch.mask.to(device))
             if not hidden:
-                buffer = allocate(sum(b.tokens.numel() for b in batches) * states.shape[-1])
+                width = states.numel() // batch.tokens.numel()
+                buffer = allocate(sum(b.tokens.numel() for b in batches) * width)
             used = sum(view.numel() for view in hidden)
             hidden.append(buffer[used : used + states.numel()].view(states.shape))
             hidden[-1].copy_(states, non_blocking=True)
             calls.append(batch_calls)
     return buffer, hidden, calls
+
+
+def _shared(calls: list[list[LayerCall]]) -> list[MutableMapping[Any, Any]]:
+    """What layers fill for later ones, still empty: keys and values that they share.
+
+    It is not saved with the hidden states; from the layer on that fills it, an interrupted run has to begin before.
+    """
+    given = [value for call, *_ in calls for value in (*call.args, *call.kwargs.values())]
+    return [value for value in given if isinstance(value, MutableMapping) and not value]
 
 
 def check_lengths(folder: Path, tokens: Sequence[Sequence[int]], longest: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,13 +37,15 @@ class GramCollector:
     Batches may run at once, each in a thread of its own; they are added in order, so that the sums do not depend on it.
 
     Linears share an input where they are given the same memory at the same version; the first of them to run leads the
-    group, whose members must not change from batch to batch.
+    group, whose members must not change from batch to batch. What a linear is given the second time it runs in a batch
+    is added up apart, so that batches side by side stay in order, and joined at the end.
     """
 
     def __init__(self, linears: dict[str, nn.Module], batches: list[Batch]) -> None:
         self._linears = linears
         self._scale = 2 / sum(len(batch.samples) for batch in batches)
         self._leader: dict[str, str] = {}  # module path -> that of its group's leader
+        self._again: dict[str, set[str]] = {}  # module path -> what its further runs in a batch are called
         self._grams: dict[str, torch.Tensor] = {}  # by leader
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._batches = batches
@@ -69,6 +72,7 @@ class GramCollector:
         self._running.number = number
         # Input -> (leader, input). The inputs are kept, so that no other of the same run can come to lie where they do.
         self._running.seen = {}
+        self._running.runs = Counter()
         try:
             yield
         except BaseException:
@@ -105,9 +109,17 @@ class GramCollector:
         for gram in self._grams.values():
             gram_kernel.symmetrize(gram.mul_(self._scale))
         grams, self._grams = self._grams, {}
-        return {name: grams[self._leader[name]] for name in self._linears}
+        made = {name: grams[self._leader[name]] for name in self._linears}
+        for name, further in self._again.items():
+            made[name] = sum((grams[self._leader[run]] for run in sorted(further)), made[name])
+        return made
 
     def _add(self, name: str, x: torch.Tensor) -> None:
+        self._running.runs[name] += 1
+        if (run := self._running.runs[name]) > 1:
+            module, name = name, f"{name} (run {run})"
+            with self._changed:
+                self._again.setdefault(module, set()).add(name)
         key = (x.data_ptr(), x.shape, x.stride(), x._version)
         leader, _ = self._running.seen.setdefault(key, (name, x))
         if self._leader.setdefault(name, leader) != leader:

@@ -4,6 +4,9 @@ The model is built from config.json with its parameters on the meta device. Its 
 forward of every decoder layer replaced by a recorder that keeps its arguments (masks, position embeddings) and passes
 the hidden state on; the real layers are then called with what was recorded for them. So no architecture needs code of
 its own, and a model whose forward does anything else between its layers is noticed and refused.
+
+Of a multimodal model only the language model is built, from the configuration inside of its own: on text it computes
+what the whole model does, and the other towers are neither built nor read.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from safeshard.manifests.bounded import read_regular
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.calibration.ahead import Load
 from safeshard.streamer.extras import require_transformers
+from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.sources import MAX_JSON_BYTES
 from safeshard.streamer.tensor_names import layer_of
 
@@ -59,12 +63,15 @@ class Skeleton:
     """A decoder-only model with its parameters on the meta device, and the checkpoint's names of them.
 
     Module paths are the checkpoint's own: a tensor's name without `.weight`. A published checkpoint may lack the base
-    model's prefix (`transformer.` of GPT-2, `model.` of Llama) or have it once more; the one spelling that finds every
-    tensor holds for all of them.
+    model's prefix (`transformer.` of GPT-2, `model.` of Llama) or have it once more, or that of a model around it
+    (`language_model.model.`); the one spelling that finds every tensor holds for all of them.
 
     Attributes:
         layers: module path -> decoder layer, in order.
         max_positions: the longest sequence the model takes, in tokens, or None where its configuration does not say.
+        width: numbers of a token's hidden state, between layers.
+        kept_width: numbers of a token that layers are given besides, or leave to later ones: inputs of their own, keys
+            and values.
     """
 
     def __init__(self, folder: Path, names: Collection[str], dtype: torch.dtype) -> None:
@@ -76,17 +83,19 @@ class Skeleton:
         """
         config = read_config(folder, len({layer_of(name) for name in names} - {None}))
         _refuse_counted_experts(folder, config)
-        model = _build(folder, config, dtype)
+        model, text = _build(folder, config, dtype), config.get_text_config()
         self._folder = folder
         self._body: nn.Module = model.base_model
         self._body_path = next(path for path, module in model.named_modules() if module is self._body)
-        self.max_positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.width, self.kept_width = _widths(text)
         layers = _find_layers(folder, self._body, config)
         _refuse_built_experts(folder, config, layers)
 
         present, base = set(names), _join(self._body_path, "")
         self._needed = {name for name in model.state_dict() if name.startswith(base)}
-        self._strip, self._add = _spelling(folder, self._needed, present, model.base_model_prefix + ".")
+        prefix = model.base_model_prefix + "."
+        self._strip, self._add = _spelling(folder, self._needed, present, base, prefix)
         self._model_paths = {self._spell(base + path): base + path for path in layers}
         self.layers = {self._spell(base + path): layer for path, layer in layers.items()}
         self._refuse_unused_biases(present)
@@ -148,7 +157,8 @@ class Skeleton:
             mask: batch x length (int64), 1 for tokens and 0 for padding.
 
         Returns:
-            The first layer's input (batch x length x hidden size), and what each layer is called with.
+            The first layer's input (batch x length x hidden size, or several of these), and what each layer is called
+            with.
 
         Raises:
             RequestError: the forward does more between its layers than pass the hidden state on.
@@ -166,7 +176,7 @@ class Skeleton:
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if states and not as_tuple and hidden.shape == states[0].shape[1:]:
                 raise _WantsTuple
-            if index != len(calls) or (states and hidden is not states[0]):
+            if index != len(calls) or (states and not _same(hidden, states[0])):
                 raise _refuse(self._folder, "layers that pass their hidden state on in order", f"not at layer {index}")
             states[:] = [hidden]
             calls.append(LayerCall(args[1:], kwargs))
@@ -180,7 +190,7 @@ class Skeleton:
         finally:
             for layer in layers:
                 del layer.forward
-        if len(calls) != len(layers) or states[0].shape[:2] != tokens.shape or states[0].ndim != 3:
+        if len(calls) != len(layers) or states[0].shape[-3:-1] != tokens.shape or states[0].ndim not in (3, 4):
             raise _refuse(self._folder, f"{len(layers)} layers that run once each", f"{len(calls)} that ran")
         return states[0], calls
 
@@ -225,7 +235,7 @@ def read_config(folder: Path, most_layers: int = MAX_LAYERS) -> Any:
     except RequestError:
         raise
     except Exception as error:  # a config.json from elsewhere fails in many ways, all of them the file's fault
-        got = str(error).replace(place, str(folder)) if place else str(error)
+        got = _brief(error).replace(place, str(folder)) if place else _brief(error)
         raise _refuse(folder, "a configuration that transformers reads without remote code", got) from error
     if config.is_encoder_decoder:
         raise _refuse(folder, "a decoder-only model", f"{config.model_type}, an encoder-decoder")
@@ -257,10 +267,49 @@ def _build(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     try:
         with _parameters_on_meta():
             options = {dtype_option: dtype, "trust_remote_code": False}
-            model = transformers.AutoModelForCausalLM.from_config(config, **options)
+            if (text := config.get_text_config()) is not config and _generates(config, text):
+                model = transformers.AutoModel.from_config(text, **options)  # its head is of no use
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config, **options)
+                _drop_towers(model, config)
     except Exception as error:  # as for the configuration
-        raise _refuse(folder, "a causal language model that transformers can build", str(error)) from error
+        raise _refuse(folder, "a causal language model that transformers can build", _brief(error)) from error
     return model.eval()
+
+
+def _generates(config: Any, text: Any) -> bool:
+    """Whether what is inside of a model is a language model, which the text tower of CLIP is not."""
+    auto = require_transformers().models.auto.modeling_auto
+    kinds = {config.model_type, text.model_type}
+    tasks = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")  # the last is of newer releases
+    known = (getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in tasks)
+    return any(not kinds.isdisjoint(names) for names in known)
+
+
+def _drop_towers(model: nn.Module, config: Any) -> None:
+    """Take away what sees and hears, where a model's own configuration is the language model's (Phi-4-multimodal)."""
+    if not any(part_of(key) for key in getattr(config, "sub_configs", {})):
+        return
+    for path, module in list(model.named_modules()):
+        for name, child in list(module.named_children()):
+            if part_of(_join(path, name)) and child is not None:
+                setattr(module, name, None)
+
+
+def _brief(error: Exception) -> str:
+    """What transformers says, without its list of every model that it knows."""
+    text = str(error).partition("Model type should be one of")[0].strip()
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def _widths(text: Any) -> tuple[int, int]:
+    """Numbers of a token's hidden state (Gemma 3n has several), and of what layers are given or leave besides."""
+    said = text.to_dict()  # where a value may differ from layer to layer, the attribute is refused
+    kept = (said.get("hidden_size_per_layer_input") or 0) * text.num_hidden_layers
+    if said.get("num_kv_shared_layers"):  # keys and values of one layer of each of two kinds
+        size = max(said.get(key) or 0 for key in ("head_dim", "global_head_dim"))
+        kept += 4 * max(said.get(key) or 0 for key in ("num_key_value_heads", "num_global_key_value_heads")) * size
+    return int(text.hidden_size) * (said.get("altup_num_inputs") or 1), int(kept)
 
 
 @contextmanager
@@ -317,21 +366,52 @@ def _experts(folder: Path, config: Any, sign: str) -> RequestError:
     return _refuse(folder, reason, f"{config.model_type}, a mixture of experts ({sign})", remedy)
 
 
-def _spelling(folder: Path, needed: set[str], present: set[str], prefix: str) -> tuple[str, str]:
-    """(prefix to strip, prefix to add) that turn the model's tensor names into the checkpoint's."""
-    missing = {
+def _spelling(folder: Path, needed: set[str], present: set[str], base: str, prefix: str) -> tuple[str, str]:
+    """(prefix to strip, prefix to add) that turn the model's tensor names into the checkpoint's.
+
+    `base` is what the model's own names begin with, `prefix` what they may begin with. Where neither finds all, the
+    language model stands inside another, and its path is where the tensors of the first layer are.
+    """
+    spellings = [("", ""), (prefix, ""), ("", prefix)]
+    missing = _missing(spellings, needed, present)
+    if all(missing.values()):
+        inside = {(base, path) for path in _paths(needed, present, base)}
+        missing |= _missing(inside, needed, present)
+    fewest = min(map(len, missing.values()))
+    best = [spelling for spelling, names in missing.items() if len(names) == fewest]
+    if fewest:
+        names, remedy = sorted(missing[best[0]]), "use the checkpoint that belongs to this config.json"
+        raise RequestError([Offence(str(folder), name, "a tensor", "none", remedy) for name in names])
+    if len(best) > 1 and best[0] not in spellings:
+        paths = " or ".join(repr(path) for _, path in sorted(best))
+        raise RequestError(Offence(str(folder), "", "one language model", f"tensors of it under {paths}"))
+    return best[0]
+
+
+def _missing(
+    spellings: Collection[tuple[str, str]], needed: set[str], present: set[str]
+) -> dict[tuple[str, str], list[str]]:
+    return {
         (strip, add): [name for n in needed if (name := add + n.removeprefix(strip)) not in present]
-        for strip, add in (("", ""), (prefix, ""), ("", prefix))
+        for strip, add in spellings
     }
-    best = min(missing, key=lambda spelling: len(missing[spelling]))
-    if missing[best]:
-        remedy = "use the checkpoint that belongs to this config.json"
-        raise RequestError([Offence(str(folder), name, "a tensor", "none", remedy) for name in sorted(missing[best])])
-    return best
+
+
+def _paths(needed: set[str], present: set[str], base: str) -> set[str]:
+    """What stands in the checkpoint before the names of the language model's first layer."""
+    first = [name.removeprefix(base) for name in needed if layer_of(name) == 0]
+    ends = [(name, name.removesuffix(tail)) for tail in first[:1] for name in present if name.endswith("." + tail)]
+    return {path for name, path in ends if not part_of(name)}
 
 
 def _refuse(folder: Path, expected: str, got: str, remedy: str = "Safe Delta does not take this model") -> RequestError:
     return RequestError(Offence(str(folder / "config.json"), expected=expected, got=got, remedy=remedy))
+
+
+def _same(hidden: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two are one tensor, or one is the other's view of the whole: Gemma 4 cuts out the positions asked for."""
+    layouts = ((each.data_ptr(), each.shape, each.stride(), each.dtype) for each in (hidden, other))
+    return next(layouts) == next(layouts)
 
 
 def _join(path: str, name: str) -> str:
