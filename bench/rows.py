@@ -217,7 +217,10 @@ def _seconds(text: str) -> str:
 
 def documents() -> list[Path]:
     """The documents that show tables of rows; an installed package has none."""
-    return [_HERE / "README.md", _HERE.parent / "README.md"] if IN_CHECKOUT else []
+    if not IN_CHECKOUT:
+        return []
+    pages = sorted(page for page in (_HERE.parent / "docs").glob("*.md") if "<!-- rows: " in page.read_text())
+    return [_HERE / "README.md", _HERE.parent / "README.md", *pages]
 
 
 def refresh(document: Path) -> str:
