@@ -20,6 +20,7 @@ from torch import Tensor
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef, layout
+from safeshard.manifests.sizes import human
 
 Sizes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype and shape
 POOL = (1 << 22) + 1  # odd, so that tensors start at ever new places of the pool
@@ -86,7 +87,7 @@ def check(below: Path, folders: Mapping[Path, Folder]) -> None:
     needed = sum(content.nbytes(shared) for path, content in folders.items() if not path.exists())
     if needed > (free := shutil.disk_usage(below).free):
         remedy = "free some, or see --repeat" + " on a file system with reflinks, such as XFS or btrfs" * (not shared)
-        facts = f"{needed / 1e9:.1f} GB free", f"{free / 1e9:.1f} GB"
+        facts = f"{human(needed)} free", human(free)
         offences.append(Offence("--folder", str(below), *facts, remedy))
     if offences:
         raise RequestError(offences)

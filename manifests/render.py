@@ -18,6 +18,7 @@ from safeshard.manifests.grid import (
     share_text,
 )
 from safeshard.manifests.schema import Caution, Decision, Manifest, ModuleEntry, Run
+from safeshard.manifests.sizes import human
 
 COLOURS: dict[Decision, str] = {
     "kept": "2",
@@ -159,13 +160,13 @@ def _threshold(thresholds: list[float], modules: tuple[ModuleEntry, ...]) -> str
 
 def _figures(run: Run) -> list[tuple[str, str]]:
     stages = ", ".join(f"{printable(stage)} {seconds:.1f} s" for stage, seconds in run.seconds.items())
-    memory = bytes_text(run.peak_host_bytes)
+    memory = human(run.peak_host_bytes)
     if run.peak_buffer_bytes is not None:
-        memory += f", with up to {bytes_text(run.peak_buffer_bytes)} of tensors in flight"
+        memory += f", with up to {human(run.peak_buffer_bytes)} of tensors in flight"
     if run.peak_device_bytes:
-        memory += f"; {bytes_text(run.peak_device_bytes)} on the device"
+        memory += f"; {human(run.peak_device_bytes)} on the device"
     return [
-        ("bytes", f"{bytes_text(run.bytes_read)} read, {bytes_text(run.bytes_written)} written"),
+        ("bytes", f"{human(run.bytes_read)} read, {human(run.bytes_written)} written"),
         ("time", f"{run.wall_s:.1f} s" + (f" ({stages})" if stages else "")),
         ("peak memory", memory),
     ]
@@ -174,13 +175,3 @@ def _figures(run: Run) -> list[tuple[str, str]]:
 def leak_text(leak: float) -> str:
     """A share in percent, to three digits."""
     return f"{100 * leak:.3g} %"
-
-
-def bytes_text(count: int) -> str:
-    """A count of bytes in decimal units: 4.52 kB."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 1000 or unit == "TB":
-            break
-        size /= 1000
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.2f} {unit}"

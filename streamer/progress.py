@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from safeshard.manifests.errors import printable
+from safeshard.manifests.sizes import human
 from safeshard.streamer.tensor_names import layer_of
 
 if TYPE_CHECKING:
@@ -97,12 +98,3 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def human(nbytes: float) -> str:
-    """1500 -> '1.50 kB', as the table of a manifest writes it."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"

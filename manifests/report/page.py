@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from importlib.resources import files
 from xml.etree.ElementTree import Element, tostring
 
-from safeshard.manifests.render import bytes_text
 from safeshard.manifests.report.markup import Child, table, tag
 from safeshard.manifests.report.sections import counts_text, section
 from safeshard.manifests.schema import Manifest
+from safeshard.manifests.sizes import human
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -52,7 +52,7 @@ def _index_row(title: str, manifest: Manifest, anchor: str) -> list[Child]:
         manifest.method.name,
         counts_text(manifest.modules),
         len(manifest.fallbacks),
-        bytes_text(manifest.run.bytes_read),
+        human(manifest.run.bytes_read),
         f"{manifest.run.wall_s:.2f} s",
     ]
 

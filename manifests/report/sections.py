@@ -11,11 +11,12 @@ from xml.etree.ElementTree import Element
 from safeshard.manifests.card import PLAIN_LINK, shown_source
 from safeshard.manifests.errors import MAX_LISTED, printable
 from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, share_text
-from safeshard.manifests.render import bytes_text, caution_text, leak_text
+from safeshard.manifests.render import caution_text, leak_text
 from safeshard.manifests.report.heatmap import heat_maps
 from safeshard.manifests.report.histogram import histogram
 from safeshard.manifests.report.markup import MAX_ROWS, Child, bar, facts, folded, table, tag
 from safeshard.manifests.schema import Fallback, Input, Manifest, ModuleEntry, Run, TensorEntry
+from safeshard.manifests.sizes import human
 
 EFFECT_HEADS = {
     "effect.kept_norm": "norm left", "effect.cosine": "cosine to the delta", "effect.delta_norm": "norm of the delta",
@@ -77,7 +78,7 @@ def _figures(manifest: Manifest) -> Element:
     figures += [
         (str(len(manifest.fallbacks)), "fallbacks"),
         (f"{run.wall_s:.3g} s", "wall-clock time"),
-        (bytes_text(run.peak_host_bytes), "peak host memory"),
+        (human(run.peak_host_bytes), "peak host memory"),
     ]
     return tag("dl", *(tag("div", tag("dt", label), tag("dd", value)) for value, label in figures), class_="figures")
 
@@ -142,7 +143,7 @@ def _inputs(inputs: dict[str, Input]) -> Element:
             tag("code", shown_source(item[1])),
             item[1].revision,
             len(item[1].files),
-            bytes_text(sum(file.size for file in item[1].files)),
+            human(sum(file.size for file in item[1].files)),
         ],
         numeric=["files", "size"],
     )
@@ -152,14 +153,14 @@ def _run(run: Run) -> Iterator[Element]:
     pairs: list[tuple[str, Child]] = [
         ("start", run.start.isoformat(sep=" ", timespec="seconds")),
         ("wall-clock time", f"{run.wall_s:.2f} s"),
-        ("read", bytes_text(run.bytes_read)),
-        ("written", bytes_text(run.bytes_written)),
-        ("peak memory, host", bytes_text(run.peak_host_bytes)),
+        ("read", human(run.bytes_read)),
+        ("written", human(run.bytes_written)),
+        ("peak memory, host", human(run.peak_host_bytes)),
     ]
     if run.peak_device_bytes:
-        pairs.append(("peak memory, device", bytes_text(run.peak_device_bytes)))
+        pairs.append(("peak memory, device", human(run.peak_device_bytes)))
     if run.peak_buffer_bytes is not None:
-        pairs.append(("peak of tensors in flight", bytes_text(run.peak_buffer_bytes)))
+        pairs.append(("peak of tensors in flight", human(run.peak_buffer_bytes)))
     yield facts(pairs)
     longest = max(run.seconds.values(), default=0.0)
     if longest > 0:

@@ -13,7 +13,7 @@ from safeshard.manifests.errors import SafeshardError, printable
 from safeshard.manifests.grid import effect_text
 from safeshard.manifests.render import caution_text, leak_text
 from safeshard.manifests.schema import Manifest
-from safeshard.streamer.progress import human
+from safeshard.manifests.sizes import human
 
 if TYPE_CHECKING:
     from safeshard.streamer.methods.base import Job

@@ -18,6 +18,7 @@ from pydantic import ByteSize
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import header_digest
 from safeshard.manifests.schema import MANIFEST_NAME, Manifest, Tool
+from safeshard.manifests.sizes import human
 from safeshard.manifests.verify import Finding
 from safeshard.streamer.calibration.data_files import BUILT_IN_NAME
 from safeshard.streamer.methods import METHODS
@@ -26,7 +27,6 @@ from safeshard.streamer.options import RunOptions, build
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.plan.outputs import output_file
 from safeshard.streamer.plan.planner import Planner
-from safeshard.streamer.progress import human
 from safeshard.streamer.recheck.inputs import Note
 from safeshard.streamer.run.finish import tool_versions
 from safeshard.streamer.run.runner import Pass, largest_step

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from safeshard.manifests.errors import Offence
+from safeshard.manifests.sizes import human
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.options import RunOptions
-from safeshard.streamer.progress import human
 from safeshard.streamer.run.calibrated import planned_steps
 from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps
 from safeshard.streamer.sources import PIECE, ShardCache, hub_cache

@@ -17,6 +17,7 @@ import torch
 
 from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError
 from safeshard.manifests.schema import Caution, Fallback, Manifest, ModuleEntry
+from safeshard.manifests.sizes import human
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import exact_products
 from safeshard.streamer.disk import clear_errors
@@ -27,7 +28,7 @@ from safeshard.streamer.plan.identity import fingerprint
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.plan.planner import Planner
-from safeshard.streamer.progress import Progress, human
+from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import Compute, host_bytes, planned_steps, run_calibrated
 from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.compute import compute_step

@@ -89,7 +89,7 @@ def test_what_cannot_be_repeated_or_does_not_fit_is_refused(tmp_path: Path, monk
             usage = shutil.disk_usage(tmp_path)._replace(free=free)
             monkeypatch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
             if free < needed:
-                with pytest.raises(RequestError, match="GB free"):
+                with pytest.raises(RequestError, match="MB free"):
                     models.prepare(tmp_path, "llama-tiny", 5, repeat=2)
                 assert not list(tmp_path.rglob("*.safetensors"))
             else:
