@@ -5,8 +5,10 @@ H = R R^T with R upper triangular is a Cholesky factorisation from the last row 
 Both work by halves, on blocks, because LAPACK's own on one thread run at half the rate of a product.
 Shapes: H, R, U are I x I, fp32.
 
-Why fp32: damping keeps the condition number of H below I / percdamp, and on every published case the factor in fp32
-gives the same selections as one in fp64, and values well inside the tolerance (5e-6 of the change's norm).
+Why fp32: damping keeps the condition number of H below I / percdamp, and on every golden case the factor in fp32 gives
+the same selections as one in fp64, and values well inside the tolerance (5e-6 of the change's norm). Elsewhere,
+columns whose prices are within about 1e-6 of each other can swap; where the budget ends between them one is kept
+in place of the other; the published code, whose prices are in fp32 too, has the same doubt.
 """
 
 from __future__ import annotations

@@ -227,7 +227,7 @@ def open_factors(aligned: Checkpoint, job: SafeDelta | Ridge) -> FactorSource:
         RequestError: the model or the data is refused, or what was saved belongs to another model.
     """
     if job.factors is None:
-        return Calibration(aligned, job, forward_dtype(aligned, job.dtype))
+        return Calibration(aligned, job, forward_dtype(aligned, None if job.recipe else job.dtype))
     saved = SavedFactors(job.factors, aligned)
     if not isinstance(job, Ridge) or job.task_data is None:
         return saved

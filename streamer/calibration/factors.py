@@ -61,8 +61,7 @@ class Calibration:
             self.prompts: dict[str, Prompts] = {
                 role: load_prompts(
                     place, self.folder, samples=options.samples, max_tokens=options.max_tokens, seed=options.seed,
-                    fewer=fewer,
-                    answers=role == "safe",
+                    fewer=fewer, answers=role == "safe", published=role == "safe" and options.recipe is not None,
                 )
                 for role, place in given.items()
                 if role == "safe" or place is not None

@@ -22,6 +22,7 @@ from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
+from safeshard.streamer.calibration import published as recipe
 from safeshard.streamer.calibration.data_files import DataFile, read_data, too_large
 from safeshard.streamer.calibration.records import FORMS, BadRecordError, Record, read_record
 from safeshard.streamer.calibration.render import Renderer
@@ -37,7 +38,7 @@ MAX_OFFENCES = 1000
 class Prompts:
     """Calibration samples as token ids, and where they come from."""
 
-    tokens: list[list[int]]  # the selected samples, in the order of the file
+    tokens: list[list[int]]  # the selected samples, in the order of the file, or of the published recipe
     file: DataFile
     blake3: str  # of the file's bytes
     count: int  # records in the file
@@ -58,6 +59,7 @@ def load_prompts(
     seed: int = 0,
     fewer: bool = False,
     answers: bool = True,
+    published: bool = False,
 ) -> Prompts:
     """Read calibration data and turn a seeded selection of it into token ids.
 
@@ -69,6 +71,7 @@ def load_prompts(
         max_tokens: tokens of a sample beyond this many are left out.
         fewer: take all where there are fewer records than `samples`, and note it.
         answers: False takes requests without an answer as well.
+        published: choose, order and render as `safeshard.streamer.calibration.published` says.
 
     Raises:
         RequestError: with the lines at fault, for data that is unreadable, malformed, empty or smaller than `samples`,
@@ -87,16 +90,21 @@ def load_prompts(
             where = f"{file.source}:{last}"
             raise RequestError(Offence(where, "end of the data", f"{samples} samples", str(count), remedy))
         notes.append(f"{count} calibration samples, all there are, in place of {samples}")
-    draw = random.Random(seed)  # of its methods only random() is documented to stay the same between releases
-    keys = [draw.random() for _ in range(count)]
-    selected = set(sorted(range(count), key=keys.__getitem__)[:samples])
-    records = [
-        read_record(line, _parsed(item), answers)
+    if published:
+        order = recipe.order(count, seed)[:samples]
+    else:
+        draw = random.Random(seed)  # of its methods only random() is documented to stay the same between releases
+        keys = [draw.random() for _ in range(count)]
+        order = sorted(sorted(range(count), key=keys.__getitem__)[:samples])
+    selected = set(order)
+    found = {
+        index: read_record(line, _parsed(item), answers)
         for index, (line, item) in enumerate(_items(file))
         if index in selected
-    ]
+    }
+    records = [found[index] for index in order]
     renderer = Renderer(tokenizer_folder)
-    tokens = _tokenize(file.source, records, tokenizer_folder, renderer, max_tokens)
+    tokens = _tokenize(file.source, records, tokenizer_folder, renderer, max_tokens, published)
     notes += [f"{what}, in {number} calibration samples" for what, number in renderer.notes.items()]
     return Prompts(tokens, file, hash_bytes(file.data), count, tuple(notes))
 
@@ -209,14 +217,19 @@ def _list_items(source: str, text: str) -> Iterator[tuple[int, Any]]:
         raise RequestError(Offence(where, "", "a JSON list, or one JSON object a line", str(error))) from error
 
 
-def _tokenize(source: str, records: list[Record], folder: Path, renderer: Renderer, max_tokens: int) -> list[list[int]]:
+def _tokenize(
+    source: str, records: list[Record], folder: Path, renderer: Renderer, max_tokens: int, published: bool
+) -> list[list[int]]:
     from safeshard.streamer.calibration.skeleton import read_config  # with torch, which `verify` does without
 
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
     tokens, offences = [], []
-    for record in records:
+    for place, record in enumerate(records):
         try:
-            ids = record.ids[:max_tokens] or renderer.render(record.messages)[:max_tokens]
+            if published:
+                ids = renderer.render_plainly(recipe.templated(record, place))[:max_tokens]
+            else:
+                ids = record.ids[:max_tokens] or renderer.render(record.messages)[:max_tokens]
             if not ids or max(ids) >= vocabulary:
                 raise BadRecordError(f"token ids below {vocabulary}", str(max(ids)) if ids else "no token")
             tokens.append(ids)

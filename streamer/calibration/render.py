@@ -53,7 +53,7 @@ class Renderer:
             RequestError: there is no tokenizer.
         """
         if not self._tokenizer.chat_template:
-            return self._render_plainly(messages)
+            return self.render_plainly(messages)
         joined = _without_system(messages)
         try:
             return self._encode(self._rendered(messages), special=False)
@@ -82,7 +82,13 @@ class Renderer:
             lost = lost or f"it drops the text of turn {missing + 1}"
         raise BadRecordError("messages that the chat template takes", problem or lost)
 
-    def _render_plainly(self, messages: Messages) -> list[int]:
+    def render_plainly(self, messages: Messages) -> list[int]:
+        """Token ids as the published Safe Delta code makes them, without a chat template: `[INST] question [/INST]`.
+
+        Raises:
+            BadRecordError: the turns are not those of a user and an assistant.
+            RequestError: there is no tokenizer.
+        """
         joined = _without_system(messages)
         if joined is not None:
             self.notes[SYSTEM_JOINED] += 1

@@ -131,7 +131,7 @@ class Job(Options):
             key: value
             for key, value in options.items()
             if key not in ("adapter", "finetuned", "safe_adapter", "safe")
-            and (key, value) not in (("expert_packing", None), ("dequantize", False), ("serve", None))
+            and (key, value) not in (("expert_packing", None), ("dequantize", False), ("serve", None), ("recipe", None))
             and not (value is None and key in Served.model_fields and key not in type(self).__annotations__)
         }
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from safeshard.streamer.methods.recipe import Published
 from safeshard.streamer.options import Dtype, Finite, Folder, Options, Place
 
+UNCUT = 1 << 20  # tokens: more than a record may have
 
-class Sampled(Options):
-    """What decides a calibration run of the aligned model, hence its Gram matrices."""
+
+class Sampled(Published):
+    """What decides a calibration run of the aligned model, hence its Gram matrices.
+
+    With the published recipe, prompts are made as `safeshard.streamer.calibration.published` says, and the forward pass
+    is in the checkpoint's dtype.
+    """
+
+    published: ClassVar[dict[str, Any]] = {"seed": 42, "max_tokens": UNCUT}
 
     calibration: Place | None = Field(
         None,

@@ -53,7 +53,7 @@ class Ridge(Job, Sampled, KeptInputs, Served):
     @model_validator(mode="after")
     def _consistent(self) -> Ridge:
         if self.factors is not None:
-            data = {"samples", "max_tokens", "seed"} if self.task_data is None else set()
+            data = {"samples", "max_tokens", "seed", "recipe"} if self.task_data is None else set()
             if fixed := sorted(self.model_fields_set & ({"calibration"} | data)):
                 raise ValueError(
                     f"--factors were made with their own {', '.join(map(flag, fixed))}: leave that to calibrate"
@@ -67,7 +67,7 @@ class Ridge(Job, Sampled, KeptInputs, Served):
         decisive = {"aligned"}
         decisive |= {"factors"} if self.factors is not None else {"calibration"}
         if self.factors is None or self.task_data is not None:
-            decisive |= {"dtype", "samples", "max_tokens", "seed"}
+            decisive |= {"dtype", "samples", "max_tokens", "seed", "recipe"}
         if self.task_data is not None:
             decisive |= {"task_data", "keep_data"}
         demanded = "samples" in self.model_fields_set

@@ -47,6 +47,7 @@ class SafeDelta(Job, Calibrated, Served):
     rescales: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a higher --strength"
+    published: ClassVar[dict[str, Any]] = Calibrated.published | {"dtype": "float16"}
 
     factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
     strength: Finite = Field(0.1, ge=0, description="the safety budget s; the paper uses about 0.1 on Llama-2-7B")

@@ -10,10 +10,11 @@ from pydantic import Field, model_validator
 from safeshard import kernels
 from safeshard.streamer.inputs.adapter import LoraModule
 from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module, Served
+from safeshard.streamer.methods.recipe import Published
 from safeshard.streamer.options import Finite
 
 
-class SafeLora(GatedJob, Served):
+class SafeLora(GatedJob, Served, Published):
     """Where cos(P delta, delta) <= threshold, or among the N modules of lowest cosine: delta <- P delta (section 3)."""
 
     method: ClassVar[str] = "safelora"
@@ -22,6 +23,7 @@ class SafeLora(GatedJob, Served):
 
     keeps_dense_projection: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a lower --threshold, or fewer --num-layers"
+    published: ClassVar[dict[str, Any]] = {"dtype": "float32", "num_layers": 10}
 
     threshold: Finite | None = Field(None, description="project where the cosine is at most this")
     num_layers: int | None = Field(
@@ -32,7 +34,13 @@ class SafeLora(GatedJob, Served):
     def _one_rule(self) -> SafeLora:
         if (self.threshold is None) == (self.num_layers is None):
             raise ValueError("give either --threshold or --num-layers")
+        if self.recipe is not None and self.adapter is None:
+            raise ValueError("--recipe published goes with --adapter: the published code treats nothing else")
         return self
+
+    @classmethod
+    def _recipe(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in cls.published.items() if key != "num_layers" or "threshold" not in values}
 
     @property
     def dense_scratch(self) -> int:

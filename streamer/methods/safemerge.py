@@ -25,6 +25,7 @@ from safeshard.streamer.methods.base import (
     random_key,
     unit_scaling_config,
 )  # fmt: skip
+from safeshard.streamer.methods.recipe import Published
 from safeshard.streamer.options import Finite, Place
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Combine = Literal["linear", "dare_linear", "exact", "svd"]
 
 
-class SafeMerge(GatedJob, Served):
+class SafeMerge(GatedJob, Served, Published):
     """Where cos(P delta, delta) < threshold, merge the fine-tuned delta with the safe one; else keep it (section 3)."""
 
     method: ClassVar[str] = "safemerge"
@@ -43,6 +44,7 @@ class SafeMerge(GatedJob, Served):
     rescales: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a lower --threshold, or other --weights"
+    published: ClassVar[dict[str, Any]] = {"dtype": "float32"}
 
     safe_adapter: Place | None = Field(None, description="LoRA adapter trained on safety data")
     safe: Place | None = Field(None, description="full checkpoint trained on safety data, in place of --safe-adapter")
@@ -62,6 +64,8 @@ class SafeMerge(GatedJob, Served):
     def _consistent(self) -> SafeMerge:
         if (self.adapter is None) != (self.safe_adapter is None) or (self.finetuned is None) != (self.safe is None):
             raise ValueError("give --adapter with --safe-adapter, or --finetuned with --safe")
+        if self.recipe is not None and self.adapter is None:
+            raise ValueError("--recipe published goes with --adapter: the published code treats nothing else")
         if (self.combine == "dare_linear") != (self.density is not None):
             raise ValueError("--density goes with --combine dare_linear, which needs it")
         if self.rank is not None and self.combine != "svd" and self.serve is None:

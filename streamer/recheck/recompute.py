@@ -69,7 +69,8 @@ def _job(manifest: Manifest, places: Mapping[str, str], output: Path) -> Job:
         raise RequestError([Offence(MANIFEST_NAME, key, expected, "another") for key in sorted(foreign)])
     given = {role: place for role, place in places.items() if (role, place) != ("calibration", BUILT_IN_NAME)}
     fields = METHODS[name].model_fields  # a default counts as not given: fewer samples than asked for are refused
-    chosen = {key: value for key, value in options.items() if key not in fields or fields[key].default != value}
+    fixed = getattr(METHODS[name], "published", {}) if options.get("recipe") else {}  # where a default says something
+    chosen = {k: v for k, v in options.items() if k not in fields or k in fixed or fields[k].default != v}
     return build(METHODS[name], {**chosen, **given, "output": output}, MANIFEST_NAME)
 
 
