@@ -177,7 +177,7 @@ _measured("durability", "Time hashing and syncing as a share of a job that write
 
 @app.command("report")
 def report() -> None:
-    """Make the pictures, and in a checkout the tables in README.md and bench/README.md, anew from the rows.
+    """Make the pictures, and in a checkout the tables in README.md, docs and bench/README.md, anew from the rows.
 
     Raises:
         RequestError: there are no rows.

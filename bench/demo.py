@@ -28,8 +28,8 @@ Next, on your own models:
 Which setting? `safeshard tune` tries many in one pass, asks each output your own prompts, forbidden and useful, and
 keeps a defence only where it beats `scale`, by the rule used here: a toy says nothing about a real model."""
 ONE_SEED = """\
-This is one seed, and seeds differ: the table over six of them, the hard ones too, is in the README under "Does it
-work?"; `safeshard demo --seeds 6` makes it anew.
+This is one seed, and seeds differ: the table over six of them, the hard ones too, is in docs/toy.md;
+`safeshard demo --seeds 6` makes it anew.
 """
 
 
