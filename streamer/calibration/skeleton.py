@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -51,12 +51,12 @@ class LayerCall:
 
     def run(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden state after `layer`, batch x length x hidden size like `hidden`."""
-        output: torch.Tensor | tuple[torch.Tensor, ...] = layer(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        output: torch.Tensor | Sequence[torch.Tensor] = layer(hidden, *self.args, **self.kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
 
 
 class _WantsTuple(Exception):
-    """The model's forward indexes what its layers return, as older transformers releases do."""
+    """The model's forward indexes or unpacks what its layers return, as older transformers releases do."""
 
 
 class Skeleton:
@@ -163,24 +163,32 @@ class Skeleton:
         Raises:
             RequestError: the forward does more between its layers than pass the hidden state on.
         """
-        try:
-            return self._record(tokens, mask, as_tuple=False)
-        except _WantsTuple:
-            return self._record(tokens, mask, as_tuple=True)
+        for values in (None, 1, 2, 3):
+            try:
+                return self._record(tokens, mask, values)
+            except _WantsTuple:
+                continue
+            except ValueError as error:
+                if "to unpack" not in str(error):
+                    raise
+        raise _refuse(self._folder, "layers that return a hidden state, and up to two values besides", "others")
 
-    def _record(self, tokens: torch.Tensor, mask: torch.Tensor, as_tuple: bool) -> tuple[torch.Tensor, list[LayerCall]]:
+    def _record(
+        self, tokens: torch.Tensor, mask: torch.Tensor, values: int | None
+    ) -> tuple[torch.Tensor, list[LayerCall]]:
+        """With layers that return a tensor, or a tuple of so many values."""
         calls: list[LayerCall] = []
         states: list[torch.Tensor] = []
 
         def recorder(index: int, *args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            if states and not as_tuple and hidden.shape == states[0].shape[1:]:
+            if states and values is None and hidden.shape == states[0].shape[1:]:
                 raise _WantsTuple
             if index != len(calls) or (states and not _same(hidden, states[0])):
                 raise _refuse(self._folder, "layers that pass their hidden state on in order", f"not at layer {index}")
             states[:] = [hidden]
             calls.append(LayerCall(args[1:], kwargs))
-            return (hidden,) if as_tuple else hidden
+            return hidden if values is None else (hidden, *[None] * (values - 1))
 
         layers = list(self.layers.values())
         try:
