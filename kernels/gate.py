@@ -10,6 +10,11 @@ For a LoRA delta D = B A nothing of D's shape is formed: with Z = V (V^T B), whi
 
 and |V|_F cancels. The r x r Gram matrices end in fp64.
 
+Squares of fp32 numbers below 1e-19 or above 1e19 leave fp32, and columns of B that cancel in D take their own rounding
+errors along. Where the squares show either, the gate is computed again: V, D and B scaled by powers of two, which
+changes no bit of a cosine, and D = (B R^T) Q^T with A^T = Q R, both in fp64, in place of B A. On a CPU alone: a device
+would be waited for to see it.
+
 Shapes: weights, V and D are O x I, B and Z are O x r, A is r x I.
 
 Example: V = [[1, 0], [0, 2]], B = [[1], [1]] and A = [[1, 0]] give P D = [[1, 0], [4, 0]] / sqrt(5) and
@@ -18,7 +23,8 @@ cosine = 5 / sqrt(17 * 2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -38,6 +44,11 @@ DENSE_COLUMNS = 1024
 BLOCK_N, CHUNK_N, BLOCK_R = 64, 1024, 16
 BLOCK_SUM = 512
 LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+
+# Mean squares of numbers that fp32 holds together with their squares, with room on both sides; and the least of
+# |D|^2 / sum |b_i|^2 |a_i|^2 at which the rounding error of a b_i is still small beside D.
+LEAST, MOST = 1e-30, 1e30
+CANCELLED = 1e-2
 
 
 class Gate(NamedTuple):
@@ -166,12 +177,53 @@ def lora_gate(
             raise ValueError(
                 f"A must be {b.shape[1]} x {aligned.shape[1]} and of {WEIGHT_DTYPES}, got {tuple(a.shape)}, {a.dtype}"
             )
-    if resolve(backend, aligned, unaligned, *factors, *(a for a, _ in adapters)) == "triton":
-        return _gates_triton(aligned, unaligned, adapters)
-    return _gates_torch(aligned, unaligned, adapters)
+    triton_runs = resolve(backend, aligned, unaligned, *factors, *(a for a, _ in adapters)) == "triton"
+    compute = _gates_triton if triton_runs else _gates_torch
+    gates, sound = compute(aligned, unaligned, adapters)
+    if aligned.device.type == "cpu" and not all(good := sound.tolist()):  # a device would be waited for
+        v, exponent = _scaled(aligned, unaligned)
+        for index in (i for i, fine in enumerate(good) if not fine):
+            gates[index] = _scaled_gate(v, exponent, *adapters[index], compute)
+    return gates
 
 
-def _gates_triton(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> list[Gate]:
+Gates = tuple[list[Gate], Tensor]  # and which of them can be relied on: booleans
+
+
+def _scaled(minuend: Tensor, subtrahend: Tensor) -> tuple[Tensor, int]:
+    """minuend - subtrahend in fp32, times a power of two that makes its largest entry 1/2 to 1, and that exponent."""
+    difference = minuend.float() - subtrahend.float()
+    largest = float(difference.abs().max()) if difference.numel() else 0.0
+    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    return (difference.double() * 2.0**-exponent).float(), exponent
+
+
+def _scaled_gate(
+    v: Tensor,
+    exponent: int,
+    a: Tensor,
+    b: Tensor,
+    compute: Callable[[Tensor, Tensor, list[tuple[Tensor, Tensor]]], Gates],
+) -> Gate:
+    """The gate of one delta against V = v 2^exponent, from scaled factors, the delta's own right one orthonormal."""
+    zero = v.new_zeros(())
+    left, scale = _scaled(b, zero)
+    if not (a.isfinite().all() and b.isfinite().all() and v.isfinite().all()):
+        return Gate(v.new_full((), torch.nan, dtype=torch.float64), torch.full_like(left, torch.nan))
+    q, r = torch.linalg.qr(a.T.double())
+    own = b.double() @ r.T
+    largest = float(own.abs().max()) if own.numel() else 0.0
+    own = (own / 2.0 ** math.frexp(largest)[1]).float()
+    (gate, other), _ = compute(v, zero.expand_as(v), [(q.T.float().contiguous(), own), (a, left)])
+    return Gate(gate.cosine, (other.projected.double() * 2.0 ** (exponent + scale)).float())
+
+
+def _fits(mean_square: Tensor) -> Tensor:
+    """Whether numbers of this mean square, and their squares, are well inside of fp32's range."""
+    return (mean_square >= LEAST) & (mean_square <= MOST)
+
+
+def _gates_triton(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> Gates:
     """All deltas as one wide A and B, whose Gram matrices are formed in a few launches for each rank."""
     ranks = [b.shape[1] for _, b in adapters]
     firsts = list(accumulate(ranks, initial=0))
@@ -183,24 +235,35 @@ def _gates_triton(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[T
     z, squared_norm = projection.project_wide(aligned, unaligned, b)
     places = upload(torch.tensor([firsts[index] for index in order]), a.device).split(list(map(len, members.values())))
     sums = [_group_sums(a, b, z, first, rank) for rank, first in zip(members, places, strict=True)]
-    delta_squares, dots, projected_squares = torch.cat(sums, dim=1)
+    delta_squares, dots, projected_squares, apart, *means_of = torch.cat(sums, dim=1)
+    means = torch.stack(means_of)
     cosines = _cosine(dots, projected_squares, delta_squares, squared_norm).unbind()
+    sound = (means >= LEAST).all(0) & (means <= MOST).all(0) & (delta_squares >= CANCELLED * apart)
+    sound &= _fits(squared_norm / max(1, aligned.numel()))
     projected = _over_norm(z, squared_norm).split(ranks, dim=1)
     at = {index: place for place, index in enumerate(order)}
-    return [Gate(cosines[at[index]], projected[index]) for index in range(len(adapters))]
+    places_of, parts = [at[index] for index in range(len(adapters))], sound.unbind()
+    gates = [Gate(cosines[p], projected[index]) for index, p in enumerate(places_of)]
+    return gates, torch.stack([parts[p] for p in places_of])
 
 
 def _group_sums(a: Tensor, b: Tensor, z: Tensor, first: Tensor, rank: int) -> Tensor:
-    """|D|^2, <P D, D> |V|_F and |P D|^2 |V|_F^2 of each delta of a rank: 3 x members, fp64."""
+    """Of each delta of a rank, fp64, 7 x members: |D|^2, <P D, D> |V|_F, |P D|^2 |V|_F^2, sum |b_i|^2 |a_i|^2, and the
+    mean squares of A, B and Z."""
     gram_a, grams = _inner_triton([(a, a)], first, rank), _inner_triton([(b, b), (b, z), (z, z)], first, rank)
-    out = torch.empty((3, len(first)), dtype=torch.float64, device=a.device)
+    out = torch.empty((7, len(first)), dtype=torch.float64, device=a.device)
     launch(_sums_kernel, (len(first), 3), gram_a, grams, out, rank * rank, BLOCK=BLOCK_SUM, **LAUNCH)
+    a_squares, b_squares, _, z_squares = torch.cat((gram_a, grams)).diagonal(dim1=-2, dim2=-1)
+    out[3] = (a_squares * b_squares).sum(-1)
+    for row, (squares, x) in enumerate(((a_squares, a), (b_squares, b), (z_squares, z)), start=4):
+        out[row] = squares.sum(-1) / max(1, len(x) * rank)
     return out
 
 
-def _gates_torch(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> list[Gate]:
+def _gates_torch(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> Gates:
     products, squared_norm = projection.project(aligned, unaligned, [b for _, b in adapters], backend="torch")
-    gates = []
+    v_mean = squared_norm / max(1, aligned.numel())
+    gates, sound = [], []
     for (a, b), z in zip(adapters, products, strict=True):
         a, b = a.float(), b.float()
         gram_a = _inner_torch(a.T, a.T)
@@ -208,14 +271,18 @@ def _gates_torch(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Te
         gram = _inner_torch(both, both)  # of [B Z]: one product, for thin ones cost more to start than to compute
         delta_square, dot = (gram[:rank, :rank] * gram_a).sum(), (gram[:rank, rank:] * gram_a).sum()
         projected_square = (gram[rank:, rank:] * gram_a).sum()
+        apart, z_mean = gram.diagonal()[:rank] @ gram_a.diagonal(), gram.diagonal()[rank:].sum() / max(1, z.numel())
         gates.append(Gate(_cosine(dot, projected_square, delta_square, squared_norm), _over_norm(z, squared_norm)))
-    return gates
+        # Z is held in fp32, and squared in fp64; a delta of zero needs nothing.
+        held = (z_mean >= LEAST * LEAST) & (z_mean <= MOST * MOST) & (delta_square >= CANCELLED * apart)
+        sound.append((delta_square == 0) | (_fits(v_mean) & held))
+    return gates, torch.stack(sound)
 
 
 def _dense_products(
-    aligned: Tensor, unaligned: Tensor, finetuned: Tensor, implementation: Backend
+    aligned: Tensor, unaligned: Tensor, finetuned: Tensor, base: Tensor, implementation: Backend
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Yield (columns, D[:, columns], (V V^T D)[:, columns], |V|_F^2) over all columns of D = finetuned - aligned."""
+    """Yield (columns, D[:, columns], (V V^T D)[:, columns], |V|_F^2) over all columns of D = finetuned - base."""
     rows, cols = aligned.shape
     strips = [slice(start, min(start + DENSE_COLUMNS, cols)) for start in range(0, cols, DENSE_COLUMNS)]
     by_gram = rows < cols
@@ -226,7 +293,7 @@ def _dense_products(
             gram.addmm_(v, v.T)
         squared_norm = gram.diagonal().double().sum()
     for strip in strips:
-        delta = finetuned[:, strip].float() - aligned[:, strip].float()
+        delta = finetuned[:, strip].float() - base[:, strip].float()
         if by_gram:
             product = gram @ delta
         else:
@@ -260,13 +327,28 @@ def dense_gate(
     if finetuned.shape != aligned.shape:
         raise ValueError(f"finetuned must be {tuple(aligned.shape)}, got {tuple(finetuned.shape)}")
     implementation = resolve(backend, aligned, unaligned, finetuned)
+    gate, sound = _dense_gate(aligned, unaligned, finetuned, aligned, project, implementation)
+    if aligned.device.type != "cpu" or sound:
+        return gate
+    (v, exponent), (delta, scale) = _scaled(aligned, unaligned), _scaled(finetuned, aligned)
+    zero = v.new_zeros(()).expand_as(v)
+    gate, _ = _dense_gate(v, zero, delta, zero, project, implementation)
+    return Gate(gate.cosine, (gate.projected.double() * 2.0 ** (exponent + scale)).float())
+
+
+def _dense_gate(
+    aligned: Tensor, unaligned: Tensor, finetuned: Tensor, base: Tensor, project: bool, implementation: Backend
+) -> tuple[Gate, Tensor]:
+    """The gate of D = finetuned - base against V = aligned - unaligned, and whether fp32 held it."""
     projected = torch.empty(aligned.shape if project else 0, device=aligned.device)
     dot, projected_square, delta_square = torch.zeros((3,), dtype=torch.float64, device=aligned.device)
-    for strip, delta, product, squared_norm in _dense_products(aligned, unaligned, finetuned, implementation):
+    squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
+    for strip, delta, product, squared_norm in _dense_products(aligned, unaligned, finetuned, base, implementation):
         dot += _dot(product, delta)
         projected_square += _dot(product, product)
         delta_square += _dot(delta, delta)
         if project:
             projected[:, strip] = _over_norm(product, squared_norm)
     cosine = _cosine(dot, projected_square, delta_square, squared_norm)
-    return Gate(cosine, projected)
+    squares = torch.stack((squared_norm, projected_square, delta_square))
+    return Gate(cosine, projected), _fits(squares / max(1, aligned.numel())).all()
