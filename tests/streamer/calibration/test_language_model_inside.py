@@ -13,6 +13,7 @@ from safeshard.manifests.errors import RequestError
 from safeshard.streamer.calibration.forward import calibrate
 from safeshard.streamer.calibration.hidden_states import HiddenStates
 from safeshard.streamer.calibration.skeleton import Skeleton
+from safeshard.streamer.cli.app import main
 
 CPU = torch.device("cpu")
 LAYERS, VOCABULARY = 4, 64
@@ -293,3 +294,27 @@ def test_keys_and_values_of_other_layers_hold_back_what_is_saved(tmp_path, monke
     resumed = run(tmp_path, weights, tokens, saved=Saving([tmp_path]))
     assert all(f".{layer}." in " ".join(resumed) for layer in (2, 3))
     assert all(torch.equal(gram, expected[name]) for name, gram in resumed.items())
+
+
+@pytest.mark.parametrize("method", ["safedelta", "ridge"])
+def test_a_multimodal_model_through_the_command_line(method, tmp_path, monkeypatch, capsys):
+    """The language model's linears are treated under their own names; all else stays as the fine-tuned one has it."""
+    model = whole(gemma3(), tmp_path / "aligned", monkeypatch)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    model.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"input_ids": ids}) for ids in samples([9, 12, 7, 9])))
+    places = {"aligned": "aligned", "finetuned": "tuned", "calibration": "data.jsonl", "output": "out"}
+    arguments = [part for option, name in places.items() for part in (f"--{option}", str(tmp_path / name))]
+    with pytest.raises(SystemExit) as left:
+        main([method, *arguments, "--samples", "4", "--rest", "finetuned"])
+    assert not left.value.code, capsys.readouterr().err
+    tuned, out = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "out"))
+    changed = {name for name in tuned if not torch.equal(tuned[name], out[name])}
+    linears = {
+        name for name in tuned
+        if name.startswith("language_model.model.layers.") and name.endswith("_proj.weight")
+    }  # fmt: skip
+    assert changed == linears
+    assert len(linears) == 7 * LAYERS
