@@ -180,7 +180,7 @@ def lora_gate(
     triton_runs = resolve(backend, aligned, unaligned, *factors, *(a for a, _ in adapters)) == "triton"
     compute = _gates_triton if triton_runs else _gates_torch
     gates, sound = compute(aligned, unaligned, adapters)
-    if aligned.device.type == "cpu" and not all(good := sound.tolist()):  # a device would be waited for
+    if aligned.device.type == "cpu" and not all(good := sound.tolist()) and not torch.equal(aligned, unaligned):
         v, exponent = _scaled(aligned, unaligned)
         for index in (i for i, fine in enumerate(good) if not fine):
             gates[index] = _scaled_gate(v, exponent, *adapters[index], compute)
@@ -193,9 +193,11 @@ Gates = tuple[list[Gate], Tensor]  # and which of them can be relied on: boolean
 def _scaled(minuend: Tensor, subtrahend: Tensor) -> tuple[Tensor, int]:
     """minuend - subtrahend in fp32, times a power of two that makes its largest entry 1/2 to 1, and that exponent."""
     difference = minuend.float() - subtrahend.float()
-    largest = float(difference.abs().max()) if difference.numel() else 0.0
+    least, most = difference.aminmax() if difference.numel() else (difference.new_zeros(()),) * 2
+    largest = max(abs(float(least)), abs(float(most)))
     exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
-    return (difference.double() * 2.0**-exponent).float(), exponent
+    half = exponent // 2  # in two steps, for 2^-exponent may be more than fp32 holds
+    return difference.mul_(2.0**-half).mul_(2.0 ** (half - exponent)), exponent
 
 
 def _scaled_gate(
@@ -328,7 +330,7 @@ def dense_gate(
         raise ValueError(f"finetuned must be {tuple(aligned.shape)}, got {tuple(finetuned.shape)}")
     implementation = resolve(backend, aligned, unaligned, finetuned)
     gate, sound = _dense_gate(aligned, unaligned, finetuned, aligned, project, implementation)
-    if aligned.device.type != "cpu" or sound:
+    if aligned.device.type != "cpu" or sound or torch.equal(aligned, unaligned) or torch.equal(aligned, finetuned):
         return gate
     (v, exponent), (delta, scale) = _scaled(aligned, unaligned), _scaled(finetuned, aligned)
     zero = v.new_zeros(()).expand_as(v)
