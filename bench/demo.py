@@ -22,7 +22,7 @@ NEXT = """\
 Next, on your own models:
 
    safeshard score     --aligned org/model-chat --unaligned org/model --adapter path/to/adapter
-   safeshard safedelta --aligned org/model-chat --adapter path/to/adapter --output defended --strength 0.1
+   safeshard ridge     --aligned org/model-chat --adapter path/to/adapter --output defended
    safeshard scale     --aligned org/model-chat --adapter path/to/adapter --output baseline --factor 0.5
 
 Which setting? `safeshard tune` tries many in one pass, asks each output your own prompts, forbidden and useful, and

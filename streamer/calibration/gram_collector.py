@@ -14,7 +14,7 @@ from torch import nn
 from safeshard.kernels import gram as gram_kernel
 from safeshard.manifests.errors import RunError
 
-_REMEDY = "Safe Delta does not take this model"
+_REMEDY = "calibration takes no such model"
 
 
 @dataclass(frozen=True)

@@ -412,7 +412,7 @@ def _paths(needed: set[str], present: set[str], base: str) -> set[str]:
     return {path for name, path in ends if not part_of(name)}
 
 
-def _refuse(folder: Path, expected: str, got: str, remedy: str = "Safe Delta does not take this model") -> RequestError:
+def _refuse(folder: Path, expected: str, got: str, remedy: str = "calibration takes no such model") -> RequestError:
     return RequestError(Offence(str(folder / "config.json"), expected=expected, got=got, remedy=remedy))
 
 

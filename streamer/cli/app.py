@@ -54,11 +54,14 @@ LEVELS = ("debug", "info", "warning", "error")
 class _Stopped(BaseException):
     """A signal asked for the end; no Exception, so that nothing on the way takes it for an error of its own."""
 
+    by = ""  # the signal that came, for where a library swallows the stop and fails of it later
+
 
 def _stop(number: int, frame: FrameType | None) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(each, signal.SIG_DFL)
-    raise _Stopped(signal.Signals(number).name)
+    _Stopped.by = signal.Signals(number).name
+    raise _Stopped(_Stopped.by)
 
 
 def _stop_later(dropped: Any) -> None:
@@ -204,7 +207,7 @@ def _verify(
     )  # fmt: skip
     for line in (*notes, *findings):
         _say(printable(line, 10_000), json)
-    end = f"{len(findings)} differences" if findings else "every byte is as the manifest says"
+    end = f"{len(findings)} difference{'s' * (len(findings) > 1)}" if findings else "every byte is as the manifest says"
     _say(f"{printable(output)}: {end}", json)
     if json:
         _print_json({"output": str(output), "differences": [str(f) for f in findings], "notes": notes})
@@ -287,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     command_line, as_json = _level_first(arguments), "--json" in arguments
     handlers: dict[signal.Signals, Any] = {}
+    _Stopped.by = ""
     hook = sys.unraisablehook
     _open_closed_streams()
     stdout = sys.stdout
@@ -306,6 +310,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         except SystemExit as stop:
             if not stop.code:
                 output.end()
+            raise
+        except Exception as error:
+            if _Stopped.by:
+                raise _Stopped(_Stopped.by) from error
             raise
     except SafeshardError as error:
         offences = [asdict(each) for each in error.offences] if isinstance(error, RequestError) else []

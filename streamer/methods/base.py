@@ -97,6 +97,7 @@ class Job(Options):
     rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
     truncates: ClassVar[bool] = False  # takes --rank without --serve too
     keeps_more: ClassVar[str] = ""  # what to choose to keep more of the delta
+    grows: ClassVar[str] = "check the inputs"  # what to look at where the delta grew
 
     aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
     adapter: Place | None = Field(None, description="fine-tuned LoRA adapter")

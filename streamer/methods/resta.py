@@ -22,6 +22,7 @@ class Resta(Job):
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.11746"
     takes_unaligned: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a lower --gamma"
+    grows: ClassVar[str] = "check --gamma"
 
     unaligned: Place = Field(description="a model without the alignment of `aligned`: its base, or one that lost it")
     gamma: Finite = Field(1.0, description="weight of the safety vector; 0 gives the fine-tuned model")

@@ -47,6 +47,7 @@ class SafeDelta(Job, Calibrated, Served):
     rescales: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a higher --strength"
+    grows: ClassVar[str] = "compensation adds to what is kept: measure the output"
     published: ClassVar[dict[str, Any]] = Calibrated.published | {"dtype": "float16"}
 
     factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")

@@ -44,6 +44,7 @@ class SafeMerge(GatedJob, Served, Published):
     rescales: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a lower --threshold, or other --weights"
+    grows: ClassVar[str] = "check --weights and the safe model"
     published: ClassVar[dict[str, Any]] = {"dtype": "float32"}
 
     safe_adapter: Place | None = Field(None, description="LoRA adapter trained on safety data")

@@ -20,6 +20,7 @@ class Scale(Job, Served):
     paper: ClassVar[str] = "https://arxiv.org/abs/2212.04089"  # task arithmetic: a delta times a factor
     edits_all: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a higher --factor"
+    grows: ClassVar[str] = "check --factor"
 
     factor: Finite = Field(description="0 gives the aligned model, 1 the fine-tuned one")
 

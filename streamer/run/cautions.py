@@ -69,8 +69,9 @@ def _size(job_run: JobRun, entries: Sequence[Entry], effect: Effect) -> Iterator
     sizes = {entry["name"]: entry["effect"].get("kept_norm") or 0.0 for entry in entries if "effect" in entry}
     grown = [name for name, size in sizes.items() if size > ONE_GREW]
     if kept > GREW or grown:
-        text = f"the delta grew: its norm is {kept:.1%} of the fine-tuned one's"
+        text = f"the delta grew: its norm is {kept:.1%} of the fine-tuned one's" if kept > GREW else ""
         if grown:
             most = max(grown, key=sizes.__getitem__)
-            text += f"; {len(grown)} of {len(entries)} modules grew, most {most} to {sizes[most]:.1%}"
-        yield Caution(kind="grew", text=text, remedy="check the weights, the factor and the safe model")
+            text += "; " if text else "the delta grew in single modules: "
+            text += f"{len(grown)} of {len(entries)} grew, most {most} to {sizes[most]:.1%}"
+        yield Caution(kind="grew", text=text, remedy=job_run.job.grows)

@@ -40,6 +40,9 @@ def open_source(spec: str | os.PathLike[str], cache: ShardCache | None = None) -
         raise refuse(text, "a folder, hf://org/name or a URL", reason(error), "correct the path") from error
     if text and is_folder:
         return LocalSource(path, text)
+    if not exists and HUB_NAME.fullmatch(text) and len(path.parts) > 2 and path.parent.is_dir():
+        remedy = f"correct the name; of the Hub it is hf://{text}"
+        raise refuse(text, "a folder, hf://org/name or a URL", f"no such folder in {path.parent}", remedy)
     if text.startswith("hf://") or (not exists and HUB_NAME.fullmatch(text)):
         return open_hub(text, cache or ShardCache())
     if is_url(text):

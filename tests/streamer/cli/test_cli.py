@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 from safeshard import streamer
+from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer import api
 from safeshard.streamer.cli import app as cli
 from safeshard.streamer.cli.app import main
@@ -335,6 +337,22 @@ def test_a_stop_put_off_until_the_command_has_ended_is_none(monkeypatch: pytest.
     time.sleep(0.05)
     assert reached
     assert signal.getsignal(signal.SIGALRM) is before
+
+
+@pytest.mark.parametrize("error", [RequestError(Offence("m", "a", "b")), OSError("x"), ImportError("half imported")])
+def test_a_stop_that_a_library_swallowed_is_what_ended_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def swallows(**_: Any) -> None:
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        raise error
+
+    monkeypatch.setattr(cli, "app", swallows)
+    for _ in range(2):
+        status, _, err = run(capsys, "ridge")
+        assert status == 1
+        assert err == "safeshard: interrupted by SIGINT; run the same command again to go on from here\n"
 
 
 def test_a_stop_that_a_finalizer_drops_comes_again(

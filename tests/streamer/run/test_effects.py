@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.schema import Manifest, load
 from safeshard.streamer import batch, inspect, report, safelora, safemerge, scale, verify
 from safeshard.streamer.cli.app import main
+from safeshard.streamer.run.cautions import _size
 
 Tensors = dict[str, Tensor]
 
@@ -236,6 +238,19 @@ def test_the_size_of_what_is_left_is_warned_about(
     assert kinds(world.root / "out") == [w.kind for w in result.warnings]
     assert ("value" in kinds(world.root / "out")) == (not 0 <= factor <= 1)
     assert scale(**inputs, factor=0.5, output=world.root / "half", quiet=True).warnings == ()
+
+
+def test_growth_of_one_module_is_not_called_growth_of_the_whole(world: Any, trio: dict[str, Path]) -> None:
+    out = world.root / "out"
+    result = scale(aligned=trio["aligned"], adapter=trio["adapter"], factor=1.4, output=out, quiet=True)
+    [grew] = [w for w in result.warnings if w.kind == "grew"]
+    assert grew.text.startswith("the delta grew: its norm is 140.0% of the fine-tuned one's; 14 of 14 grew")
+    assert grew.remedy == "check --factor"
+    job_run = SimpleNamespace(job=SimpleNamespace(keeps_more="", grows="look"))
+    entries = [{"name": "a", "effect": {"kept_norm": 1.3}}, {"name": "b", "effect": {"kept_norm": 0.5}}]
+    effect = SimpleNamespace(kept_norm=0.8, cosine=0.9)
+    [grew] = _size(job_run, entries, effect)  # type: ignore[arg-type]
+    assert grew.text == "the delta grew in single modules: 1 of 2 grew, most a to 130.0%"
 
 
 def test_thresholds_and_weights_out_of_range(world: Any, trio: dict[str, Path]) -> None:

@@ -28,6 +28,14 @@ class TestFolder:
         assert source.identity == open_source(f"{folder}/../checkpoint").identity
         assert [read_weight(open_checkpoint(source), i) for i in (0, 1)] == [weight(0), weight(1)]
 
+    def test_a_missing_folder_beside_others_is_not_looked_for_on_the_hub(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(folder.parent)
+        (folder.parent / "my" / "models").mkdir(parents=True)
+        with pytest.raises(RequestError, match=r"no such folder in my/models .*hf://my/models/alice"):
+            open_source("my/models/alice")
+
     @pytest.mark.parametrize("name", ["/etc/passwd", "../outside", "sub/inside", "..", ".", "", "absent"])
     def test_reads_listed_names_alone(self, folder: Path, name: str) -> None:
         (folder.parent / "outside").write_text("secret")
