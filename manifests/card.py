@@ -94,8 +94,8 @@ def _slug(text: str | None) -> str | None:
 def _opening(manifest: Manifest, kind: Kind) -> str:
     return (
         f"This {kind} was written by safeshard {_code(manifest.tool.safeshard)}, which applied the method "
-        f"{_code(manifest.method.name)} to a fine-tuned model. It implements the published method; it does not claim "
-        "that the model is safe. Evaluate it for your use."
+        f"{_code(manifest.method.name)} to a fine-tuned model. It does not claim that the model is safe. "
+        "Evaluate it for your use."
     )
 
 

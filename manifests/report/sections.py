@@ -55,8 +55,7 @@ def _opening(manifest: Manifest) -> Element:
         "p",
         f"safeshard {printable(manifest.tool.safeshard, 40)} applied ",
         tag("b", manifest.method.name),
-        " to a fine-tuned model. It implements the published method; it does not claim that the model is safe. "
-        "Evaluate it for your use.",
+        " to a fine-tuned model. It does not claim that the model is safe. Evaluate it for your use.",
     )
 
 

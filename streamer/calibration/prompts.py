@@ -88,7 +88,8 @@ def load_prompts(
         if not count or not fewer:
             remedy = f"add data, or pass --samples {count}" if count else "add data"
             where = f"{file.source}:{last}"
-            raise RequestError(Offence(where, "end of the data", f"{samples} samples", str(count), remedy))
+            expected = "at least 1 sample" if fewer else f"{samples} samples"
+            raise RequestError(Offence(where, "end of the data", expected, str(count), remedy))
         notes.append(f"{count} calibration samples, all there are, in place of {samples}")
     if published:
         order = recipe.order(count, seed)[:samples]

@@ -46,7 +46,7 @@ def test_metadata(example: Manifest, kind: Kind, library: str, tags: list[str]) 
     }  # fmt: skip
     assert ("PeftModel" in text) == (kind == "adapter")
     assert "safeshard verify" in text
-    assert "it does not claim that the model is safe" in text
+    assert "It does not claim that the model is safe" in text
 
 
 @pytest.mark.parametrize("base", [None, "/home/me/model", "model", "../x/y", "a/b/c", "org/chat\n", 'o/"c', *HOSTILE])

@@ -398,6 +398,9 @@ def test_fewer_samples_than_the_default_are_taken_and_noted(chatty, tmp_path):
     assert prompts.notes == ("2 calibration samples, all there are, in place of 128",)
     with pytest.raises(RequestError, match="expected 128 samples"):
         load_prompts(path, chatty)
+    path.write_text("")
+    with pytest.raises(RequestError, match="expected at least 1 sample, got 0"):
+        load_prompts(path, chatty, fewer=True)
 
 
 def test_a_folder_and_a_data_set_are_told_how_to_be_named(chatty, tmp_path, monkeypatch):
