@@ -119,7 +119,7 @@ for _name in METHODS:
 
 
 @app.command("score", cls=Variadic, help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
-@takes(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype"}))
+@takes(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype", "dequantize"}))
 def _score(
     *,
     suggest: Annotated[bool, typer.Option("--suggest", help="suggest a threshold for each fine-tuned model")] = False,

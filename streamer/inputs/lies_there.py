@@ -9,7 +9,8 @@ from safeshard.streamer.sources import LocalSource, Source
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER_STEM = "adapter_model"
+ADAPTER = f"{ADAPTER_STEM}.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MOST_FOLDERS = 1000
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)\.safetensors")
@@ -58,7 +59,10 @@ def instead_of_adapter(source: Source) -> tuple[str, str] | None:
     """(what lies there, what to do) in a folder without an adapter; None where nothing tells."""
     names = sorted(source.sizes())
     inside, adapters = _folders(source)
-    whole = SINGLE in names or INDEX in names or bool(shard_sets(names))
+    stems = {stem for stem, _ in shard_sets(names)}
+    whole = SINGLE in names or INDEX in names or bool(stems - {ADAPTER_STEM})
+    if not whole and ADAPTER_STEM in stems:
+        return "a sharded adapter, which PEFT does not read", "save the adapter in one file"
     named = f"name one of them: {source.spec}/{adapters[-1]}" if adapters else ""
     if whole:
         got = "a full checkpoint" + (f", and PEFT adapters in {_listed(adapters)}" if adapters else "")

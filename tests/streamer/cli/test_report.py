@@ -113,7 +113,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str], outputs: list[Path], wo
     with pytest.raises(SystemExit) as stop:
         main(command)
     assert not stop.value.code
-    assert capsys.readouterr().out == f"report: {page}\n{json.dumps({'report': str(page)})}\n"
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {"report": str(page)}  # and nothing else
+    assert f"report: {page}" in printed.err
     assert page.exists()
     with pytest.raises(SystemExit) as stop:
         main(command)

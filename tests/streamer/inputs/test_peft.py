@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -280,7 +282,10 @@ def test_output_config_differs_only_where_it_must(zoo: Zoo, tmp_path: Path) -> N
     given = json.loads((inputs["adapter"] / "adapter_config.json").read_text())
     safelora(**inputs, output=tmp_path / "projected", threshold=0.1, quiet=True)
     assert json.loads((tmp_path / "projected/adapter_config.json").read_text()) == given
-    safemerge(**inputs, safe_adapter=inputs["adapter"], output=tmp_path / "merged", quiet=True)
+    safe = shutil.copytree(inputs["adapter"], tmp_path / "safe")
+    pairs = load_file(safe / "adapter_model.safetensors")
+    save_file({key: -tensor for key, tensor in pairs.items()}, safe / "adapter_model.safetensors")
+    safemerge(**inputs, safe_adapter=safe, output=tmp_path / "merged", quiet=True)
     merged = json.loads((tmp_path / "merged/adapter_config.json").read_text())
     changed = {key for key in given if merged[key] != given[key]}
     assert changed == {"lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}

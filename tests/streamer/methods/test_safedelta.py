@@ -141,7 +141,7 @@ def test_row_selection(llama: Any, strength: float) -> None:
 
 
 def test_row_selection_of_an_adapter_has_no_low_rank(llama: Any) -> None:
-    with pytest.raises(RequestError, match="output_format=checkpoint"):
+    with pytest.raises(RequestError, match="--output-format checkpoint"):
         llama.run("out", selection="row")
 
 

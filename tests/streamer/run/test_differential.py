@@ -47,7 +47,7 @@ class Small:
         if self.tied:
             del self.aligned["lm_head.weight"]
         self.unaligned = self.mixed(self.moved(0.3))
-        self.finetuned, self.safe = self.mixed(self.moved(0.1)), self.mixed(self.moved(0.1))
+        self.finetuned, self.safe = self.mixed(self.moved(0.1)), self.mixed(self.moved(0.1, 100))
         self.aligned = self.mixed(self.aligned)
         self.folders = {
             role: self.world.checkpoint(role, tensors, shards, tie_word_embeddings=self.tied)
@@ -59,8 +59,8 @@ class Small:
             )
         }
 
-    def moved(self, by: float) -> Tensors:
-        generator = torch.Generator().manual_seed(self.draw(st.integers(0, 99)))
+    def moved(self, by: float, first_seed: int = 0) -> Tensors:
+        generator = torch.Generator().manual_seed(first_seed + self.draw(st.integers(0, 99)))
         return {n: t + by * torch.randn(t.shape, generator=generator) for n, t in self.aligned.items()}
 
     def mixed(self, tensors: Tensors) -> Tensors:
@@ -71,7 +71,8 @@ class Small:
 
     def adapter(self, name: str, ranks: tuple[int, int], leaves: tuple[str, ...]) -> Path:
         """An adapter on `leaves` and the (tied) head; a rank of its own for v_proj, a scaling of its own for o_proj."""
-        generator = torch.Generator().manual_seed(self.draw(st.integers(0, 99)))
+        drawn = self.draw(st.integers(0, 99))  # an adapter equal to the safe one is refused
+        generator = torch.Generator().manual_seed(1000 * sum(name.encode()) + drawn)
         dtype = DTYPES[self.draw(st.sampled_from(list(DTYPES)))]
         modules = [n.removesuffix(".weight") for n in self.aligned if n.split(".")[-2] in leaves]
         if "lm_head" in leaves and self.tied:
