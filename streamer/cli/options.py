@@ -12,13 +12,23 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.options import Options, fields_of
+
+PLACES = ("--aligned", "--unaligned", "--adapter", "--finetuned", "--safe-adapter", "--safe", "--output")
 
 
 class Forgiving(TyperCommand):
-    """Lets an option of several numbers take them with commas too: --weights 0.8,0.2."""
+    """Lets an option of several numbers take them with commas too: --weights 0.8,0.2. Refuses a place given twice."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = [arg.partition("=")[0] for arg in args]
+        twice = [flag for flag in PLACES if given.count(flag) > 1]  # the last would be taken, and nothing said
+        if twice:
+            remedy = "`safeshard batch` runs many jobs in one pass"
+            raise RequestError(
+                [Offence(flag, "", "one place", f"{given.count(flag)} of them", remedy) for flag in twice]
+            )
         counts = {name: p.nargs for p in self.params if p.nargs > 1 for name in p.opts}
         spread: list[str] = []
         for arg in args:

@@ -51,6 +51,9 @@ def _values(plan: JobPlan) -> Iterator[Caution]:
         elif abs(factor) < 0.1:
             text = f"--factor {factor:g} removes nearly all of the fine-tuned delta"
             yield Caution(kind="removed", text=text, remedy=f"{job.keeps_more} keeps more")
+    if (number := getattr(job, "num_layers", None)) is not None and number > len(plan.modules):
+        text = f"--num-layers {number} is more than the {len(plan.modules)} modules that there are: all are changed"
+        yield Caution(kind="value", text=text)
     if any(not 0 <= weight <= 1 for weight in getattr(job, "weights", ())):
         text = f"--weights {' '.join(f'{w:g}' for w in getattr(job, 'weights', ()))}: one lies outside of [0, 1]"
         yield Caution(kind="value", text=text)

@@ -375,3 +375,22 @@ def test_a_stop_that_a_finalizer_drops_comes_again(
     printed = capsys.readouterr().err
     assert printed == "safeshard: interrupted by SIGTERM; run the same command again to go on from here\n"
     assert sys.unraisablehook is hook
+
+
+def test_a_place_given_twice_is_refused(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+    """The last would be taken, and nothing said of the first."""
+    paths = world.trio()
+    words = ["--aligned", paths["aligned"], "--adapter", paths["adapter"], "--adapter", paths["safe_adapter"]]
+    status, _, stderr = run(capsys, "scale", *words, "--factor", "0.5", "--output", world.root / "out")
+    assert status == 2
+    assert "--adapter" in stderr
+    assert "batch" in stderr
+    assert not (world.root / "out").exists()
+
+
+def test_more_layers_than_there_are_is_warned_about(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+    paths = world.trio()
+    words = ["--aligned", paths["aligned"], "--unaligned", paths["unaligned"], "--adapter", paths["adapter"]]
+    status, _, stderr = run(capsys, "safelora", *words, "--num-layers", "300", "--output", world.root / "out")
+    assert status == 0
+    assert "--num-layers 300" in stderr
