@@ -104,7 +104,10 @@ class Renderer:
         return ids
 
     def _encode(self, text: str, special: bool) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        try:
+            return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+        except Exception as error:  # of a lone surrogate, which JSON can write, some raise one thing, some another
+            raise BadRecordError("text that the tokenizer takes", str(error)[:300]) from error
 
 
 def _without_system(messages: Messages) -> Messages | None:

@@ -91,7 +91,8 @@ def test_a_million_targets_are_matched_by_lookup() -> None:
 
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-1", "@SUM(A1)", "\tx"])
 def test_a_score_table_holds_no_formulas(name: str) -> None:
-    result: Any = SimpleNamespace(job=SimpleNamespace(adapter=name, finetuned=None), cosines={name: -0.5})
+    finetuned = SimpleNamespace(source=SimpleNamespace(spec=name))
+    result: Any = SimpleNamespace(plan=SimpleNamespace(finetuned=finetuned), cosines={name: -0.5})
     row = score_table([result], ".csv").splitlines()[1]
     assert row.startswith(("'", "\"'"))
     assert row.endswith(",-0.5")

@@ -80,7 +80,7 @@ jobs:
         ("", "jobs"),
         ("jobs: {method: scale}", "jobs"),
         ("jobs: [1]", "job 1"),
-        ("jobs: [{method: resta}]", "resta"),
+        ("jobs: [{method: unheard-of}]", "unheard-of"),
         ("jobs: [{method: [scale]}]", "method"),
         ("jobs: [{output: x}]", "method"),
         ("job: []\njobs: [{method: scale}]", "job: expected"),
