@@ -23,7 +23,7 @@ from safeshard.streamer.calibration.forward import calibrate
 from safeshard.streamer.calibration.hidden_states import HiddenStates
 
 DOCUMENT = Path(__file__).parents[3] / "docs/calibration.md"
-BEGIN, END = "<!-- rows: architectures -->", "<!-- end -->"
+BEGIN, END = "<!-- made: architectures -->", "<!-- end -->"
 MOST_PARAMETERS = 3_000_000
 TOLERANCE = 1e-4
 # Sizes under all the names that configurations give them; each takes those that it knows.

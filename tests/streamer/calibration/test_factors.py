@@ -93,6 +93,7 @@ def test_what_is_saved(saved: Place) -> None:
     index = json.loads((saved.root / "factors/factors.json").read_text())
     assert [len(layer) for layer in index["layers"]] == [4, 4, 4]
     assert index["options"] == {
+        "recipe": None,
         "samples": saved.samples,
         "max_tokens": 512,
         "seed": 0,
