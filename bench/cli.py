@@ -18,6 +18,7 @@ from safeshard.bench.toy import experiment, table
 from safeshard.bench.toy import pictures as toy_pictures
 from safeshard.bench.toy.defences import WHOLE
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.cli.command import PATH, App
 
 
 def _known_shape(name: str | None) -> str | None:
@@ -26,8 +27,11 @@ def _known_shape(name: str | None) -> str | None:
     return name
 
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
-Folder = Annotated[Path, typer.Option("--folder", help="where the models lie; they are made once and kept")]
+app = App(no_args_is_help=True, help=__doc__)
+Folder = Annotated[
+    Path, typer.Option("--folder", metavar=PATH, help="where the models lie; they are made once and kept")
+]
+Kept = Annotated[Path, typer.Option("--folder", metavar=PATH, help="where models and outputs go, and are kept")]
 Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES), callback=_known_shape)]
 KernelShape = Annotated[
     str | None,
@@ -72,7 +76,10 @@ def make_models(
 @app.callback()
 def bench(
     results: Annotated[
-        Path | None, typer.Option(help="where rows go (default: bench/results in a checkout, else bench-results here)")
+        Path | None,
+        typer.Option(
+            metavar=PATH, help="where rows go (default: bench/results in a checkout, else bench-results here)"
+        ),
     ] = None,
 ) -> None:
     """Make synthetic models and measure."""
@@ -195,9 +202,7 @@ def report() -> None:
 
 @app.command("toy")
 def measure_toy(
-    folder: Annotated[Path, typer.Option("--folder", help="where models and outputs go, and are kept")] = Path(
-        "bench-toy"
-    ),
+    folder: Kept = Path("bench-toy"),
     seeds: Annotated[int, typer.Option(help="seeds 0 to N-1", min=1)] = 6,
 ) -> None:
     """Run the demo's experiment over several seeds and append its rows."""
@@ -208,9 +213,7 @@ def measure_toy(
 
 @app.command("real")
 def measure_real(
-    folder: Annotated[Path, typer.Option("--folder", help="where models and outputs go, and are kept")] = Path(
-        "bench-real"
-    ),
+    folder: Kept = Path("bench-real"),
     seed: Annotated[list[int] | None, typer.Option(help="may be repeated (default: 0, 1 and 2)", min=0)] = None,
     small: Annotated[bool, typer.Option("--slice", help="few steps, settings and prompts: shows that it runs")] = False,
 ) -> None:

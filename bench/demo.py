@@ -15,9 +15,10 @@ from safeshard.bench.toy.workers import import_libraries
 from safeshard.bench.tune.picture import pyplot
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.cli.app import main
+from safeshard.streamer.cli.command import PATH, App
 
 MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence fill
-app = typer.Typer(invoke_without_command=True, help=__doc__)
+app = App(invoke_without_command=True, help=__doc__)
 NEXT = """\
 Next, on your own models:
 
@@ -35,7 +36,9 @@ This is one seed, and seeds differ: the table over six of them, the hard ones to
 
 @app.callback()
 def demo(
-    folder: Annotated[Path, typer.Option(help="where models and outputs go, and are kept")] = Path("demo"),
+    folder: Annotated[Path, typer.Option(metavar=PATH, help="where models and outputs go, and are kept")] = Path(
+        "demo"
+    ),
     seeds: Annotated[int, typer.Option(help="seeds 0 to N-1; the table shows means and ranges", min=1)] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="fewer settings, and no attack without a task")] = False,
 ) -> None:

@@ -11,9 +11,10 @@ from safeshard.bench.evaluation import figures
 from safeshard.bench.evaluation.run import Evaluate, evaluate
 from safeshard.bench.evaluation.suite import known_suites
 from safeshard.manifests.errors import Offence, RequestError, printable
+from safeshard.streamer.cli.command import App
 from safeshard.streamer.cli.options import takes
 
-app = typer.Typer(
+app = App(
     invoke_without_command=True, subcommand_metavar="", context_settings={"allow_interspersed_args": True},
     help="Ask models a suite of prompts and grade what they answer.\n\n"
     f"Built-in suites: {', '.join(known_suites())}. No harmful prompts come with safeshard but the requests of its own "

@@ -9,8 +9,9 @@ import typer
 
 from safeshard.bench.tune.run import DEFENDED, tune
 from safeshard.manifests.errors import printable
+from safeshard.streamer.cli.command import App
 
-app = typer.Typer(
+app = App(
     invoke_without_command=True, subcommand_metavar="", context_settings={"allow_interspersed_args": True},
     help="Try methods and settings on a fine-tuned model in one pass, choose by what the outputs answer.",
 )  # fmt: skip

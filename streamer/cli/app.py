@@ -4,74 +4,42 @@ from __future__ import annotations
 
 import ast
 import atexit
-import contextlib
-import io
-import json
 import logging
 import os
-import re
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError, printable
+from safeshard.manifests.errors import Offence, RequestError, RunError, printable
 from safeshard.manifests.schema import load
 from safeshard.streamer import api
 from safeshard.streamer.cli import messages
-from safeshard.streamer.cli.options import Forgiving, Variadic, takes
+from safeshard.streamer.cli.command import PATH, App
+from safeshard.streamer.cli.options import takes
+from safeshard.streamer.cli.process import fail_json, guarded, print_json
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import RunOptions, build
 
-app = typer.Typer(
+app = App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Streaming safety re-alignment for fine-tuned language models.",
 )
-OUT_OF_MEMORY = re.compile(  # torch has no one type for it
-    r"out of memory|not enough memory|(can't|cannot|could not|unable to|failed to) allocate|alloc_failed", re.IGNORECASE
-)
 Json = Annotated[
     bool, typer.Option("--json", help="print the outcome as one line of JSON, and nothing else", show_default=False)
 ]
 LEVELS = ("debug", "info", "warning", "error")
-
-
-class _Stopped(BaseException):
-    """A signal asked for the end; no Exception, so that nothing on the way takes it for an error of its own."""
-
-    by = ""  # the signal that came, for where a library swallows the stop and fails of it later
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
-        signal.signal(each, signal.SIG_DFL)
-    _Stopped.by = signal.Signals(number).name
-    raise _Stopped(_Stopped.by)
-
-
-def _stop_later(dropped: Any) -> None:
-    """For sys.unraisablehook: a stop that came where exceptions are dropped, as in a finalizer, comes again."""
-    if not isinstance(dropped.exc_value, _Stopped):
-        sys.__unraisablehook__(dropped)
-        return
-    number = signal.Signals[str(dropped.exc_value)]
-    signal.signal(signal.SIGALRM, lambda _, frame: _stop(number, frame))
-    signal.setitimer(signal.ITIMER_REAL, 0.01)
 
 
 def _print_version(asked: bool) -> None:
@@ -111,14 +79,14 @@ def _method_command(method: str) -> None:
 
     model = METHODS[method]
     details = f"{(model.__doc__ or '').strip().splitlines()[0]} {model.paper}"
-    app.command(method, cls=Forgiving, help=_help(getattr(api, method), details))(takes(model, RunOptions)(command))
+    app.command(method, help=_help(getattr(api, method), details))(takes(model, RunOptions)(command))
 
 
 for _name in METHODS:
     _method_command(_name)
 
 
-@app.command("score", cls=Variadic, help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
+@app.command("score", help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
 @takes(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype", "dequantize"}))
 def _score(
     *,
@@ -146,7 +114,7 @@ def _calibrate(*, json: Json = False, **options: Any) -> None:
     elif not options["quiet"]:
         _say(f"factors: {printable(made.output)}", json)
     if json:
-        _print_json(outcome)
+        print_json(outcome)
     _exit_reverted(made.reverted, "no factor")
 
 
@@ -179,7 +147,7 @@ def _batch(
 @app.command("inspect", help=_help(api.inspect))
 def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")], json: Json = False) -> None:
     if json:
-        _print_json(load(output).model_dump(mode="json", by_alias=True, exclude_none=True))
+        print_json(load(output).model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
         print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=_has_colour(sys.stdout)))
 
@@ -210,7 +178,7 @@ def _verify(
     end = f"{len(findings)} difference{'s' * (len(findings) > 1)}" if findings else "every byte is as the manifest says"
     _say(f"{printable(output)}: {end}", json)
     if json:
-        _print_json({"output": str(output), "differences": [str(f) for f in findings], "notes": notes})
+        print_json({"output": str(output), "differences": [str(f) for f in findings], "notes": notes})
     if findings:
         raise typer.Exit(1)
 
@@ -227,7 +195,9 @@ def _report(
     outputs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="folders that safeshard wrote")],
     output: Annotated[
         Path | None,
-        typer.Option(help="the .html file (default: OUT.report.html; of several outputs, report.html here)"),
+        typer.Option(
+            metavar=PATH, help="the .html file (default: OUT.report.html; of several outputs, report.html here)"
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
     json: Json = False,
@@ -235,7 +205,7 @@ def _report(
     file = api.report(outputs, file=output, overwrite=overwrite)
     _say(f"report: {printable(file)}", json)
     if json:
-        _print_json({"report": str(file)})
+        print_json({"report": str(file)})
 
 
 def _done(
@@ -249,7 +219,7 @@ def _done(
     for line in (lines := messages.warnings(results)):
         print(f"safeshard: {line}", file=sys.stderr)
     if as_json:
-        _print_json([*(messages.outcome(r) for r in results), *failures])
+        print_json([*(messages.outcome(r) for r in results), *failures])
     if options["strict"] and lines:
         raise typer.Exit(1)
     _exit_reverted(
@@ -263,10 +233,6 @@ def _exit_reverted(reverted: Mapping[str, str], what: str) -> None:
         print(f"safeshard: {what}: {printable(name)}: {printable(why)}", file=sys.stderr)
     if reverted:
         raise typer.Exit(1)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value))
 
 
 def _mount(argv: Sequence[str]) -> None:
@@ -287,93 +253,14 @@ def _first_line(module: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point. Exit status: 0 done; 2 the request is wrong, nothing written; 1 it failed underway."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    command_line, as_json = _level_first(arguments), "--json" in arguments
-    handlers: dict[signal.Signals, Any] = {}
-    _Stopped.by = ""
-    hook = sys.unraisablehook
-    _open_closed_streams()
-    stdout = sys.stdout
-    output = _Output(stdout)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
-            stream.reconfigure(errors="replace")
-    try:
-        if threading.current_thread() is threading.main_thread():
-            handlers = {each: signal.signal(each, _stop) for each in (signal.SIGINT, signal.SIGTERM)}
-            handlers[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
-            sys.unraisablehook = _stop_later
-        _mount(arguments)
-        sys.stdout = output
-        try:
-            _run(command_line, as_json)
-        except SystemExit as stop:
-            if not stop.code:
-                output.end()
-            raise
-        except Exception as error:
-            if _Stopped.by:
-                raise _Stopped(_Stopped.by) from error
-            raise
-    except SafeshardError as error:
-        offences = [asdict(each) for each in error.offences] if isinstance(error, RequestError) else []
-        _fail(str(error), error.exit_status, as_json, "request" if offences else "run", offences)
-    except (_Stopped, KeyboardInterrupt) as stopped:
-        _fail(f"interrupted by {stopped or 'SIGINT'}; {_how_to_resume(arguments)}", 1, as_json, "interrupted")
-    except OSError as error:
-        _fail(printable(error), 1, as_json, "system")
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
-            raise
-        text = f"out of memory; use a smaller --memory or another --device: {printable(error)}"
-        _fail(text, 1, as_json, "memory")
-    finally:
-        if handlers and signal.getsignal(signal.SIGALRM) is not handlers[signal.SIGALRM]:
-            signal.setitimer(signal.ITIMER_REAL, 0)  # a stop that was put off finds nothing left to stop
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        sys.unraisablehook = hook
-        with contextlib.suppress(ValueError):  # closed
-            output.flush()
-        sys.stdout = stdout
+    level, words = _apart(list(sys.argv[1:] if argv is None else argv))
+    as_json = "--json" in words
 
+    def work() -> None:
+        _mount(words)
+        _run(level + words, as_json)
 
-class _Output:
-    """Standard output that ends no run: what cannot be written is dropped, and said at the end.
-
-    Where whoever reads has read enough (`| head`), nothing is said.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.error: OSError | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        self._try(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        self._try(self._stream.flush)
-
-    def _try(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except OSError as error:
-            if not isinstance(error, BrokenPipeError):
-                self.error = self.error or error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
-
-    def end(self) -> None:
-        """Write out what is left; exits with status 1 where something was dropped."""
-        self.flush()
-        if self.error is not None:
-            print(f"safeshard: standard output: {printable(self.error)}", file=sys.stderr)
-            sys.exit(1)
+    guarded(work, as_json=as_json, after_a_stop=_how_to_resume(words))
 
 
 def _run(arguments: list[str], as_json: bool) -> None:
@@ -387,40 +274,20 @@ def _run(arguments: list[str], as_json: bool) -> None:
         if not hasattr(error, "format_message"):  # of the parser's own errors, which typer keeps to itself
             raise
         error.show()  # type: ignore[attr-defined]
-        _fail_json(error.format_message(), 2, "usage")
+        fail_json(error.format_message(), 2, "usage")
         sys.exit(2)
     sys.exit(status or 0)
 
 
-def _fail(text: str, status: int, as_json: bool, kind: str, offences: Sequence[dict[str, str]] = ()) -> NoReturn:
-    """Say why it failed, for a person on stderr and for a program on stdout, and exit."""
-    print(f"safeshard: {text}", file=sys.stderr)
-    if as_json:
-        _fail_json(text, status, kind, offences)
-    sys.exit(status)
-
-
-def _fail_json(text: str, status: int, kind: str, offences: Sequence[dict[str, str]] = ()) -> None:
-    problems = [{key: printable(value) for key, value in each.items() if value} for each in offences]
-    _print_json({"error": {"kind": kind, "message": text, "exit_status": status, "problems": problems}})
-
-
-def _level_first(arguments: list[str]) -> list[str]:
-    """`--log-level` belongs before the command; let it stand anywhere."""
+def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """`--log-level` with its value, and the other words: it belongs before the command, but may stand anywhere."""
     for index, word in enumerate(arguments):
         if word == "--":
             break
         if word == "--log-level" or word.startswith("--log-level="):
-            count = 1 if "=" in word else 2
-            return [*arguments[index : index + count], *arguments[:index], *arguments[index + count :]]
-    return arguments
-
-
-def _open_closed_streams() -> None:
-    """Let what the parent process closed lead nowhere: else the next file opened would take its descriptor."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # until the process ends
+            end = index + (1 if "=" in word else 2)
+            return arguments[index:end], arguments[:index] + arguments[end:]
+    return [], arguments
 
 
 def _how_to_resume(arguments: Sequence[str]) -> str:

@@ -3,61 +3,15 @@
 from __future__ import annotations
 
 import inspect as introspection
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic.fields import FieldInfo
-from typer.core import TyperCommand
 
-from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.options import Options, fields_of
-
-PLACES = ("--aligned", "--unaligned", "--adapter", "--finetuned", "--safe-adapter", "--safe", "--output")
-
-
-class Forgiving(TyperCommand):
-    """Lets an option of several numbers take them with commas too: --weights 0.8,0.2. Refuses a place given twice."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given = [arg.partition("=")[0] for arg in args]
-        twice = [flag for flag in PLACES if given.count(flag) > 1]  # the last would be taken, and nothing said
-        if twice:
-            remedy = "`safeshard batch` runs many jobs in one pass"
-            raise RequestError(
-                [Offence(flag, "", "one place", f"{given.count(flag)} of them", remedy) for flag in twice]
-            )
-        counts = {name: p.nargs for p in self.params if p.nargs > 1 for name in p.opts}
-        spread: list[str] = []
-        for arg in args:
-            name, equals, value = arg.partition("=")
-            if equals and name in counts:
-                spread += [name, *re.split("[, ]+", value)]
-            elif spread and spread[-1] in counts and arg.count(",") == counts[spread[-1]] - 1:
-                spread += arg.split(",")
-            else:
-                spread.append(arg)
-        return super().parse_args(ctx, spread)
-
-
-class Variadic(TyperCommand):
-    """Lets an option that may repeat take its values in one go: --adapter A B C."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
-        spread: list[str] = []
-        option, has_value = "", False
-        for arg in args:
-            if arg.startswith("-"):
-                name, equals, _ = arg.partition("=")
-                option, has_value = name if name in repeatable else "", bool(equals)
-            elif option:
-                spread += [option] * has_value
-                has_value = True
-            spread.append(arg)
-        return super().parse_args(ctx, spread)
+from safeshard.streamer.cli.command import PATH, PLACE
+from safeshard.streamer.options import Options, Place, fields_of
 
 
 def takes(
@@ -88,12 +42,19 @@ def _parameter(name: str, field: FieldInfo, many: bool) -> introspection.Paramet
     flag = f"--{name.replace('_', '-')}"
     if field.default is True:
         flag += f"/--no-{name.replace('_', '-')}"
-    option = typer.Option(flag, help=(field.description or "") + shown + required, show_default=False)
+    text = (field.description or "") + shown + required
+    metavar = PLACE if _is_place(field) else PATH if kind is Path else None
+    option = typer.Option(flag, help=text, metavar=metavar, show_default=False)
     annotation = Annotated[list[kind] | None if many else kind | None, option]  # type: ignore[valid-type]
     default = field.default if kind is bool else None
     if kind is bool:
         annotation = Annotated[bool, option]
     return introspection.Parameter(name, introspection.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _is_place(field: FieldInfo) -> bool:
+    """Whether a field's type is `Place`, or that and None: pydantic keeps what marks it in two places."""
+    return get_args(Place)[-1] in field.metadata or Place in get_args(field.annotation)
 
 
 def _plain_type(annotation: Any) -> Any:

@@ -377,15 +377,54 @@ def test_a_stop_that_a_finalizer_drops_comes_again(
     assert sys.unraisablehook is hook
 
 
-def test_a_place_given_twice_is_refused(capsys: pytest.CaptureFixture[str], world: Any) -> None:
+TWICE = {  # command: the option that is given twice
+    "scale": "--adapter",
+    "safedelta": "--calibration",
+    "ridge": "--factors",
+    "score": "--aligned",
+    "calibrate": "--task-data",
+    "report": "--output",
+    "evaluate": "--suite",
+    "bench io": "--folder",
+}
+
+
+@pytest.mark.parametrize("command", TWICE)
+def test_a_place_given_twice_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str) -> None:
     """The last would be taken, and nothing said of the first."""
-    paths = world.trio()
-    words = ["--aligned", paths["aligned"], "--adapter", paths["adapter"], "--adapter", paths["safe_adapter"]]
-    status, _, stderr = run(capsys, "scale", *words, "--factor", "0.5", "--output", world.root / "out")
+    option = TWICE[command]
+    others = ["--aligned", tmp_path, "--output", tmp_path / "out"] if command in METHODS else []
+    status, _, stderr = run(capsys, *command.split(), *others, option, "one", f"{option}=two")
     assert status == 2
-    assert "--adapter" in stderr
-    assert "batch" in stderr
-    assert not (world.root / "out").exists()
+    assert f"{option}: expected one place, got 2 of them" in stderr
+    assert ("`safeshard batch`" in stderr) == (command in METHODS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_adapters_are_scored_whether_the_option_is_repeated_or_not(
+    capsys: pytest.CaptureFixture[str], world: Any
+) -> None:
+    """`--adapter A B` and `--adapter A --adapter B`; only one place may be given of the others."""
+    paths = world.trio()
+    words = ["score", "--aligned", paths["aligned"], "--unaligned", paths["unaligned"], "--json"]
+    two = [paths["adapter"], paths["safe_adapter"]]
+    printed = [
+        run(capsys, *words, *given) for given in (["--adapter", *two], ["--adapter", two[0], "--adapter", two[1]])
+    ]
+    assert [status for status, _, _ in printed] == [0, 0]
+    assert printed[0][1] == printed[1][1]
+    assert len(json.loads(printed[0][1])) == 2
+
+
+@pytest.mark.parametrize("command", ["scale", "bench", "evaluate"])
+@pytest.mark.parametrize("level", [["--log-level", "info"], ["--log-level=info"]])
+def test_the_log_level_stands_before_or_after_any_command(
+    capsys: pytest.CaptureFixture[str], level: list[str], command: str
+) -> None:
+    printed = [run(capsys, *words) for words in ([*level, command, "--help"], [command, *level, "--help"])]
+    assert [status for status, _, _ in printed] == [0, 0]
+    assert printed[0][1] == printed[1][1]
+    assert f"Usage: safeshard {command}" in printed[0][1]
 
 
 def test_more_layers_than_there_are_is_warned_about(capsys: pytest.CaptureFixture[str], world: Any) -> None:
