@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -266,3 +268,13 @@ def test_results_do_not_depend_on_the_budget(world: Any, load_tensors: Any) -> N
         )
     one, two = ((o / "adapter_model.safetensors").read_bytes() for o in outputs)
     assert one == two
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells it apart")
+def test_the_peak_is_not_that_of_the_process_that_started_it() -> None:
+    """Linux counts what a process held before it became another one into `ru_maxrss`: a notebook's gigabytes."""
+    large = "import os, sys; held = bytearray(b'x' * (900 << 20)); os.execv(sys.executable, sys.argv[1:])"
+    peak = "from safeshard.streamer.run.finish import peak_host_bytes; print(peak_host_bytes())"
+    words = [sys.executable, "-c", large, sys.executable, "-c", peak]
+    told = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+    assert 10 << 20 < told < 800 << 20
