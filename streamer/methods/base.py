@@ -7,7 +7,7 @@ hands it one `Module` at a time and writes the `Edit` it returns.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -93,6 +93,7 @@ class Job(Options):
     keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
     calibrated: ClassVar[bool] = False  # needs the aligned model's Gram matrices, or their factors
     takes_grams: ClassVar[bool] = False  # the Gram matrices themselves
+    measured_by: ClassVar[tuple[str, ...]] = ()  # the options that `measure` goes by
     writes_model: ClassVar[bool] = True
     rescales: ClassVar[bool] = False  # rewrites kept pairs too, to a scaling of 1
     truncates: ClassVar[bool] = False  # takes --rank without --serve too
@@ -188,6 +189,10 @@ class Job(Options):
     def measure(self, module: Module) -> list[float]:
         """The energy of a module's delta on safe inputs, and of what is left at each of `strengths`."""
         raise NotImplementedError
+
+    def measured_like(self) -> Hashable:
+        """Equal for jobs whose `measure` finds the same in the same module."""
+        return self.method, self.damping, *(getattr(self, option) for option in self.measured_by)
 
     def check(self, finetuned: Adapter | Checkpoint, safe: Adapter | Checkpoint | None) -> Iterator[Offence]:
         """Offences that the inputs' headers show."""

@@ -66,5 +66,5 @@ class Calibrate(Calibrated, KeptInputs):
     @model_validator(mode="after")
     def _grams_of_kept_inputs(self) -> Calibrate:
         if self.task_data is not None and self.save == "factors":
-            raise ValueError("task_data gives Grams: leave out save=factors")
+            raise ValueError("--task-data gives Grams: leave out --save factors")
         return self

@@ -46,6 +46,7 @@ class SafeDelta(Job, Calibrated, Served):
     calibrated: ClassVar[bool] = True
     rescales: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
+    measured_by: ClassVar[tuple[str, ...]] = ("selection", "block_size", "sub_block", "compensate")
     keeps_more: ClassVar[str] = "a higher --strength"
     grows: ClassVar[str] = "compensation adds to what is kept: measure the output"
     published: ClassVar[dict[str, Any]] = Calibrated.published | {"dtype": "float16"}
@@ -67,6 +68,7 @@ class SafeDelta(Job, Calibrated, Served):
     rest: Literal["aligned", "finetuned"] = Field(
         "aligned", description="whose embeddings, norms, biases and head to take"
     )
+    # Again, as `rank`: of this method the manifest says both, given or not.
     output_format: Literal["adapter", "checkpoint"] | None = Field(
         None, description="of an adapter's output (default: adapter)"
     )
@@ -115,10 +117,6 @@ class SafeDelta(Job, Calibrated, Served):
     @property
     def dense_scratch(self) -> int:
         return 20  # in fp32 the delta, what is written, a block's errors and triangle; the mask; the output
-
-    @property
-    def writes_checkpoint(self) -> bool:
-        return self.finetuned is not None or self.output_format == "checkpoint"
 
     @property
     def rest_role(self) -> str:

@@ -149,6 +149,7 @@ def _compute(
     given: Callable[[Job], Given] | None,
 ) -> None:
     inputs, arrivals = Inputs(loaded, device), Arrivals(device)
+    curves: dict[Hashable, list[float]] = {}
     with arrivals.landing():
         gates = _gates([t for t in tasks if isinstance(t, ModuleTask)], inputs)
         cosines = torch.stack([gate.cosine for gate in gates.values()]).tolist() if gates else ()
@@ -157,7 +158,7 @@ def _compute(
             if isinstance(task, CopyTask):
                 _copy(task, inputs, clock)
             elif not task.run.is_done(task.plan.name):
-                _decide(task, inputs, decided, clock, given, arrivals)
+                _decide(task, inputs, decided, clock, given, arrivals, curves)
 
 
 def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
@@ -204,6 +205,7 @@ def _decide(
     clock: Clock,
     given: Callable[[Job], Given] | None,
     arrivals: Arrivals,
+    curves: dict[Hashable, list[float]],
 ) -> None:
     job_run, plan = task.run, task.plan
     gate, value = gates.get(task.gate_key, (None, math.nan)) if job_run.needs_gate(plan.name) else (None, math.nan)
@@ -220,7 +222,7 @@ def _decide(
         inputs.refuse_not_finite(task.reads())  # what is not selected, or an A that is only copied, is not written
     module = _module(task, inputs, gate, cosine, given(job_run.job) if given is not None else "")
     if job_run.measures:
-        job_run.measured(plan.name, [] if module.note else task.job.measure(module))
+        job_run.measured(plan.name, [] if module.note else _measured(task, module, curves))
         return
     edit = task.job.edit(module)
     if "weight" in plan.writes and "weight" not in edit.tensors:
@@ -241,6 +243,14 @@ def _decide(
         arrivals.add(torch.stack(list(left)).to(inputs.device), torch.float64, lambda values: decide(values.tolist()))
     else:
         decide([value.item() for value in left])
+
+
+def _measured(task: ModuleTask, module: Module, curves: dict[Hashable, list[float]]) -> list[float]:
+    """What a module lets through at each strength, once for all jobs that ask the same of the same delta."""
+    key = (id(task.run.plan.factors), task.plan.finetuned.key, task.plan.name, task.job.measured_like())
+    if key not in curves:
+        curves[key] = task.job.measure(module)
+    return curves[key]
 
 
 def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None, given: Given) -> Module:

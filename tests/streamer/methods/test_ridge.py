@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from safeshard.manifests.errors import RequestError
 from safeshard.manifests.schema import Manifest, load
 from safeshard.streamer import batch, calibrate, ridge, safedelta, verify
 from safeshard.streamer.cli.app import main
+from safeshard.streamer.methods.ridge import Ridge
+from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.run.runner import Result
 
 KINDS = ("llama", "qwen2", "phi3", "gpt2")
@@ -324,3 +327,36 @@ def test_the_command_line(llama: Any, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["inspect", str(llama.root / "out")])
     assert "leak" in capsys.readouterr().out
+
+
+def test_leaks_share_what_is_measured(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that differ in their leak alone measure each module once, and write what they write alone."""
+    measured: Counter[tuple[str, str]] = Counter()
+    for method in (Ridge, SafeDelta):
+
+        def counted(self: Any, module: Any, original: Any = method.measure) -> list[float]:
+            measured[self.method, module.name] += 1
+            found: list[float] = original(self, module)
+            return found
+
+        monkeypatch.setattr(method, "measure", counted)
+    jobs = [("ridge", {"leak": 0.3}), ("ridge", {"leak": 0.02})]
+    jobs += [("safedelta", {"leak": leak, "percdamp": 0.1}) for leak in (0.3, 0.02)]
+    jobs += [("safedelta", {"leak": 0.02, "percdamp": 0.1, "block_size": 8})]  # which asks for other curves
+    asked = [
+        {"method": method, **{k: str(v) if isinstance(v, Path) else v for k, v in (options(llama, "") | given).items()}}
+        for method, given in jobs
+    ]
+    for number, job in enumerate(asked):
+        job.pop("quiet", None)
+        job["output"] = str(llama.root / f"shared-{number}")
+    file = llama.root / "leaks.yaml"
+    file.write_text(json.dumps({"jobs": asked}))
+    batch(file, quiet=True)
+    for name in llama.grams:
+        each = {method: count for (method, module), count in measured.items() if module.endswith(name)}
+        assert each == {"ridge": 1, "safedelta": 2}
+    for number, job in enumerate(asked):
+        alone = {**job, "output": str(llama.root / f"alone-{number}"), "quiet": True}
+        {"ridge": ridge, "safedelta": safedelta}[alone.pop("method")](**alone)
+        assert llama.weights(f"alone-{number}") == llama.weights(f"shared-{number}")
