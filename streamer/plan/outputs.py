@@ -358,7 +358,12 @@ def _weight(checkpoint: Checkpoint | Adapter, module: str, instead: Checkpoint |
 
 
 def counterpart(checkpoint: Checkpoint, name: str) -> TensorRef | None:
-    """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding."""
+    """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding.
+
+    None where there is none that can be taken over as it is.
+    """
+    if name in checkpoint.reordered:
+        return None
     if is_head(name) and name not in checkpoint.tensors:
         head = checkpoint.weight(name.removesuffix(".weight"))
         return head.ref if head is not None and head.is_tensor else None
