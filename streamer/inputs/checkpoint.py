@@ -150,7 +150,7 @@ class Checkpoint:
             if found is None and (why := self.modules.reason(module)) is not None:
                 yield self._refused(why)
             elif found is not None and found.dtype not in FLOATS:
-                remedy = "dequantise or convert the checkpoint first"
+                remedy = "save the checkpoint in one of these dtypes first"
                 yield self.offence(found.name, "BF16, F16 or F32", found.dtype, remedy)
             elif (found is not None and not found.numel) or (found is None and ref is not None):
                 shape = ref.shape if ref is not None else ()
