@@ -10,7 +10,19 @@ from typing import Annotated
 import torch
 import typer
 
-from safeshard.bench import durability, io, kernels, models, peers, pictures, pipeline, remote, roofline, rows
+from safeshard.bench import (
+    durability,
+    io,
+    kernels,
+    models,
+    peers,
+    pictures,
+    pipeline,
+    remote,
+    roofline,
+    rows,
+    support_inputs,
+)
 from safeshard.bench.real import experiment as real
 from safeshard.bench.real import pictures as real_pictures
 from safeshard.bench.real import table as real_table
@@ -180,6 +192,12 @@ def _measured(name: str, what: str, run: Callable[[Path, str, int | None, int, b
 
 _measured("io", "Time plain reading, by each method, and writing.", io.run)
 _measured("durability", "Time hashing and syncing as a share of a job that writes a checkpoint.", durability.run)
+
+
+@app.command("support")
+def support() -> None:
+    """Plan small inputs of every kind with every method, and keep what the planner says for the support table."""
+    print(support_inputs.write_planned())
 
 
 @app.command("report")

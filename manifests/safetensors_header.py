@@ -67,6 +67,17 @@ class Header:
     raw: bytes
 
 
+# How files begin that lie under the name of another.
+_OTHERS = {
+    b"version ": "a pointer of Git LFS, which `git lfs pull` replaces by the file",
+    b"<!doctyp": "a web page",
+    b"<html": "a web page",
+    b"gguf": "GGUF, llama.cpp's format",
+    b"pk\x03\x04": "a ZIP archive, as pickles are",
+    b'{"error"': "an error that a server answered",
+}
+
+
 def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> Header:
     """Parse the header of `file`, which holds `size` bytes; `read(start, stop)` returns its bytes in that range.
 
@@ -77,9 +88,13 @@ def read_header(file: str, size: int, read: Callable[[int, int], bytes]) -> Head
         raise HeaderError("a safetensors file", f"{size} bytes")
     prefix = read(0, 8)
     length = int.from_bytes(prefix, "little")
+    data_start = 8 + length
+    if length > MAX_HEADER_BYTES or data_start > size:
+        known = next((what for start, what in _OTHERS.items() if prefix.lower().startswith(start)), None)
+        if known is not None:
+            raise HeaderError("a safetensors file", known)
     if length > MAX_HEADER_BYTES:
         raise HeaderError("a safetensors file", f"a header length of {length} bytes")
-    data_start = 8 + length
     if data_start > size:
         raise HeaderError(f"a header that ends at byte {data_start}", f"{size} bytes in the file (truncated)")
     text = read(8, data_start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 OUTPUT = Path(__file__).parent / "pins/written/0.1.0/outputs/merge"
 PROGRAM = """
 import contextlib, io, json, sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from safeshard.streamer.cli.app import main
 printed = io.StringIO()
@@ -65,3 +67,36 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
     with pytest.raises(AttributeError, match="safemrge"):
         safeshard.safemrge  # noqa: B018
+
+
+STOPPED = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from safeshard.__main__ import entry
+entry()
+"""
+
+
+@pytest.mark.parametrize("module", ["safeshard.streamer.cli.app", "typer", "pydantic", "safeshard.streamer.options"])
+def test_an_interrupt_while_it_is_imported_ends_it_with_one_line(module: str) -> None:
+    done = subprocess.run([sys.executable, "-c", STOPPED, module, "inspect", "x"], capture_output=True, text=True)
+    assert done.stderr == "safeshard: interrupted; nothing was begun\n"
+    assert done.returncode == 130
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored() -> None:
+    program = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n" + STOPPED
+    done = subprocess.run([sys.executable, "-c", program, "typer", "--version"], capture_output=True, text=True)
+    assert done.returncode == 2  # the command line is that of this program: no such command
+    assert "interrupted" not in done.stderr
+
+
+def test_the_console_script_is_that_entry() -> None:
+    (script,) = entry_points(group="console_scripts", name="safeshard")
+    assert script.value in ("safeshard.__main__:entry", "safeshard.streamer.cli.app:entry")  # of an older install
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert 'safeshard = "safeshard.__main__:entry"' in text

@@ -12,6 +12,8 @@ from safeshard.bench.tune.sweep import Sweep
 from safeshard.manifests.errors import printable
 from safeshard.manifests.evaluation import Evaluation, Figure, percent
 
+GIVEN = (ALIGNED, TUNED) = ("aligned", "fine-tuned")  # how figures call the models that were there before
+
 
 @dataclass(frozen=True)
 class Tuned:
@@ -39,7 +41,33 @@ class Tuned:
             yield "Nothing beats `scale` here: the best factor is taken."
         else:
             yield f"`scale` of equal attack success keeps {choice.scaled:.1f} % utility, read off its curve."
+        yield from self._untold()
         yield from self._confirmed()
+
+    def told_apart(self) -> dict[str, bool]:
+        """Measure -> whether on some part of the validation two settings have intervals that do not overlap."""
+        tried = [figure for figure in self.validation if figure.model not in GIVEN]
+        told = {}
+        for measure in ("attack_success", "utility"):
+            parts: dict[str, list[Figure]] = {}
+            for figure in tried:
+                if figure.measure == measure:
+                    parts.setdefault(figure.part, []).append(figure)
+            told[measure] = any(max(f.low for f in found) > min(f.high for f in found) for found in parts.values())
+        return told
+
+    def _untold(self) -> Iterator[str]:
+        """What the validation prompts cannot tell apart, so that the choice is one of chance."""
+        words = {"attack_success": "attack success", "utility": "utility"}
+        same = [words[measure] for measure, told in self.told_apart().items() if not told]
+        if len(same) == len(words):
+            yield (
+                "The validation prompts cannot tell the settings apart: all their intervals overlap, of attack success "
+                "and of utility. Which one was chosen is chance: use more prompts, other ones, or settings further "
+                "apart."
+            )
+        elif same:
+            yield f"In {same[0]} the validation prompts cannot tell the settings apart: all their intervals overlap."
 
     def _confirmed(self) -> Iterator[str]:
         """What the test prompts say of the chosen setting."""
@@ -85,7 +113,8 @@ class Tuned:
         """For programs: choice, points and figures."""
         value = {
             "schema": "safeshard.tune/1", "sweep": json.loads(self.sweep.model_dump_json()),
-            "choice": asdict(self.choice), "points": [asdict(point) for point in self.points],
+            "choice": asdict(self.choice), "told_apart": self.told_apart(),
+            "points": [asdict(point) for point in self.points],
             "validation": [figure.model_dump(mode="json") for figure in self.validation],
             "test": self.test.model_dump(mode="json", by_alias=True),
         }  # fmt: skip

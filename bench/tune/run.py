@@ -12,7 +12,7 @@ from safeshard.bench.evaluation.prompts import Prompt
 from safeshard.bench.evaluation.run import Evaluate, Evaluating, read_all
 from safeshard.bench.evaluation.suite import Suite, read_suite
 from safeshard.bench.tune import picture
-from safeshard.bench.tune.report import Tuned
+from safeshard.bench.tune.report import ALIGNED, TUNED, Tuned
 from safeshard.bench.tune.rule import Choice, Point, decide
 from safeshard.bench.tune.sweep import SETTINGS, Other, Setting, Sweep, read_sweep, settings_of, split
 from safeshard.manifests.errors import Offence, RequestError
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from safeshard.streamer.run.runner import Result
 
 DEFENDED, JOBS, RESULT = "defended", "jobs.yaml", "tune.json"
-ALIGNED, TUNED = "aligned", "fine-tuned"  # how figures call the models that were there before
 FREE = 0.8  # of the room on the disk that outputs to choose from may take
 
 

@@ -115,11 +115,12 @@ def settings_of(sweep: Sweep) -> tuple[list[Setting], list[Job]]:
     Raises:
         RequestError: jobs are malformed, all of them; two settings are the same.
     """
-    entries = [*sweep.settings]
-    if not any(entry.get("method") == "scale" and "label" not in entry for entry in entries):
-        entries.insert(0, {"method": "scale", "matrix": {"factor": list(FACTORS)}})
-    found = [setting for entry in entries for setting in _expand(sweep, entry)]
-    jobs = jobs_of({"defaults": _defaults(sweep), "jobs": [dict(s.entry) for s in found]}, "settings")
+    entries = [(f"settings: entry {number}", entry) for number, entry in enumerate(sweep.settings, 1)]
+    if not any(entry.get("method") == "scale" and "label" not in entry for _, entry in entries):
+        entries.insert(0, ("settings: scale", {"method": "scale", "matrix": {"factor": list(FACTORS)}}))
+    expanded = [(name, setting) for name, entry in entries for setting in _expand(sweep, name, entry)]
+    called, found = [name for name, _ in expanded], [setting for _, setting in expanded]
+    jobs = jobs_of({"defaults": _defaults(sweep), "jobs": [dict(s.entry) for s in found]}, "the sweep", called)
     folders = [setting.folder for setting in found]
     if twice := {folder for folder in folders if folders.count(folder) > 1}:
         raise RequestError(
@@ -133,12 +134,12 @@ def _defaults(sweep: Sweep) -> dict[str, Any]:
     return {**sweep.defaults, "aligned": sweep.aligned, **tuned}
 
 
-def _expand(sweep: Sweep, entry: Mapping[str, Any]) -> Iterator[Setting]:
+def _expand(sweep: Sweep, name: str, entry: Mapping[str, Any]) -> Iterator[Setting]:
     matrix = entry.get("matrix", {})
     method, label = str(entry.get("method")), str(entry.get("label", entry.get("method")))
     own = {key: value for key, value in entry.items() if key not in ("matrix", "label")}
     if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
-        raise RequestError(Offence("settings", method, "matrix: lists of values by option", repr(matrix)[:80]))
+        raise RequestError(Offence(name, method, "matrix: lists of values by option", repr(matrix)[:80]))
     for values in itertools.product(*matrix.values()):
         options = dict(zip(matrix, values, strict=True))
         setting = ", ".join(f"{key.replace('_', ' ')} {_shown(value)}" for key, value in options.items()) or "as given"

@@ -16,6 +16,7 @@ import os
 import random
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,8 @@ def load_prompts(
     }
     records = [found[index] for index in order]
     renderer = Renderer(tokenizer_folder)
-    tokens = _tokenize(file.source, records, tokenizer_folder, renderer, max_tokens, published)
+    with closing(renderer):
+        tokens = _tokenize(file.source, records, tokenizer_folder, renderer, max_tokens, published)
     notes += [f"{what}, in {number} calibration samples" for what, number in renderer.notes.items()]
     return Prompts(tokens, file, hash_bytes(file.data), count, tuple(notes))
 

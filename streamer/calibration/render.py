@@ -4,20 +4,28 @@ A template is a program. Those of LLaVA and SmolVLM go through the parts of a co
 nothing, without an error. So what was rendered is looked at: it must hold each turn's text, in order. Where it does
 not, the content is given in parts; where that fails too, the data is refused. A template that takes no system turn is
 given its text at the head of the first user's.
+
+It is a stranger's program, so that it runs in a process of its own, with a limit of time and memory, and what comes out
+may be longer than what went in by so much and no more.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.calibration.bounded import Bounded, LimitError, WorkError
 from safeshard.streamer.calibration.records import BadRecordError, Messages
 from safeshard.streamer.extras import require_transformers
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TEMPLATE_TEXT = 1 << 16  # characters that a template may add to a conversation: of tools and dates, some thousands
+TIMES = 4  # and how often it may say what it was given, or escape it
 SYSTEM_JOINED = "the text of the system turn at the head of the user's"
 
 
@@ -30,6 +38,7 @@ class Renderer:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.notes: Counter[str] = Counter()
+        self._template: Bounded[Any] = Bounded(self._apply)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -40,10 +49,16 @@ class Renderer:
             if not path.is_dir() and path.exists() and not path.is_file():
                 raise RequestError(Offence(str(path), "", "a regular file", "a device or a pipe", "remove it"))
         auto = require_transformers().AutoTokenizer
+        with suppress(ImportError):  # here, for the process that renders
+            import_module("jinja2.sandbox")
         try:
             return auto.from_pretrained(self._folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # files from elsewhere fail in many ways, all of them theirs
             raise RequestError(Offence(where, "tokenizer", "one that loads", str(error)[:300], remedy)) from error
+
+    def close(self) -> None:
+        """End the process that renders."""
+        self._template.close()
 
     def render(self, messages: Messages) -> list[int]:
         """Token ids of a conversation.
@@ -70,10 +85,12 @@ class Renderer:
         in_parts = [m | {"content": [{"type": "text", "text": m["content"]}]} for m in messages]
         for form in (messages, in_parts):
             try:
-                text = str(self._tokenizer.apply_chat_template(form, tokenize=False))
-            except RequestError:
-                raise
-            except Exception as error:  # a template may raise anything
+                text = self._template(form)
+            except LimitError as error:
+                expected = "one that renders a conversation in little time and memory"
+                remedy = "mend the template, or give the data as `input_ids`"
+                raise RequestError(Offence(str(self._folder), "chat template", expected, str(error), remedy)) from error
+            except WorkError as error:
                 problem = problem or str(error)[:300]
                 continue
             missing = _first_missing(messages, text)
@@ -81,6 +98,14 @@ class Renderer:
                 return text
             lost = lost or f"it drops the text of turn {missing + 1}"
         raise BadRecordError("messages that the chat template takes", problem or lost)
+
+    def _apply(self, messages: Any) -> str:
+        """What the template makes of messages."""
+        text = str(self._tokenizer.apply_chat_template(messages, tokenize=False))
+        given = sum(len(str(message["content"])) for message in messages)
+        if len(text) > TIMES * given + TEMPLATE_TEXT:
+            raise ValueError(f"it makes {len(text)} characters of {given}")
+        return text
 
     def render_plainly(self, messages: Messages) -> list[int]:
         """Token ids as the published Safe Delta code makes them, without a chat template: `[INST] question [/INST]`.

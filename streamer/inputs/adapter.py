@@ -26,10 +26,12 @@ from safeshard.streamer.inputs.expert_lora import (
 )
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_file_header
 from safeshard.streamer.inputs.layouts import model_type
+from safeshard.streamer.inputs.layouts.rotary import PAIRED
 from safeshard.streamer.inputs.lies_there import instead_of_adapter
 from safeshard.streamer.inputs.lora_config import LoraConfig, read_config
-from safeshard.streamer.inputs.names.apply import ambiguities
-from safeshard.streamer.inputs.names.exchange import Names, Shape, exchange
+from safeshard.streamer.inputs.names.apply import ambiguities, model_types, order_offence
+from safeshard.streamer.inputs.names.convert import match_names
+from safeshard.streamer.inputs.names.exchange import Names, Shape
 from safeshard.streamer.inputs.names.parts import stack_of
 from safeshard.streamer.inputs.names.unbuilt import unbuilt
 from safeshard.streamer.inputs.vocabulary import only_rows_differ
@@ -113,7 +115,7 @@ def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = Non
     pairs, wrong = unpack(pairs, config, packing, matching.where)
     matching.offences += wrong
     outside = {_saved_name(key): ref.shape for key, ref in saved.items() if layer_of(key) is None}
-    names = exchange(_shapes(pairs) | outside, _module_shapes(base))
+    names = match_names(_shapes(pairs) | outside, _module_shapes(base), model_types(base))
     matching.offences += ambiguities(names, matching.where, base)
     modules = matching.match(pairs, names)
     targets = matching.expect(names)
@@ -214,6 +216,13 @@ class _Matching:
                     self._refuse(path, f"a module of {self.base.source.spec}", got, "use the adapter's own base model")
                 continue
             self._found.add(name)
+            if PAIRED.fullmatch(path):
+                remedy = "convert the adapter to transformers' names, with its rows of wq and wk in their order"
+                self._refuse(path, "an adapter of transformers' model", "one of Mistral's own", remedy)
+                continue
+            if self.base.interleaved.get(name) == 0:
+                self.offences.append(order_offence(self.base, name))
+                continue
             if isinstance(sides.get("A"), PackedRef):
                 self._packed.add(name)
             if module := self._check(name, path, sides):

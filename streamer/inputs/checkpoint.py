@@ -15,10 +15,12 @@ from safeshard.manifests.safetensors_header import Header, TensorRef
 from safeshard.streamer.inputs.codecs import FORMATS, Refused
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_headers
 from safeshard.streamer.inputs.layouts import Modules, Stored, plain
+from safeshard.streamer.inputs.layouts.rotary import interleaved
 from safeshard.streamer.inputs.lies_there import ADAPTER as ADAPTER
 from safeshard.streamer.inputs.lies_there import INDEX as INDEX
 from safeshard.streamer.inputs.lies_there import SINGLE as SINGLE
 from safeshard.streamer.inputs.lies_there import instead_of_checkpoint, shard_sets
+from safeshard.streamer.inputs.names.conversions import OWN_EMBEDDING
 from safeshard.streamer.inputs.names.exchange import Names
 from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.inputs.names.unbuilt import text_config, unbuilt
@@ -26,6 +28,7 @@ from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
 
 FLOATS = ("BF16", "F16", "F32")
+PARAMS = "params.json"  # Mistral's own configuration
 NOT_GATHERED = (
     "DeepSpeed ZeRO-3 or FSDP saved it without gathering: save it again with "
     "stage3_gather_16bit_weights_on_model_save, or run DeepSpeed's zero_to_fp32.py"
@@ -44,6 +47,8 @@ class Checkpoint:
         files: the safetensors files in name order.
         names: how its own names read in `tensors`, where another checkpoint's stand there.
         index_note: what was made of an index that is missing, or not right; "" for all others.
+        interleaved: queries and keys whose rows lie in pairs -> the size of their heads, 0 where that is not known.
+        reordered: tensors whose rows lie in another order than those of the checkpoint whose names stand here.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Checkpoint:
         self.source, self.config, self.tensors, self.files = source, config, dict(tensors), files
         self.names = Names()
         self.index_note = ""
+        self.interleaved: dict[str, int] = {}
+        self.reordered: set[str] = set()
 
     def under(self, names: Names) -> Checkpoint:
         """The same checkpoint with its tensors under another's names."""
@@ -59,6 +66,9 @@ class Checkpoint:
         view = Checkpoint(self.source, self.config, tensors, self.files)
         view.names = names
         view.index_note = self.index_note
+        view.interleaved = {
+            names.ours(f"{module}.weight").removesuffix(".weight"): head for module, head in self.interleaved.items()
+        }
         return view
 
     def weight(self, module: str) -> Stored | None:
@@ -97,7 +107,7 @@ class Checkpoint:
     @cached_property
     def modules(self) -> Modules:
         """Every linear by its module's name, however it is stored."""
-        return Modules(self.tensors, self.config, self.stores_transposed)
+        return Modules(self.tensors, self.config, self.stores_transposed, self.interleaved)
 
     @cached_property
     def linears(self) -> dict[str, Stored]:
@@ -140,7 +150,7 @@ class Checkpoint:
             if found is None and (why := self.modules.reason(module)) is not None:
                 yield self._refused(why)
             elif found is not None and found.dtype not in FLOATS:
-                remedy = "dequantise or convert the checkpoint first"
+                remedy = "save the checkpoint in one of these dtypes first"
                 yield self.offence(found.name, "BF16, F16 or F32", found.dtype, remedy)
             elif (found is not None and not found.numel) or (found is None and ref is not None):
                 shape = ref.shape if ref is not None else ()
@@ -170,7 +180,7 @@ def is_embedding(module: str) -> bool:
 
 def is_head(name: str) -> bool:
     """Whether a tensor is the language model's output head, whatever wraps the model."""
-    return (name == "lm_head.weight" or name.endswith(".lm_head.weight")) and not part_of(name)
+    return name in ("lm_head.weight", "output.weight") or (name.endswith(".lm_head.weight") and not part_of(name))
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -200,6 +210,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
         source, config, tensors, [file_header(source, name, header) for name, header in sorted(headers.items())]
     )
     checkpoint.index_note = index_note
+    params = read_json(source, PARAMS) if PARAMS in sizes and OWN_EMBEDDING in tensors else {}
+    checkpoint.interleaved = interleaved(tensors, config, params if isinstance(params, dict) else {})
     return checkpoint
 
 

@@ -21,6 +21,14 @@ _STATE = re.compile(
     r"optimizer.*|scheduler.*|rng_state.*|random_states.*|scaler\..*|training_args\.bin|trainer_state\.json"
     r"|.*optim_states\.pt|.*model_states\.pt|sampler.*|dl_.*|latest|zero_to_fp32\.py"
 )
+# Other formats of weights: what they are, and what to do.
+_OTHERS = {
+    ".gguf": ("GGUF, llama.cpp's format", "use the model that it was made from, in safetensors"),
+    ".onnx": ("an ONNX export", "use the model that it was made from, in safetensors"),
+    ".h5": ("Keras or TensorFlow weights", "load it with from_tf=True and save_pretrained"),
+    ".msgpack": ("Flax weights", "load it with from_flax=True and save_pretrained"),
+    ".distcp": ("a distributed checkpoint", "gather it first: accelerate merge-weights FOLDER OUT"),
+}
 _GATHER = (
     "gather the shards first (python zero_to_fp32.py FOLDER OUT --safe_serialization), or train with "
     "stage3_gather_16bit_weights_on_model_save"
@@ -72,7 +80,8 @@ def instead_of_adapter(source: Source) -> tuple[str, str] | None:
     if inside:
         got, remedy = f"full checkpoints in {_listed(inside)}", f"give one as --finetuned {source.spec}/{inside[-1]}"
         return got, remedy
-    if any(_STATE.fullmatch(name) for name in names):
+    others = any(PurePosixPath(name).suffix in {*_OTHERS, ".safetensors"} for name in names)
+    if others or any(_STATE.fullmatch(name) for name in names):
         return _pickles_or_nothing(names, "name the folder of a PEFT adapter", "a pickle")
     return None
 
@@ -84,6 +93,11 @@ def _pickles_or_nothing(names: list[str], remedy: str, what: str) -> tuple[str, 
     if state:
         sharded = any(name.endswith("_states.pt") or name in ("latest", "zero_to_fp32.py") for name in state)
         return f"a training's state without weights ({_listed(state)})", _GATHER if sharded else remedy
+    for name in names:
+        if (known := _OTHERS.get(PurePosixPath(name).suffix)) is not None:
+            return f"{known[0]} ({name})", known[1]
+    if other := next((name for name in names if name.endswith(".safetensors")), None):
+        return f"{other}, which is no file of PEFT's", remedy
     return "no safetensors file", remedy
 
 

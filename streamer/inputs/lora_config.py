@@ -42,6 +42,9 @@ _MERGE = (
     "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\""
 )
 _REMEDY = f"{_MERGE}; or retrain as plain LoRA"
+_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
+            "CARTRIDGE"}  # fmt: skip
+_NO_WEIGHTS = "it learns a prompt and leaves the weights alone, so that there is no delta: fine-tune with LoRA"
 # Merging onto the aligned model would be wrong: A and B belong to a base from which their first product was taken.
 _CONVERT = (
     "convert it to plain LoRA when it is saved (save_pretrained's path_initial_model_for_weight_conversion), or merge "
@@ -159,7 +162,10 @@ def read_config(where: str, raw: Any) -> LoraConfig:
     if not isinstance(raw, dict):
         raise RequestError(Offence(where, "", "a JSON object", type(raw).__name__, "check the file"))
     if raw.get("peft_type") != "LORA":
-        raise RequestError(Offence(where, "peft_type", "LORA", repr(raw.get("peft_type")), _REMEDY))
+        kind = raw.get("peft_type")
+        remedy = _REMEDY if isinstance(kind, str) else "name the folder of a PEFT adapter"
+        remedy = _NO_WEIGHTS if kind in _PROMPTS else remedy
+        raise RequestError(Offence(where, "peft_type", "LORA", repr(kind), remedy))
     offences = [Offence(where, key, *facts) for key, *facts in _unsupported(raw)]
     malformed = list(_malformed(raw))
     for key in malformed:

@@ -9,7 +9,7 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.tensor_names import layer_of
 
 _VOCABULARY = re.compile(
-    r"(.*\.)?[^.]*(embed|wte|wpe|lm_head|output_layer)[^.]*\.(weight|bias)|(.*\.)?final_logits_bias"
+    r"(.*\.)?[^.]*(embed|wte|wpe|lm_head|output_layer)[^.]*\.(weight|bias)|(.*\.)?final_logits_bias|output\.weight"
 )
 
 

@@ -139,6 +139,11 @@ def _missing_offences(plan: JobPlan, role: str, other: Checkpoint) -> Iterator[O
     for name in sorted(aligned.tensors.keys() - other.tensors.keys() - excused.keys() - elsewhere, key=natural):
         if counterpart(other, name) is None:
             remedy = "save or fetch it again, whole; a model of another architecture does not fit"
+            if is_head(name) and other.embedding is not None:
+                remedy = (
+                    "save or fetch it again, whole; where it shares the embedding's weight, config.json has to say so "
+                    "(tie_word_embeddings)"
+                )
             yield other.offence(name, f"every tensor of {aligned.source.spec}", "missing", remedy)
 
 

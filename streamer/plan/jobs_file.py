@@ -25,7 +25,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -47,8 +47,10 @@ def read_jobs(path: Path) -> list[Job]:
     return jobs_of(read_yaml(path, "a jobs file"), str(path))
 
 
-def jobs_of(document: Any, where: str) -> list[Job]:
+def jobs_of(document: Any, where: str, called: Sequence[str] = ()) -> list[Job]:
     """Validate the jobs of a document that was read, called `where` in messages.
+
+    `called` names each job in messages, where its number is not one that anybody wrote.
 
     Raises:
         RequestError: it is malformed, or jobs are; every offence of every job.
@@ -71,13 +73,13 @@ def jobs_of(document: Any, where: str) -> list[Job]:
     jobs: list[Job] = []
     for number, entry in enumerate(document["jobs"], 1):
         try:
-            jobs += _jobs(f"{where}: job {number}", defaults, entry)
+            jobs += _jobs(called[number - 1] if called else f"{where}: job {number}", defaults, entry)
         except RequestError as error:
             offences += error.offences
         if len(jobs) > MAX_JOBS:
             raise RequestError(_too_many(f"{where}: job {number}"))
     if offences:
-        raise RequestError(offences)
+        raise RequestError(list(dict.fromkeys(offences)))
     return jobs
 
 

@@ -38,7 +38,9 @@ def layout_of(aligned: Checkpoint, dequantize: bool, dtype: str) -> Layout:
         for size in shape:
             count *= size
         tensors[name] = TensorRef(name, dtype, shape, found.refs["values"].file, 0, count * ITEM_BITS[dtype] // 8)
-    return Layout(tensors, Modules(tensors, without_quantisation(aligned.config), aligned.stores_transposed))
+    return Layout(
+        tensors, Modules(tensors, without_quantisation(aligned.config), aligned.stores_transposed, aligned.interleaved)
+    )
 
 
 def left_encoded(aligned: Checkpoint, written: set[str], layout: Layout) -> Iterator[Offence]:

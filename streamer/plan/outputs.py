@@ -268,7 +268,13 @@ def _from_adapter(plan: JobPlan, adapter: Adapter, name: str) -> Copy | None:
         return None
     copy = Copy(name, adapter.source, adapter.saved[key])
     if plan.job.rest_role == "finetuned" or whole[key].equal:
-        return copy if plan.job.rest_role == "finetuned" or whole[key].added > 0 else None
+        if plan.job.rest_role != "finetuned" and whole[key].added <= 0:
+            return None
+        if not whole[key].equal or whole[key].added:
+            tied = "; the output head shares it, and changes with it" if aligned.tied and not is_head(name) else ""
+            why = f"it is a whole tensor, not a delta; {describe(whole[key])}{tied if not whole[key].equal else ''}"
+            plan.fallbacks.append(Fallback(asked=plan.job.title, done="the adapter's own", why=why, subject=name))
+        return copy
     added = added_rows(aligned.tensors[name], adapter.saved[key])
     plan.fallbacks.append(_left_out(key, f"--rest aligned; {describe(whole[key])}"))
     return None if added is None else Copy(name, aligned.source, aligned.tensors[name], Read(adapter.source, added))
@@ -358,7 +364,12 @@ def _weight(checkpoint: Checkpoint | Adapter, module: str, instead: Checkpoint |
 
 
 def counterpart(checkpoint: Checkpoint, name: str) -> TensorRef | None:
-    """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding."""
+    """The tensor that stands for the aligned model's `name`: of a tied output head, the embedding.
+
+    None where there is none that can be taken over as it is.
+    """
+    if name in checkpoint.reordered:
+        return None
     if is_head(name) and name not in checkpoint.tensors:
         head = checkpoint.weight(name.removesuffix(".weight"))
         return head.ref if head is not None and head.is_tensor else None

@@ -13,6 +13,7 @@ from safeshard.streamer.run.steps import JobRun
 REMOVED = 0.1  # of the delta's norm, below which nearly all is gone
 GREW, ONE_GREW = 1.01, 1.05  # times the norm of the whole delta, or of a module's
 SAME = 1e-9
+NEAR_LEAK = 0.05  # how far from the leak that was asked for is near
 Entry = Mapping[str, Any]
 
 
@@ -29,11 +30,30 @@ def _found(job_run: JobRun, entries: Sequence[Entry], effect: Effect | None) -> 
         yield _unchanged(entries)
     elif effect is not None:
         yield from _size(job_run, entries, effect)
+    yield from _leak(job_run, entries)
     if job_run.job.gated and (undefined := sum("cosine" not in entry for entry in entries)):
         text = (
             f"the gate of {undefined} of {len(entries)} modules is undefined: a delta, or aligned less unaligned, is 0"
         )
         yield Caution(kind="undefined", text=text, remedy="check the inputs; the manifest names the modules")
+
+
+def _leak(job_run: JobRun, entries: Sequence[Entry]) -> Iterator[Caution]:
+    """A leak that was asked for and that no strength among those tried comes to."""
+    asked, strength = job_run.job.target_leak, job_run.strength
+    energies = [entry for entry in entries if "leak" in entry and entry.get("energy")]
+    total_energy = math.fsum(entry["energy"] for entry in energies)
+    if asked is None or strength is None or not total_energy:
+        return
+    reached = math.fsum(entry["leak"] * entry["energy"] for entry in energies) / total_energy
+    safest, most_lenient = (job_run.job.strengths[end] for end in (0, -1))
+    found = f"{reached:.3g} of the delta's energy on safe inputs is let through"
+    if strength == most_lenient and reached < asked * (1 - NEAR_LEAK):
+        text = f"--leak {asked:g} was not reached: {found} at the most lenient strength that is tried, {strength:g}"
+        yield Caution(kind="leak", text=text, remedy="ask for less, or take `scale`")
+    elif strength == safest and reached > asked * (1 + NEAR_LEAK):
+        text = f"--leak {asked:g} was exceeded: {found} at the safest strength that is tried, {strength:g}"
+        yield Caution(kind="leak", text=text, remedy="ask for more")
 
 
 def _is_unchanged(entry: Entry) -> bool:

@@ -24,7 +24,7 @@ from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
 from safeshard.streamer.write.writer import TensorWrite
 
 NEAR_BYTES = 1 << 22  # of a strip of each tensor
-MEASURED = 64  # of so many pieces one, for what is left of the delta: strips pass fast
+MEASURED = 512  # of so many pieces one, for what is left: strips pass fast, and one factor leaves the same of each
 AHEAD_BYTES = 8 << 20  # which the system is asked to read ahead of the strips
 
 

@@ -48,6 +48,8 @@ def open_source(spec: str | os.PathLike[str], cache: ShardCache | None = None) -
     if is_url(text):
         return _open_url(text)
     got = "a file" if exists and text else "no such folder"
+    if exists and path.suffix == ".gguf":
+        raise refuse(text, "a folder, hf://org/name or a URL", "a GGUF file", "use the model that it was made from")
     remedy = (
         f"name its folder: {path.parent}" if exists and text else "name the folder that holds the safetensors files"
     )

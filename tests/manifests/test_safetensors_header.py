@@ -198,3 +198,16 @@ def test_a_huge_length_is_refused_unread(length: int) -> None:
 def test_a_pickle_is_refused() -> None:
     with pytest.raises(HeaderError, match="expected a safetensors file"):
         parse(b"\x80\x02}q\x00X\x01\x00\x00")
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"PK\x03\x04" + bytes(30), "a ZIP archive"), (b"GGUF\x03\0\0\0" + b"\xff" * 20, "GGUF"),
+    ],
+)  # fmt: skip
+def test_what_lies_under_the_name_of_another_is_named(start: bytes, expected: str) -> None:
+    with pytest.raises(HeaderError, match=expected):
+        read_header("f", len(start), lambda begin, end: start[begin:end])

@@ -14,6 +14,7 @@ from typing import Any
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.codecs import MAX_EXPERTS, Encoding, Refused, encoding, region, schemes
 from safeshard.streamer.inputs.layouts.families import BLOCKS, FAMILIES, GATE_UP, ROLES, SYNONYMS, Family, model_type
+from safeshard.streamer.inputs.layouts.rotary import in_halves
 from safeshard.streamer.inputs.layouts.views import Part, Stored, View, plain
 from safeshard.streamer.tensor_names import layer_of, natural
 
@@ -36,10 +37,19 @@ class Modules:
     Attributes:
         encodings: name of a quantised weight -> its format and tensors.
         refused: module, or tensor of fused experts -> why it cannot be read.
+
+    `interleaved` are modules whose rows lie in pairs, with the size of their heads.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorRef], config: Mapping[str, Any], transposed: bool) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorRef],
+        config: Mapping[str, Any],
+        transposed: bool,
+        interleaved: Mapping[str, int] | None = None,
+    ) -> None:
         self._tensors, self._config, self._transposed = tensors, config, transposed
+        self._interleaved = interleaved or {}
         self._type = model_type(config)
         self.refused: dict[str, Refused] = {}
         self.encodings: dict[str, Encoding] = dict(self._encodings())
@@ -121,6 +131,8 @@ class Modules:
         ref = self._tensors.get(f"{module}.weight")
         if ref is None or len(ref.shape) != 2:
             return None
+        if (head := self._interleaved.get(module)) and ref.nbytes and ref.shape[0] % head == 0:
+            return in_halves(ref, head)
         return plain(ref, self._transposed and layer_of(module) is not None)
 
     def _in_fused(self, experts: str, index: int, role: str) -> Stored | None:

@@ -166,6 +166,31 @@ def test_bad_sweeps(tmp_path: Path, sweep: dict[str, Any], change: dict[str, Any
     assert not (tmp_path / "out").exists()
 
 
+def test_a_typo_is_said_once_under_the_number_that_the_user_wrote(tmp_path: Path, sweep: dict[str, Any]) -> None:
+    sweep["settings"] = [
+        {"method": "safelora", "matrix": {"threshold": [0.1, 0.2]}, "unalignde": "x", "unaligned": sweep["aligned"]},
+        {"method": "safelora", "treshold": 0.3, "unaligned": sweep["aligned"]},
+    ]  # fmt: skip
+    with pytest.raises(RequestError) as refused:
+        tune(write(tmp_path, sweep), quiet=True)
+    message = str(refused.value)
+    assert message.count("unalignde") == 1
+    assert "settings: entry 1: unalignde" in message
+    assert "settings: entry 2: treshold" in message
+    assert "job" not in message
+
+
+def test_a_suite_that_cannot_tell_says_so(tmp_path: Path, sweep: dict[str, Any], answering: list[str]) -> None:
+    apart = tune(write(tmp_path, sweep), quiet=True)
+    assert apart.told_apart() == {"attack_success": True, "utility": True}
+    assert "cannot tell" not in apart.text()
+    sweep["settings"] = [{"method": "scale", "matrix": {"factor": [0.7, 0.75]}}]
+    alike = tune(write(tmp_path, sweep | {"output": str(tmp_path / "alike")}), quiet=True)
+    assert alike.told_apart() == {"attack_success": False, "utility": False}
+    assert "cannot tell the settings apart" in alike.text()
+    assert "cannot tell the settings apart" in (tmp_path / "alike" / "README.md").read_text()
+
+
 def test_folders_of_others_are_left_alone(tmp_path: Path, sweep: dict[str, Any]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")

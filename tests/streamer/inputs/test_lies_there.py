@@ -136,3 +136,31 @@ def test_an_index_may_name_what_no_one_builds(world: Any) -> None:
     (folder / INDEX).write_text(json.dumps(index))
     with pytest.raises(RequestError, match=r"mlp\.gone"):
         open_checkpoint(open_source(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "got", "remedy"),
+    [
+        ("model.gguf", "GGUF, llama.cpp's format (model.gguf)", "in safetensors"),
+        ("model.onnx", "an ONNX export (model.onnx)", "in safetensors"),
+        ("__0_0.distcp", "a distributed checkpoint (__0_0.distcp)", "accelerate merge-weights"),
+        ("tf_model.h5", "Keras or TensorFlow weights (tf_model.h5)", "from_tf=True"),
+    ],
+)
+def test_other_formats_are_named(base: Path, file: str, got: str, remedy: str) -> None:
+    folder = touch(base.parent / "other", "config.json", file)
+    for role in ("finetuned", "adapter"):
+        offence = refused(base, **{role: folder})
+        assert offence.got == got
+        assert remedy in offence.remedy
+
+
+def test_a_gguf_file_is_no_folder(base: Path) -> None:
+    file = touch(base.parent / "other", "model.gguf") / "model.gguf"
+    offence = refused(base, finetuned=file)
+    assert (offence.got, offence.remedy) == ("a GGUF file", "use the model that it was made from")
+
+
+def test_an_adapter_of_another_library(base: Path) -> None:
+    offence = refused(base, adapter=touch(base.parent / "comfy", "pytorch_lora_weights.safetensors"))
+    assert offence.got == "pytorch_lora_weights.safetensors, which is no file of PEFT's"

@@ -360,3 +360,13 @@ def test_leaks_share_what_is_measured(llama: Any, monkeypatch: pytest.MonkeyPatc
         alone = {**job, "output": str(llama.root / f"alone-{number}"), "quiet": True}
         {"ridge": ridge, "safedelta": safedelta}[alone.pop("method")](**alone)
         assert llama.weights(f"alone-{number}") == llama.weights(f"shared-{number}")
+
+
+def test_a_leak_that_is_not_reached_is_said(llama: Any) -> None:
+    result = safedelta(**options(llama, "out", percdamp=0.1, leak=0.9999), block_size=20, sub_block=4)
+    found = manifest_of(result)
+    (said,) = [warning for warning in found.warnings or () if warning.kind == "leak"]
+    assert found.leak is not None
+    assert said.text.startswith(f"--leak 0.9999 was not reached: {found.leak:.3g} of the delta's energy")
+    reached = safedelta(**options(llama, "again", percdamp=0.1, leak=0.3), block_size=20, sub_block=4)
+    assert not [warning for warning in manifest_of(reached).warnings or () if warning.kind == "leak"]
