@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")  # what holds all experts' weights
 # The names under which configurations count their experts.
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 Route = Callable[[Tensor, Tensor, Tensor], Tensor]  # tokens, their experts, the weights of these -> outputs
 
 
@@ -138,7 +138,7 @@ def _holds_experts(path: str, module: nn.Module, config: Any) -> bool:
         return last == "experts" and len(module) > 0
     stacked = any(p.ndim > 2 for p in module.parameters(recurse=False)) and not isinstance(module, _CONVOLUTIONS)
     text = config.get_text_config()
-    counted = any((getattr(text, key, None) or 0) > 1 for key in _COUNTS)
+    counted = any((getattr(text, key, None) or 0) > 1 for key in COUNTS)
     return stacked and (counted or last == "experts")
 
 

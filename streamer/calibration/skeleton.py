@@ -23,14 +23,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from safeshard.manifests.bounded import read_regular
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.calibration.ahead import Load
+from safeshard.streamer.calibration.experts import COUNTS as EXPERT_COUNTS
 from safeshard.streamer.calibration.experts import WEIGHTS as FUSED_WEIGHTS
 from safeshard.streamer.calibration.experts import find_experts
 from safeshard.streamer.calibration.renamed import renamed
 from safeshard.streamer.extras import require_transformers
+from safeshard.streamer.inputs.codecs import MAX_EXPERTS
 from safeshard.streamer.inputs.layouts import routes
 from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.sources import MAX_JSON_BYTES
@@ -92,7 +95,8 @@ class Skeleton:
         self._folder = folder
         self._body: nn.Module = model.base_model
         self._body_path = next(path for path, module in model.named_modules() if module is self._body)
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        positions = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = positions if positions and positions > 0 else None  # of XLNet it is -1
         self.width, self.kept_width = _widths(text)
         layers = _find_layers(folder, self._body, config)
         found = find_experts(folder, config, layers)
@@ -227,7 +231,10 @@ class Skeleton:
         finally:
             for layer in layers:
                 del layer.forward
-        if len(calls) != len(layers) or states[0].shape[-3:-1] != tokens.shape or states[0].ndim not in (3, 4):
+        if states and (states[0].shape[-3:-1] != tokens.shape or states[0].ndim not in (3, 4)):
+            expected = "hidden states of batch x length x width, one a layer or several before them"
+            raise _refuse(self._folder, expected, f"{_shape(states[0])} for {_shape(tokens)} tokens")
+        if len(calls) != len(layers):
             raise _refuse(self._folder, f"{len(layers)} layers that run once each", f"{len(calls)} that ran")
         return states[0], calls
 
@@ -269,9 +276,10 @@ def read_config(folder: Path, most_layers: int = MAX_LAYERS) -> Any:
     transformers, place = require_transformers(), ""
     try:
         raw = json.loads(read_regular(folder / "config.json", MAX_JSON_BYTES))
-        for key, count in _layer_counts(raw):
-            if count > most_layers:
-                expected = f"{key} of at most {most_layers}, the layers of the checkpoint"
+        for key, count in _counts(raw):
+            most, what = (most_layers, "the layers of the checkpoint") if key in _LAYER_COUNTS else (MAX_EXPERTS, "")
+            if count > most:
+                expected = f"{key} of at most {most}{what and ', '}{what}"
                 raise _refuse(folder, expected, str(count), "use the checkpoint that belongs to this config.json")
         with tempfile.TemporaryDirectory() as place:
             (Path(place) / "config.json").write_text(json.dumps(_without_code(raw)))
@@ -302,19 +310,19 @@ def _without_code(config: Any) -> Any:
     }
 
 
-def _layer_counts(config: Any) -> Iterator[tuple[str, int]]:
-    """What a configuration, or one inside of it, says of its number of layers."""
+def _counts(config: Any) -> Iterator[tuple[str, int]]:
+    """What a configuration, or one inside of it, says of its numbers of layers and of experts."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        if key in _LAYER_COUNTS and isinstance(value, int):
+        if key in (*_LAYER_COUNTS, *EXPERT_COUNTS) and isinstance(value, int):
             yield key, value
-        yield from _layer_counts(value)
+        yield from _counts(value)
 
 
 def _build(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     transformers = require_transformers()
     dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _StacksOnMeta():
             options = {dtype_option: dtype, "trust_remote_code": False}
             if (text := config.get_text_config()) is not config and _generates(config, text):
                 model = transformers.AutoModel.from_config(text, **options)  # its head is of no use
@@ -379,6 +387,18 @@ def _parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _StacksOnMeta(TorchFunctionMode):
+    """Inside, memory with three axes or more, as experts fused to one parameter take, is never allocated."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros):
+            sizes = args[0] if len(args) == 1 and isinstance(args[0], Sequence) else args
+            if len(sizes) > 2:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
 
 
 def _find_layers(folder: Path, body: nn.Module, config: Any) -> dict[str, nn.Module]:
