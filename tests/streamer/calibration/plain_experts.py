@@ -19,7 +19,7 @@ class Plain:
     every_inner: list[Tensor]
 
     def grams(self, samples: int) -> dict[str, tuple[int, float, Tensor]]:
-        """"in" and "inner" -> tokens, share of the Gram of all, and the Gram, by the rule of docs/experts.md."""
+        """ "in" and "inner" -> tokens, share of the Gram of all, and the Gram, by the rule of docs/experts.md."""
         found = {}
         for name, rows, every in (("in", self.routed, self.every), ("inner", self.inner, self.every_inner)):
             x, y = torch.cat(rows).double(), torch.cat(every).double()

@@ -120,10 +120,15 @@ def _compare(
 ) -> str:
     options = {"budget_bytes": 1 << 30, "key": "a", "saved": HiddenStates([folder])}
     try:
-        weights = Weights(open_checkpoint(open_source(str(folder))))
+        checkpoint = open_checkpoint(open_source(str(folder)))
+        if checkpoint.modules.refused:
+            return "refused: experts fused in a way that no table tells (inputs/layouts/families)"
+        weights = Weights(checkpoint)
         cpu = torch.device("cpu")
         names = weights.shapes.keys()
-        layers = calibrate(folder, weights.load, names, tokens, device=cpu, dtype=torch.float32, experts=weights, **options)
+        layers = calibrate(
+            folder, weights.load, names, tokens, device=cpu, dtype=torch.float32, experts=weights, **options
+        )
         made, seen = [], []
         for layer in layers:
             own = {id(gram): gram for gram in layer.grams.values()} if layer.seen else layer.grams

@@ -109,7 +109,7 @@ def test_checkpoints_are_the_formulas(mixture: Mixture, case: Any, tmp_path: Pat
             assert said[place]["tokens"] == count
             assert said[place].get("shared_gram", 0.0) == pytest.approx(share, abs=1e-12)
     fractions = [entry["selected_fraction"] for entry in entries(tmp_path / "safedelta").values()]
-    assert 0 < min(fractions) < max(fractions)
+    assert len(set(fractions)) > 4
 
 
 def wrapped(mixture: Mixture, folder: Path) -> Path:
@@ -184,7 +184,11 @@ def test_saved_factors_give_the_same_bytes(mixture: Mixture, tmp_path: Path, mon
         method(**mixture.options(tmp_path / f"{name}-saved", factors=tmp_path / "factors", **given))
         own, saved = (tmp_path / f"{name}-{how}/model.safetensors" for how in ("run", "saved"))
         assert own.read_bytes() == saved.read_bytes()
-        assert entries(own.parent) == entries(saved.parent)
+        told = [
+            {place: [e.get(key) for key in ("decision", "selected_fraction", "penalty", "tokens")] for place, e in each}
+            for each in (entries(folder.parent).items() for folder in (own, saved))
+        ]
+        assert told[0] == told[1]
 
 
 def test_an_interrupted_calibration_ends_with_the_same_bytes(
@@ -277,7 +281,11 @@ def test_quantised_models_are_decoded(tmp_path: Path, case: Any, format_: str) -
             assert entries(tmp_path / name)[place]["tokens"] == count
     encoded = {key: value for key, value in options.items() if key not in ("dequantize", "dtype")}
     ridge(**encoded, output=tmp_path / "encoded", penalty=0.3)
-    assert all("encoding_error" in e or e["blocks_changed"] == 0 for e in entries(tmp_path / "encoded").values() if "blocks" in e)
+    assert all(
+        "encoding_error" in e or e["blocks_changed"] == 0
+        for e in entries(tmp_path / "encoded").values()
+        if "blocks" in e
+    )
     assert verify(tmp_path / "encoded", inputs=True) == []
 
 

@@ -64,7 +64,7 @@ def build(kind: str, seed: int, **sizes: Any) -> nn.Module:
 
 
 def multimodal(seed: int) -> nn.Module:
-    """Qwen3-VL-MoE as a whole, which transformers saves as it is released: fused and transposed."""
+    """Qwen3-VL-MoE as a whole."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
     sees = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 24,
             "patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
@@ -86,16 +86,16 @@ def save(model: nn.Module, folder: Path, fused: bool = False, dtype: torch.dtype
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors")
     else:
         model.save_pretrained(folder)
-    if type(model).__name__ == "Qwen3VLMoeTextModel":
+    if type(model).__name__.startswith("Qwen3VLMoe"):
         _as_released(folder)
     model.float()
     return folder
 
 
 def _as_released(folder: Path) -> None:
-    """The text model inside of Qwen3-VL-MoE, stored as its releases are: transposed."""
+    """Qwen3-VL-MoE, or the text model inside of it, stored as releases are: transposed."""
     tensors = load_file(folder / "model.safetensors")
-    stacked = {n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in tensors.items()}
+    stacked = {n: t.transpose(1, 2).contiguous() if "experts" in n and t.ndim == 3 else t for n, t in tensors.items()}
     save_file(
         {n if n.startswith("model.") else f"model.{n}": t for n, t in stacked.items()}, folder / "model.safetensors"
     )
