@@ -12,6 +12,7 @@ from safeshard.manifests.card import PLAIN_LINK, shown_source
 from safeshard.manifests.errors import MAX_LISTED, printable
 from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, share_text
 from safeshard.manifests.render import caution_text, leak_text
+from safeshard.manifests.report.experts import expert_maps
 from safeshard.manifests.report.heatmap import heat_maps
 from safeshard.manifests.report.histogram import histogram
 from safeshard.manifests.report.markup import MAX_ROWS, Child, bar, facts, folded, table, tag
@@ -30,6 +31,7 @@ def section(title: str, manifest: Manifest, anchor: str) -> Element:
         "section",
         tag("header", tag("h1", title), _opening(manifest), _figures(manifest), *_warnings(manifest)),
         *_decisions(manifest.modules),
+        *expert_maps(manifest.modules),
         *_fallbacks(manifest.fallbacks),
         tag("h2", "What was run"),
         _method(manifest),

@@ -1,17 +1,18 @@
 """Factors and Grams on disk: one safetensors file a decoder layer, and factors.json, which ties them to model and data.
 
 A factor is an I x I tensor under the name of its first module; a Gram lies packed (`safeshard.kernels.half`) under that
-name and its role: `model.layers.0.mlp.up_proj:safe`. Folders of schema 1, which hold factors alone, are read as well.
+name and its role: `model.layers.0.mlp.up_proj:safe`. A layer's experts have files of their own, several in one, and
+schema 3, which says how many tokens came to each. Folders of schema 1, which hold factors alone, are read as well.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from safeshard.kernels.half import packed_size
 from safeshard.manifests.errors import Offence, RequestError
@@ -23,6 +24,7 @@ from safeshard.streamer.calibration.groups import FactorSource, Group, Saved, Sa
 from safeshard.streamer.calibration.hidden_states import HiddenStates
 from safeshard.streamer.calibration.joined import Joined
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.expert_lora import is_expert
 from safeshard.streamer.inputs.headers import read_file_header
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.samples import hash_samples
@@ -33,7 +35,9 @@ from safeshard.streamer.sources import MAX_JSON_BYTES, open_source
 from safeshard.streamer.tensor_names import layer_of
 
 INDEX = "factors.json"
-SCHEMA: Literal["safeshard.factors/2"] = "safeshard.factors/2"
+Schema = Literal["safeshard.factors/1", "safeshard.factors/2", "safeshard.factors/3"]
+SCHEMA: Schema = "safeshard.factors/2"
+WITH_EXPERTS: Schema = "safeshard.factors/3"
 FILE = r"factors-\d{5}\.safetensors"
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -51,7 +55,8 @@ class SavedGram(Options):
 class SavedGroup(Options):
     """Linears that share an input, the file that holds their factor and Grams, and the BLAKE3 of the factor's bytes.
 
-    `added` is what was added to the Gram's diagonal, and 1 more at each of `dead`, before the factor was made.
+    `added` is what was added to the Gram's diagonal, and 1 more at each of `dead`, before the factor was made. Of an
+    expert `tokens` is how many came to it, and `shared` the share of the Gram of all tokens in its own.
     """
 
     modules: Names
@@ -63,6 +68,13 @@ class SavedGroup(Options):
     blake3: Hash | None = None
     grams: dict[Role, SavedGram] = Field(default_factory=dict)
     reason: str = ""  # why there is no factor, where one was to be saved
+    tokens: int | None = Field(None, ge=0)
+    shared: Finite | None = Field(None, ge=0, le=1)
+
+    @model_serializer(mode="wrap")
+    def _of_experts_alone(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = handler(self)
+        return {key: value for key, value in said.items() if key not in ("tokens", "shared") or value is not None}
 
     def tensors(self) -> dict[str, str]:
         """The BLAKE3 of each tensor of the file that belongs to this group."""
@@ -71,14 +83,14 @@ class SavedGroup(Options):
 
 
 class FactorIndex(Options):
-    """factors.json: whose factors these are, how they were made, and where they lie. Layers in order.
+    """factors.json: whose factors these are, how they were made, and where they lie, file by file in order.
 
     Headers alone do not tell a base model from its chat version, hence `sample`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_: Literal["safeshard.factors/1", "safeshard.factors/2"] = Field(default=SCHEMA, alias="schema")
+    schema_: Schema = Field(default=SCHEMA, alias="schema")
     safeshard: str
     torch: str
     aligned: Input
@@ -94,7 +106,7 @@ class FactorIndex(Options):
 class SavedFactors:
     """Factors that `calibrate` wrote, of the aligned model given."""
 
-    forward_bytes = batch_bytes = hidden_bytes = ahead_bytes = bytes_read = 0
+    forward_bytes = batch_bytes = kept_bytes = hidden_bytes = ahead_bytes = bytes_read = 0
 
     def __init__(self, place: str, aligned: Checkpoint) -> None:
         """Read the index and the headers.
@@ -117,6 +129,10 @@ class SavedFactors:
 
     def planned(self) -> list[list[Group]]:
         return self._layers
+
+    @property
+    def layer_numbers(self) -> range:
+        return range(len(self._layers))
 
     def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
         yield from map(list, self._layers)
@@ -192,7 +208,8 @@ class SavedFactors:
         percdamp = float(self.index.options.get("percdamp") or 0.01)
         keeps = len({"task", "keep"} & grams.keys())
         return Group(
-            group.modules, width, saved=factor, saved_grams=grams, keeps=keeps, percdamp=percdamp, reason=group.reason
+            group.modules, width, saved=factor, saved_grams=grams, keeps=keeps, percdamp=percdamp, reason=group.reason,
+            tokens=group.tokens, shared=group.shared or 0.0,
         )  # fmt: skip
 
     def _offence(self, file: str, what: str, expected: str, got: str) -> Offence:
@@ -200,10 +217,15 @@ class SavedFactors:
 
 
 def sample_weights(aligned: Checkpoint) -> str:
-    """BLAKE3 of samples of every linear of the first layer, and of one linear of each further layer, in turn."""
+    """BLAKE3 of samples of every linear of the first layer, and of one linear of each further layer, in turn.
+
+    One expert stands for those of the first layer, which may be hundreds.
+    """
     layers: dict[int | None, list[TensorRef]] = {}
     for name, stored in aligned.linears.items():
-        layers.setdefault(layer_of(name), []).append(stored.ref)
+        refs = layers.setdefault(layer_of(name), [])
+        if len(layers) > 1 or not is_expert(name) or ".experts.0." in name:
+            refs.append(stored.ref)
     chosen = [
         ref for number, refs in enumerate(layers.values()) for ref in ([refs[number % len(refs)]] if number else refs)
     ]

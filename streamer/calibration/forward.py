@@ -6,17 +6,17 @@ padding does not count. The factor 2 / N matters only for inputs that are always
 diagonal entry to 1, whatever the scale of the others.
 
 Data flow, in one direction: token ids -> padded batches -> hidden states and recorded arguments (`Skeleton.record`)
--> layer by layer: weights in, every batch through, Grams out, weights dropped. Between layers the hidden states may be
-saved (`HiddenStates`), and an interrupted run goes on from those.
+-> layer by layer: weights in, every batch through, Grams out, weights dropped. A layer with experts runs up to these,
+then each expert once for all batches (`ExpertGrams`), then once more as a whole. Between layers the hidden states may
+be saved (`HiddenStates`), and an interrupted run goes on from those.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,21 @@ import torch
 from torch import nn
 
 from safeshard.kernels.backend import upload
-from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.streamer.calibration.ahead import Ahead, Load
-from safeshard.streamer.calibration.gram_collector import Batch, GramCollector
-from safeshard.streamer.calibration.hidden_states import SPILL, HiddenStates
+from safeshard.streamer.calibration.batches import Batch, check_lengths, cut, host_buffer
+from safeshard.streamer.calibration.expert_grams import Seen
+from safeshard.streamer.calibration.expert_stage import BUFFERS, ExpertStage
+from safeshard.streamer.calibration.experts import Experts
+from safeshard.streamer.calibration.gram_collector import GramCollector
+from safeshard.streamer.calibration.hidden_states import HiddenStates
 from safeshard.streamer.calibration.skeleton import LayerCall, Skeleton
+from safeshard.streamer.calibration.weights import Weights
 from safeshard.streamer.device import memory_errors, own_stream, wait
-from safeshard.streamer.disk import reserve
-from safeshard.streamer.pinned import host_memory
 
 
 @dataclass(frozen=True)
 class LayerGrams:
-    """The Grams of one decoder layer.
+    """The Grams of one decoder layer, or of some of its experts, which come before its other linears.
 
     Linears that share their input (q/k/v, gate/up) share one tensor. Whoever receives this drops it (`grams.clear()`)
     before asking for the next layer, or two layers' Grams are held at once.
@@ -46,7 +48,8 @@ class LayerGrams:
     index: int
     prefix: str  # module path of the layer: model.layers.3
     grams: dict[str, torch.Tensor]  # module path -> I x I fp32, symmetric, on the device of the forward pass
-    tokens: int  # rows of X
+    tokens: int  # rows of X, but for experts
+    seen: Mapping[str, Seen] = field(default_factory=dict)  # expert's linear -> how many tokens came to it
 
 
 def calibrate(
@@ -63,6 +66,7 @@ def calibrate(
     saved: HiddenStates,
     workers: int = 1,
     ahead_bytes: int = 0,
+    experts: Weights | None = None,
 ) -> Iterator[LayerGrams]:
     """Run an aligned model over calibration samples, layer by layer, and yield the Grams of each from `saved.first` on.
 
@@ -82,6 +86,7 @@ def calibrate(
         saved: where they are saved between layers, once the consumer is through with a layer's Grams.
         workers: batches run at once, each on one thread of the CPU. They change no bit: a Gram takes them in order.
         ahead_bytes: host bytes, pinned, for the weights of a layer, read while a device computes the one before.
+        experts: gives the weights of experts; a model without any needs none.
 
     Raises:
         RequestError: at the call, as `Skeleton` does, and for empty or too long samples.
@@ -90,12 +95,14 @@ def calibrate(
     """
     skeleton = Skeleton(config_folder, names, dtype)
     check_lengths(config_folder, tokens, skeleton.max_positions)
-    batches = _batches(tokens, batch_tokens)
+    batches = cut(tokens, batch_tokens)
     pinned = device.type == "cuda"
-    buffer = partial(_host_buffer, dtype=dtype, budget_bytes=budget_bytes, folder=saved.folders[0], pinned=pinned)
+    budget_bytes //= BUFFERS if skeleton.experts else 1
+    buffer = partial(host_buffer, dtype=dtype, budget_bytes=budget_bytes, folder=saved.folders[0], pinned=pinned)
+    stage = ExpertStage(experts, batches, buffer, device, dtype, workers) if experts and skeleton.experts else None
     if pinned:
-        return _run_on_device(skeleton, load, batches, device, buffer, key, saved, ahead_bytes)
-    return _run(skeleton, load, batches, device, buffer, key, saved, workers)
+        return _run_on_device(skeleton, load, batches, device, buffer, key, saved, ahead_bytes, stage)
+    return _run(skeleton, load, batches, device, buffer, key, saved, workers, stage)
 
 
 @torch.no_grad()
@@ -108,6 +115,7 @@ def _run_on_device(
     key: str,
     saved: HiddenStates,
     ahead_bytes: int,
+    stage: ExpertStage | None,
 ) -> Iterator[LayerGrams]:
     """As `_run`, batch after batch on one stream.
 
@@ -119,6 +127,7 @@ def _run_on_device(
         buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
         batches = [replace(batch, rows=upload(batch.rows, device)) for batch in batches]
         wait(device)
+    rows = sum(len(batch.rows) for batch in batches)
     start, shared = saved.load(key, buffer), _shared(calls)
     left = list(enumerate(skeleton.layers))[start:]
     ahead = Ahead(load, ahead_bytes)
@@ -127,21 +136,73 @@ def _run_on_device(
             if index > start and not any(shared):
                 saved.save(key, index, buffer)
             wanted = index >= saved.first
+            layer, given = skeleton.layers[path], [batch_calls[index] for batch_calls in calls]
             collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
-            with own_stream(device), memory_errors(path, remedy):
-                with skeleton.filled(path, ahead, device), collector:
-                    wait(device)
+            with _filled_on_device(skeleton, path, ahead, device, remedy):
+                experts = skeleton.experts.get(path)
+                if stage is not None and experts is not None:
+
+                    def alone(number: int, layer: nn.Module = layer, given: list[LayerCall] = given) -> None:
+                        given[number].run(layer, hidden[number].to(device))
+
+                    inside = partial(_computing, device, path, remedy)
+                    for portion in stage.portions(experts, alone, _one_by_one, inside, wanted):
+                        yield LayerGrams(index, path, portion.grams, rows, portion.seen)
+                with _computing(device, path, remedy), collector, _replaying(stage, experts) as tell:
                     ahead.announce(skeleton.stored(following[1]) if following else ())
-                    arriving = zip(hidden, _arriving(hidden, device), calls, strict=True)
-                    for number, (states, arrived, batch_calls) in enumerate(arriving):
+                    for number, (states, arrived) in enumerate(zip(hidden, _arriving(hidden, device), strict=True)):
+                        tell(number)
                         with collector.batch(number):
-                            states.copy_(batch_calls[index].run(skeleton.layers[path], arrived), non_blocking=True)
+                            states.copy_(given[number].run(layer, arrived), non_blocking=True)
                     wait(device)  # before the weights go, and before another stream takes the Grams
+            with _computing(device, path, remedy):
                 grams = collector.finish()
                 wait(device)
             if wanted:
-                yield LayerGrams(index, path, grams, sum(len(batch.rows) for batch in batches))
+                yield LayerGrams(index, path, grams, rows)
                 del grams
+
+
+@contextmanager
+def _computing(device: torch.device, path: str, remedy: str) -> Iterator[None]:
+    """Inside, this thread has a stream of its own, and a device without memory is refused with what to do."""
+    with own_stream(device), memory_errors(path, remedy):
+        yield
+
+
+@contextmanager
+def _filled_on_device(skeleton: Skeleton, path: str, load: Load, device: torch.device, remedy: str) -> Iterator[None]:
+    """Inside, a layer has its weights on the device, whichever stream computes."""
+    filled = skeleton.filled(path, load, device)
+    with _computing(device, path, remedy):
+        filled.__enter__()
+        wait(device)
+    try:
+        yield
+    finally:
+        filled.__exit__(None, None, None)
+
+
+def _one_by_one(run: Callable[[int], None], numbers: Iterable[int]) -> None:
+    for number in numbers:
+        run(number)
+
+
+def _side_by_side(workers: int, run: Callable[[int], None], numbers: Iterable[int]) -> None:
+    """Run batches at once, each on one thread of the CPU."""
+    with ThreadPoolExecutor(workers, "batch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in pool.map(run, numbers):
+            pass
+
+
+@contextmanager
+def _replaying(stage: ExpertStage | None, experts: Experts | None) -> Iterator[Callable[[int], None]]:
+    """Inside, the experts of a layer, if it has any, give what they gave; what is given is told each batch's number."""
+    if stage is None or experts is None:
+        yield lambda number: None
+        return
+    with stage.replaying(experts) as tell:
+        yield tell
 
 
 def _arriving(hidden: Sequence[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
@@ -172,7 +233,9 @@ def _run(
     key: str,
     saved: HiddenStates,
     workers: int,
+    stage: ExpertStage | None,
 ) -> Iterator[LayerGrams]:
+    rows = sum(len(batch.rows) for batch in batches)
     with _one_thread():
         buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
     start, shared = saved.load(key, buffer), _shared(calls)
@@ -180,25 +243,41 @@ def _run(
         if index > start and not any(shared):
             saved.save(key, index, buffer)
         wanted = index >= saved.first
+        layer, given = skeleton.layers[path], [batch_calls[index] for batch_calls in calls]
         collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
-        with _one_thread(), skeleton.filled(path, load, device), collector:
-            run = partial(_run_batch, skeleton.layers[path], collector)
-            with ThreadPoolExecutor(workers, "batch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                for _ in pool.map(run, range(len(batches)), hidden, [batch_calls[index] for batch_calls in calls]):
-                    pass
+        with skeleton.filled(path, load, device):
+            experts = skeleton.experts.get(path)
+            each = partial(_side_by_side, workers)
+            if stage is not None and experts is not None:
+                alone = partial(_run_alone, layer, given, hidden)
+                for portion in stage.portions(experts, alone, each, _one_thread, wanted):
+                    yield LayerGrams(index, path, portion.grams, rows, portion.seen)
+            with _one_thread(), collector, _replaying(stage, experts) as tell:
+                each(partial(_run_batch, layer, collector, tell, given, hidden), range(len(batches)))
         if wanted:
             grams = collector.finish()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # whoever takes the Grams works on a stream of its own
-            yield LayerGrams(index, path, grams, sum(len(batch.rows) for batch in batches))
+            yield LayerGrams(index, path, grams, rows)
 
 
 @torch.no_grad()  # which holds for a thread alone
-def _run_batch(layer: nn.Module, collector: GramCollector, number: int, states: torch.Tensor, call: LayerCall) -> None:
-    """Replace a batch's hidden states by those after `layer`, which computes where its weights lie."""
-    device = next(layer.parameters()).device
+def _run_alone(layer: nn.Module, given: list[LayerCall], hidden: list[torch.Tensor], number: int) -> torch.Tensor:
+    """The hidden states of a batch after `layer`, which computes where its weights lie."""
+    return given[number].run(layer, hidden[number])
+
+
+@torch.no_grad()
+def _run_batch(
+    layer: nn.Module,
+    collector: GramCollector,
+    tell: Callable[[int], None],
+    given: list[LayerCall],
+    hidden: list[torch.Tensor],
+    number: int,
+) -> None:
+    """Replace a batch's hidden states by those after `layer`."""
+    tell(number)
     with collector.batch(number):
-        states.copy_(call.run(layer, states.to(device)))
+        hidden[number].copy_(given[number].run(layer, hidden[number]))
 
 
 @contextmanager
@@ -244,47 +323,3 @@ def _shared(calls: list[list[LayerCall]]) -> list[MutableMapping[Any, Any]]:
     """
     given = [value for call, *_ in calls for value in (*call.args, *call.kwargs.values())]
     return [value for value in given if isinstance(value, MutableMapping) and not value]
-
-
-def check_lengths(folder: Path, tokens: Sequence[Sequence[int]], longest: int | None) -> None:
-    """RequestError for no samples, empty ones, or one of more tokens than the model takes (`longest`)."""
-    if not tokens or not all(tokens):
-        raise RequestError(Offence("calibration data", expected="samples of at least one token", got="none"))
-    if longest is not None and (got := max(map(len, tokens))) > longest:
-        where, key = str(folder / "config.json"), "max_position_embeddings"
-        raise RequestError(Offence(where, key, f"{got} or more", str(longest), "lower --max-tokens"))
-
-
-def _batches(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[Batch]:
-    """Samples in order of length, so that little padding is run, cut where a batch would exceed `batch_tokens`."""
-    groups: list[list[int]] = []
-    for sample in sorted(range(len(tokens)), key=lambda sample: len(tokens[sample])):
-        if groups and (len(groups[-1]) + 1) * len(tokens[sample]) <= batch_tokens:
-            groups[-1].append(sample)
-        else:
-            groups.append([sample])
-    return [_pad(group, [tokens[sample] for sample in group]) for group in groups]
-
-
-def _pad(samples: list[int], tokens: list[Sequence[int]]) -> Batch:
-    ids = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, sample in enumerate(tokens):
-        ids[row, : len(sample)] = torch.tensor(sample)
-        mask[row, : len(sample)] = 1
-    return Batch(samples, ids, mask, mask.flatten().nonzero().flatten())
-
-
-def _host_buffer(numel: int, dtype: torch.dtype, budget_bytes: int, folder: Path, pinned: bool = False) -> torch.Tensor:
-    """A flat host tensor, in memory where it fits the budget, else mapped from a file that vanishes with it."""
-    nbytes = numel * dtype.itemsize
-    if nbytes <= budget_bytes:
-        return host_memory(nbytes, pinned=pinned).view(dtype) if pinned else torch.empty(numel, dtype=dtype)
-    try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=SPILL[0], suffix=SPILL[1]) as file:
-            reserve(file.fileno(), nbytes)  # now: a full disk would otherwise kill the process at some write
-            # The mapping outlives the name, so nothing is left behind however the process ends.
-            return torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
-    except OSError as error:
-        remedy = "free disk space, raise --memory, or take fewer samples"
-        raise RunError(f"no room for {nbytes} bytes of hidden states in {folder}: {error}", remedy) from error

@@ -6,29 +6,15 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from safeshard.kernels import gram as gram_kernel
 from safeshard.manifests.errors import RunError
+from safeshard.streamer.calibration.batches import Batch
 
 _REMEDY = "calibration takes no such model"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples run together, padded on the right to the longest.
-
-    `samples` are their places in the calibration data; `tokens` and `mask` are len(samples) x length, `rows` are the
-    places of the tokens that are not padding once both are flattened; all int64.
-    """
-
-    samples: list[int]
-    tokens: torch.Tensor
-    mask: torch.Tensor
-    rows: torch.Tensor
 
 
 class GramCollector:
@@ -148,7 +134,7 @@ class GramCollector:
         norms = rows.float().square().sum(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
         place = int(batch.rows[int(norms.argmax())])
         sample = batch.samples[place // batch.tokens.shape[1]]
-        raise _not_finite(name, f"sample {sample}")
+        raise not_finite(name, f"sample {sample}")
 
     def _refuse_not_finite(self) -> None:
         """Name the first batch from which on a device's Gram was not finite."""
@@ -157,10 +143,10 @@ class GramCollector:
         self._finite.clear()
         if bad:
             number, name = min(bad)
-            raise _not_finite(name, f"samples {', '.join(map(str, self._batches[number].samples))}")
+            raise not_finite(name, f"samples {', '.join(map(str, self._batches[number].samples))}")
 
 
-def _not_finite(name: str, place: str) -> RunError:
+def not_finite(name: str, place: str) -> RunError:
     return RunError(
         f"{name}: the Gram matrix is not finite from calibration {place} (counted from 0) on",
         "look at that sample and at the aligned checkpoint; float16 overflows where bfloat16 and float32 do not",

@@ -94,6 +94,8 @@ class Group:
     keeps: int = 0  # how many Grams of kept inputs are, or will be, there
     percdamp: float = 0.01  # of factors that are made of saved Grams, where a job does not ask for another
     reason: str = ""  # why there is no factor
+    tokens: int | None = None  # of an expert: how many came to it
+    shared: float = 0.0  # of an expert: the share of the Gram of all tokens in its own
     _made: tuple[float | None, Factor] | None = None
     _grams: Grams | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -218,6 +220,8 @@ class FactorSource(Protocol):
         modules: the linears it answers for.
         forward_bytes: what running a layer of the aligned model on one batch holds, besides its Grams; 0 if none runs.
         batch_bytes: what each further batch adds that runs at the same time; 0 if nothing runs.
+        kept_bytes: of a layer's other weights, which stay while its experts are served; 0 without experts.
+        layer_numbers: the decoder layer of each list that `planned` gives.
         ahead_bytes: host bytes of a layer's weights, read while a device computes the layer before; 0 if nothing runs.
         hidden_bytes: host bytes of the hidden states at most; 0 if nothing runs.
         bytes_read: of the aligned model so far, to run it.
@@ -226,8 +230,12 @@ class FactorSource(Protocol):
     modules: frozenset[str]
     forward_bytes: int
     batch_bytes: int
+    kept_bytes: int
     ahead_bytes: int
     hidden_bytes: int
+
+    @property
+    def layer_numbers(self) -> Sequence[int]: ...
 
     @property
     def bytes_read(self) -> int: ...
@@ -239,10 +247,13 @@ class FactorSource(Protocol):
         """By source of data: what was done otherwise than it or the options say."""
 
     def planned(self) -> Sequence[Sequence[Group]]:
-        """The groups of each decoder layer as far as headers tell, without Grams: none of them shared, if one runs."""
+        """The groups of each decoder layer as far as headers tell, without Grams: none of them shared, if one runs.
+
+        A layer's experts come before its other linears, in lists of their own.
+        """
 
     def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
-        """The groups of each decoder layer, in order, at least from `saved.first` on.
+        """The lists of `planned`, in order, at least those of decoder layers from `saved.first` on.
 
         Clear one, and be through with its modules, before asking for the next.
 
@@ -260,4 +271,5 @@ def resident_bytes(source: FactorSource, needs: Needs) -> int:
 
 def device_bytes(source: FactorSource, steps: Iterable[Step], needs: Needs) -> int:
     """What calibrating and serving layer by layer holds at most where the arithmetic is done, one step at a time."""
-    return resident_bytes(source, needs) + max([source.forward_bytes, *(step.cost for step in steps)])
+    costs = (source.kept_bytes + step.cost for step in steps)
+    return resident_bytes(source, needs) + max([source.forward_bytes, *costs])

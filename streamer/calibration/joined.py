@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,8 @@ class Joined:
         self.saved, self.run = saved, run
         self.modules = saved.modules & run.modules
         self.forward_bytes, self.batch_bytes, self.hidden_bytes = run.forward_bytes, run.batch_bytes, run.hidden_bytes
-        self.ahead_bytes = run.ahead_bytes
+        self.kept_bytes, self.ahead_bytes = run.kept_bytes, run.ahead_bytes
+        self.layer_numbers = run.layer_numbers
 
     @property
     def bytes_read(self) -> int:
@@ -33,14 +34,22 @@ class Joined:
         return self.run.notes()
 
     def planned(self) -> list[list[Group]]:
-        keeps = len(self.run.prompts)
-        return [[replace(group, keeps=keeps) for group in layer] for layer in self.saved.planned()]
+        keeps, own = len(self.run.prompts), self._saved()
+        return [[replace(group, keeps=keeps) for group in _of(layer, own)] for layer in self.run.planned()]
 
     def layers(self, device: torch.device, budget: int, saved: HiddenStates, workers: int) -> Iterator[list[Group]]:
-        own = self.saved.layers(device, 0, saved, workers)
-        for _ in range(saved.first):
-            next(own)
-        for groups, made in zip(own, self.run.layers(device, budget, saved, workers), strict=False):
+        own = self._saved()
+        for made in self.run.layers(device, budget, saved, workers):
             kept = {name: group.kept for group in made for name in group.modules}
+            groups = _of(made, own)
             made.clear()
             yield [replace(group, kept=kept[group.modules[0]], keeps=len(kept[group.modules[0]])) for group in groups]
+
+    def _saved(self) -> dict[str, Group]:
+        return {name: group for layer in self.saved.planned() for group in layer for name in group.modules}
+
+
+def _of(layer: list[Group], saved: Mapping[str, Group]) -> list[Group]:
+    """The saved groups of a layer's linears, each once."""
+    names = (name for group in layer for name in group.modules if name in saved)
+    return list({id(saved[name]): saved[name] for name in names}.values())

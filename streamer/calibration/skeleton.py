@@ -16,18 +16,25 @@ import re
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from safeshard.manifests.bounded import read_regular
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.calibration.ahead import Load
+from safeshard.streamer.calibration.experts import COUNTS as EXPERT_COUNTS
+from safeshard.streamer.calibration.experts import WEIGHTS as FUSED_WEIGHTS
+from safeshard.streamer.calibration.experts import find_experts
+from safeshard.streamer.calibration.renamed import renamed
 from safeshard.streamer.extras import require_transformers
+from safeshard.streamer.inputs.codecs import MAX_EXPERTS
+from safeshard.streamer.inputs.layouts import routes
 from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.sources import MAX_JSON_BYTES
 from safeshard.streamer.tensor_names import layer_of
@@ -37,9 +44,9 @@ MAX_LAYERS = 10_000
 _CODE_KEYS = re.compile(
     r"_implementation|^auto_map$|^custom_pipelines$|kernel_config|^use_kernels$|_pretrained_backbone$"
 )
-# The names under which configurations count their layers, and their experts.
+# The names under which configurations count their layers.
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+_QUANTISED = ("quantization_config", "compression_config")  # weights come decoded
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class Skeleton:
 
     Attributes:
         layers: module path -> decoder layer, in order.
+        experts: module path of a decoder layer -> its experts, whose weights are never filled in.
         max_positions: the longest sequence the model takes, in tokens, or None where its configuration does not say.
         width: numbers of a token's hidden state, between layers.
         kept_width: numbers of a token that layers are given besides, or leave to later ones: inputs of their own, keys
@@ -78,38 +86,62 @@ class Skeleton:
         """Build from `folder`/config.json for a checkpoint with tensors `names` and a forward pass in `dtype`.
 
         Raises:
-            RequestError: transformers is missing or does not know the model; it is not a plain stack of dense decoder
-                layers; the checkpoint lacks tensors, each of them listed, or has biases the configuration switches off.
+            RequestError: transformers is missing or does not know the model; it is not a plain stack of decoder layers,
+                or has experts of an unknown kind; the checkpoint lacks tensors other than experts', each of them
+                listed, or has biases the configuration switches off.
         """
         config = read_config(folder, len({layer_of(name) for name in names} - {None}))
-        _refuse_counted_experts(folder, config)
         model, text = _build(folder, config, dtype), config.get_text_config()
         self._folder = folder
         self._body: nn.Module = model.base_model
         self._body_path = next(path for path, module in model.named_modules() if module is self._body)
-        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        positions = getattr(text, "max_position_embeddings", None)
+        self.max_positions: int | None = positions if positions and positions > 0 else None  # of XLNet it is -1
         self.width, self.kept_width = _widths(text)
         layers = _find_layers(folder, self._body, config)
-        _refuse_built_experts(folder, config, layers)
+        found = find_experts(folder, config, layers)
 
         present, base = set(names), _join(self._body_path, "")
-        self._needed = {name for name in model.state_dict() if name.startswith(base)}
+        self._fused = {
+            f"{base}{layer}.{experts.path}.{name}" for layer, experts in found.items() for name in FUSED_WEIGHTS
+        }
+        self._needed = {name for name in model.state_dict() if name.startswith(base)} - self._fused
         prefix = model.base_model_prefix + "."
-        self._strip, self._add = _spelling(folder, self._needed, present, base, prefix)
+        self._stored_as: dict[str, str] = {}  # a tensor's name once it is renamed as transformers does -> its own
+        try:
+            self._strip, self._add = _spelling(folder, self._needed, present, base, prefix)
+        except RequestError as error:
+            self._stored_as = {theirs: name for name, theirs in renamed(model, present) if theirs != name}
+            if not self._stored_as:
+                raise
+            again = (present - set(self._stored_as.values())) | self._stored_as.keys()
+            try:
+                self._strip, self._add = _spelling(folder, self._needed, again, base, prefix)
+            except RequestError:
+                raise error from None
         self._model_paths = {self._spell(base + path): base + path for path in layers}
         self.layers = {self._spell(base + path): layer for path, layer in layers.items()}
+        paths = dict(zip(layers, self.layers, strict=True))
+        self.experts = {
+            paths[layer]: replace(experts, path=_join(paths[layer], experts.path)) for layer, experts in found.items()
+        }
         self._refuse_unused_biases(present)
 
     def linears(self, path: str) -> dict[str, nn.Module]:
-        """Module path -> linear (`nn.Linear`, or transformers' `Conv1D`) inside the decoder layer at `path`."""
+        """Module path -> linear (`nn.Linear`, or transformers' `Conv1D`) inside the decoder layer at `path`.
+
+        Routers are none, nor are the linears of experts.
+        """
         kinds = (nn.Linear, require_transformers().pytorch_utils.Conv1D)
-        inside = self.layers[path].named_modules()
-        return {_join(path, name): module for name, module in inside if isinstance(module, kinds)}
+        stacks = {experts.path.rpartition(".")[0] for experts in self.experts.values()}
+        inside = [(_join(path, name), m) for name, m in self.layers[path].named_modules() if isinstance(m, kinds)]
+        return {self._own(name): module for name, module in inside if not routes(name, stacks)}
 
     def shapes(self) -> dict[str, torch.Size]:
         """The checkpoint's tensors of all but the output head, with the shapes that config.json gives them."""
         tensors = self._body.state_dict()
-        return {self._spell(_join(self._body_path, name)): tensor.shape for name, tensor in tensors.items()}
+        full = {_join(self._body_path, name): tensor.shape for name, tensor in tensors.items()}
+        return {self._spell(name): shape for name, shape in full.items() if name not in self._fused}
 
     @contextmanager
     def filled(self, path: str | None, load: Load, device: torch.device) -> Iterator[None]:
@@ -147,6 +179,7 @@ class Skeleton:
             (module, name, tensor, _join(where, name))
             for where, module in modules
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            if _join(where, name) not in self._fused
         ]
 
     def record(self, tokens: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, list[LayerCall]]:
@@ -198,12 +231,22 @@ class Skeleton:
         finally:
             for layer in layers:
                 del layer.forward
-        if len(calls) != len(layers) or states[0].shape[-3:-1] != tokens.shape or states[0].ndim not in (3, 4):
+        if states and (states[0].shape[-3:-1] != tokens.shape or states[0].ndim not in (3, 4)):
+            expected = "hidden states of batch x length x width, one a layer or several before them"
+            raise _refuse(self._folder, expected, f"{_shape(states[0])} for {_shape(tokens)} tokens")
+        if len(calls) != len(layers):
             raise _refuse(self._folder, f"{len(layers)} layers that run once each", f"{len(calls)} that ran")
         return states[0], calls
 
     def _spell(self, name: str) -> str:
-        return self._add + name.removeprefix(self._strip)
+        """The checkpoint's name of a tensor, or of a layer."""
+        spelled = self._add + name.removeprefix(self._strip)
+        return self._stored_as.get(spelled, spelled)
+
+    def _own(self, module: str) -> str:
+        """The checkpoint's name of a linear."""
+        weight = f"{module}.weight"
+        return self._stored_as.get(weight, weight).removesuffix(".weight")
 
     def _load(self, name: str, like: torch.Tensor, load: Load, device: torch.device) -> torch.Tensor:
         stored = self._spell(name)
@@ -233,9 +276,10 @@ def read_config(folder: Path, most_layers: int = MAX_LAYERS) -> Any:
     transformers, place = require_transformers(), ""
     try:
         raw = json.loads(read_regular(folder / "config.json", MAX_JSON_BYTES))
-        for key, count in _layer_counts(raw):
-            if count > most_layers:
-                expected = f"{key} of at most {most_layers}, the layers of the checkpoint"
+        for key, count in _counts(raw):
+            most, what = (most_layers, "the layers of the checkpoint") if key in _LAYER_COUNTS else (MAX_EXPERTS, "")
+            if count > most:
+                expected = f"{key} of at most {most}{what and ', '}{what}"
                 raise _refuse(folder, expected, str(count), "use the checkpoint that belongs to this config.json")
         with tempfile.TemporaryDirectory() as place:
             (Path(place) / "config.json").write_text(json.dumps(_without_code(raw)))
@@ -247,33 +291,38 @@ def read_config(folder: Path, most_layers: int = MAX_LAYERS) -> Any:
         raise _refuse(folder, "a configuration that transformers reads without remote code", got) from error
     if config.is_encoder_decoder:
         raise _refuse(folder, "a decoder-only model", f"{config.model_type}, an encoder-decoder")
-    if getattr(config, "quantization_config", None) is not None:
-        raise _refuse(folder, "weights in floating point", "a quantization_config", "use the unquantized checkpoint")
     return config
 
 
 def _without_code(config: Any) -> Any:
-    """A configuration without what says whose code to run: ours runs as transformers does by itself."""
+    """A configuration without what says whose code to run, or how weights are quantised.
+
+    Ours runs as transformers does by itself.
+    """
     if isinstance(config, list):
         return [_without_code(item) for item in config]
     if not isinstance(config, dict):
         return config
-    return {key: _without_code(value) for key, value in config.items() if not _CODE_KEYS.search(key)}
+    return {
+        key: _without_code(value)
+        for key, value in config.items()
+        if not _CODE_KEYS.search(key) and key not in _QUANTISED
+    }
 
 
-def _layer_counts(config: Any) -> Iterator[tuple[str, int]]:
-    """What a configuration, or one inside of it, says of its number of layers."""
+def _counts(config: Any) -> Iterator[tuple[str, int]]:
+    """What a configuration, or one inside of it, says of its numbers of layers and of experts."""
     for key, value in config.items() if isinstance(config, dict) else ():
-        if key in _LAYER_COUNTS and isinstance(value, int):
+        if key in (*_LAYER_COUNTS, *EXPERT_COUNTS) and isinstance(value, int):
             yield key, value
-        yield from _layer_counts(value)
+        yield from _counts(value)
 
 
 def _build(folder: Path, config: Any, dtype: torch.dtype) -> Any:
     transformers = require_transformers()
     dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), _StacksOnMeta():
             options = {dtype_option: dtype, "trust_remote_code": False}
             if (text := config.get_text_config()) is not config and _generates(config, text):
                 model = transformers.AutoModel.from_config(text, **options)  # its head is of no use
@@ -340,6 +389,18 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+class _StacksOnMeta(TorchFunctionMode):
+    """Inside, memory with three axes or more, as experts fused to one parameter take, is never allocated."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros):
+            sizes = args[0] if len(args) == 1 and isinstance(args[0], Sequence) else args
+            if len(sizes) > 2:
+                kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
+
+
 def _find_layers(folder: Path, body: nn.Module, config: Any) -> dict[str, nn.Module]:
     """Path in `body` -> decoder layer: the one outermost ModuleList with as many entries as the model has layers."""
     count = config.get_text_config().num_hidden_layers
@@ -351,27 +412,6 @@ def _find_layers(folder: Path, body: nn.Module, config: Any) -> dict[str, nn.Mod
         raise _refuse(folder, f"one list of {count} decoder layers", f"{len(found)} in {config.model_type}")
     ((prefix, layers),) = found.items()
     return {f"{prefix}{index}": layer for index, layer in enumerate(layers)}
-
-
-def _refuse_counted_experts(folder: Path, config: Any) -> None:
-    text = config.get_text_config()
-    for key in _EXPERT_COUNTS:
-        if (count := getattr(text, key, None) or 0) > 1:
-            raise _experts(folder, config, f"{key} = {count}")
-
-
-def _refuse_built_experts(folder: Path, config: Any, layers: dict[str, nn.Module]) -> None:
-    for path, layer in layers.items():
-        for name, module in layer.named_modules():
-            stacked = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
-            if name.split(".")[-1] == "experts" or stacked:
-                raise _experts(folder, config, _join(path, name))
-
-
-def _experts(folder: Path, config: Any, sign: str) -> RequestError:
-    reason = "dense decoder layers (an expert sees too few tokens for a Gram matrix of its own)"
-    remedy = "SafeMERGE and SafeLoRA take mixture-of-experts models"
-    return _refuse(folder, reason, f"{config.model_type}, a mixture of experts ({sign})", remedy)
 
 
 def _spelling(folder: Path, needed: set[str], present: set[str], base: str, prefix: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -171,6 +171,21 @@ class JobPlan:
     @property
     def safe(self) -> Checkpoint | Adapter | None:
         return self.inputs.get("safe_adapter") or self.inputs.get("safe")
+
+    def linear(self, module: str) -> str:
+        """The aligned model's own name of a module's linear: an adapter may call an expert's otherwise."""
+        return self.aligned.modules.linear(module)
+
+    def called(self, linear: str) -> Sequence[str]:
+        """What this job's modules of one of the aligned model's linears are called."""
+        return self._called.get(linear, ())
+
+    @cached_property
+    def _called(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.modules:
+            found.setdefault(self.linear(name), []).append(name)
+        return found
 
     @cached_property
     def excused(self) -> dict[str, dict[str, str]]:

@@ -73,7 +73,7 @@ def computed(plan: JobPlan) -> dict[str, Stored]:
     job, aligned = plan.job, plan.aligned
     treated = aligned.linears
     if plan.factors is not None:
-        treated = {name: stored for name, stored in treated.items() if name in plan.factors.modules}
+        treated = {name: stored for name, stored in treated.items() if plan.linear(name) in plan.factors.modules}
     lacking = {*plan.excused["finetuned"], *(plan.excused["unaligned"] if job.takes_unaligned else ())}
     return {name: stored for name, stored in treated.items() if stored.names.isdisjoint(lacking)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,13 +104,13 @@ def _steps(group: Group, runs: Sequence[JobRun], on_device: bool = False) -> lis
     `on_device` leaves out what the arithmetic takes.
     """
     needs = _needs(runs)
-    together = group.is_saved or needs.keeps_gram
+    together = group.is_saved or needs.keeps_gram or group.tokens is not None  # gate and up may lie in one region
     runs = sorted(runs, key=_served)
     block = max(getattr(r.job, "block_size", 0) for r in runs)
     rows_of_u = 4 * group.width * min(block, group.width)  # those of a block's kept columns
     steps = []
     for modules in [group.modules] if together else [(name,) for name in group.modules]:
-        step = module_step(modules[0], [(r, name) for r in runs for name in modules])
+        step = module_step(modules[0], [(r, own) for r in runs for name in modules for own in r.plan.called(name)])
         step.reads |= {read.key: read for read in group.reads(needs, _dampings(runs))}
         if not on_device:
             step.scratch = max(step.scratch + rows_of_u, group.scratch(needs))
@@ -141,21 +142,29 @@ def _serve(
             return found
 
         try:
-            compute_step(step, loaded, device, clock, given)
+            compute_step(step, loaded, device, clock, given, _noted(group))
         finally:
             group.forget()
 
-    left = {name for r in runs for name in r.plan.modules if r.has_factor(name) and not r.is_done(name)}
-    with _held(buffers, hidden + (source.ahead_bytes if on_device else resident_bytes(source, needs))):
+    left = {r.plan.linear(name) for r in runs for name in r.plan.modules if r.has_factor(name) and not r.is_done(name)}
+    kept = source.ahead_bytes if on_device else resident_bytes(source, needs) + source.kept_bytes
+    with _held(buffers, hidden + kept):
         workers = batches_at_once(source, device, buffers.limit - hidden, needs)
         layers = source.layers(device, hidden, _hidden_states(source, runs), workers)
-        forward = 0 if on_device else source.forward_bytes + (workers - 1) * source.batch_bytes
+        forward = 0 if on_device else source.forward_bytes + (workers - 1) * source.batch_bytes - source.kept_bytes
         while left and (layer := _next(source, layers, buffers, forward, clock)) is not None:
             groups.update({name: group for group in layer for name in group.modules})
             run_steps([step for group in layer for step in _steps(group, runs, on_device)], compute)
             left -= groups.keys()
             groups.clear()  # the factors go before the next layer runs
             layer.clear()
+
+
+def _noted(group: Group) -> dict[str, Any]:
+    """What the manifest says of an expert's Gram."""
+    if group.tokens is None:
+        return {}
+    return {"tokens": group.tokens, **({"shared_gram": group.shared} if group.shared else {})}
 
 
 def _next(
@@ -189,7 +198,8 @@ def _hidden_states(source: FactorSource, runs: Sequence[JobRun]) -> HiddenStates
         for writer in writers:
             writer.commit()
 
-    return HiddenStates([writer.staging for writer in writers], left.index(True), commit)
+    first = source.layer_numbers[left.index(True)]
+    return HiddenStates([writer.staging for writer in writers], first, commit)
 
 
 def _writers(runs: Sequence[JobRun]) -> list[Writer]:

@@ -103,8 +103,10 @@ def compute_step(
     device: torch.device,
     clock: Clock,
     given: Callable[[Job], Given] | None = None,
+    noted: Mapping[str, Any] | None = None,
 ) -> None:
-    """Run all tasks of a step. `given` is what a job gets of its modules' calibration, or why there is nothing.
+    """Run all tasks of a step. `given` is what a job gets of its modules' calibration, or why there is nothing; `noted`
+    is what their manifest entries say of it.
 
     Where the device runs out of memory, the jobs are served again in two halves, which the manifest records.
 
@@ -116,8 +118,8 @@ def compute_step(
         return
     relieved(
         device,
-        lambda: _compute(step.tasks, loaded, device, clock, given),
-        lambda why: _compute_halves(step, loaded, device, clock, given, why),
+        lambda: _compute(step.tasks, loaded, device, clock, given, noted or {}),
+        lambda why: _compute_halves(step, loaded, device, clock, given, noted or {}, why),
     )
 
 
@@ -127,6 +129,7 @@ def _compute_halves(
     device: torch.device,
     clock: Clock,
     given: Callable[[Job], Given] | None,
+    noted: Mapping[str, Any],
     why: str,
 ) -> None:
     middle = len(step.tasks) // 2
@@ -136,7 +139,7 @@ def _compute_halves(
     remedy = "use a device with more memory, fewer jobs a batch, or --device cpu; the same command resumes"
     with memory_errors(step.name, remedy):
         for half in filter(None, (step.tasks[:middle], step.tasks[middle:])):
-            _compute(half, loaded, device, clock, given)
+            _compute(half, loaded, device, clock, given, noted)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -147,6 +150,7 @@ def _compute(
     device: torch.device,
     clock: Clock,
     given: Callable[[Job], Given] | None,
+    noted: Mapping[str, Any],
 ) -> None:
     inputs, arrivals = Inputs(loaded, device), Arrivals(device)
     curves: dict[Hashable, list[float]] = {}
@@ -158,7 +162,7 @@ def _compute(
             if isinstance(task, CopyTask):
                 _copy(task, inputs, clock)
             elif not task.run.is_done(task.plan.name):
-                _decide(task, inputs, decided, clock, given, arrivals, curves)
+                _decide(task, inputs, decided, clock, given, noted, arrivals, curves)
 
 
 def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
@@ -204,6 +208,7 @@ def _decide(
     gates: Mapping[Hashable, tuple[Gate, float]],
     clock: Clock,
     given: Callable[[Job], Given] | None,
+    noted: Mapping[str, Any],
     arrivals: Arrivals,
     curves: dict[Hashable, list[float]],
 ) -> None:
@@ -231,7 +236,13 @@ def _decide(
         edit = served(edit, module.finetuned, task.job, rank)
     encoded: list[Encoded] = []
     left = _write(task, module, edit.tensors, inputs, clock, arrivals, encoded)
-    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields, **encoding_fields(encoded)}
+    fields: dict[str, Any] = {
+        "cosine": cosine,
+        "threshold": job_run.limit,
+        **edit.fields,
+        **noted,
+        **encoding_fields(encoded),
+    }
     if job_run.job.gated and cosine is None:
         fields["note"] = UNDEFINED
 

@@ -254,7 +254,9 @@ def _earlier(plan: JobPlan) -> Result:
     assert plan.finished is not None
     cosines = {entry.name: entry.cosine for entry in plan.finished.modules}
     due = plan.factors.modules if plan.factors else frozenset()
-    reverted = {e.name: e.note or "" for e in plan.finished.modules if e.decision == "reverted" and e.name in due}
+    reverted = {
+        e.name: e.note or "" for e in plan.finished.modules if e.decision == "reverted" and plan.linear(e.name) in due
+    }
     return Result(plan.job, plan, plan.finished, cosines, reverted)
 
 

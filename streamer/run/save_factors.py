@@ -24,6 +24,8 @@ from safeshard.manifests.schema import JOURNAL_NAME, Input
 from safeshard.streamer.calibration.data_files import DATA
 from safeshard.streamer.calibration.factor_files import (
     INDEX,
+    SCHEMA,
+    WITH_EXPERTS,
     FactorIndex,
     SavedFactors,
     SavedGram,
@@ -77,7 +79,7 @@ class Factors:
 
 
 class _Layer(Options):
-    """A decoder layer in the journal: its factors, and why modules have none."""
+    """A decoder layer, or some of its experts, in the journal: factors, and why modules have none."""
 
     number: int
     groups: tuple[SavedGroup, ...]
@@ -205,7 +207,8 @@ def _host_bytes(calibration: Calibration, device: torch.device) -> int:
     if device.type != "cpu":
         return resident_bytes(calibration, _needs(calibration)) + calibration.ahead_bytes
     needs = _needs(calibration)
-    return device_bytes(calibration, [_step(group, needs) for layer in calibration.planned() for group in layer], needs)
+    steps = [_step(group, needs) for layer in calibration.planned() for group in layer]
+    return device_bytes(calibration, steps, needs)
 
 
 def _needs(calibration: Calibration) -> Needs:
@@ -254,11 +257,16 @@ def _write_layers(
     memory = int(run.memory)
     hidden = min(memory // 2, memory - _host_bytes(calibration, device))
     needs = _needs(calibration)
-    buffers = Buffers(memory - hidden - resident_bytes(calibration, needs))
+    buffers = Buffers(memory - hidden - resident_bytes(calibration, needs) - calibration.kept_bytes)
     workers = batches_at_once(calibration, device, memory - hidden, needs)
-    layers = calibration.layers(device, hidden, HiddenStates([staging], first), workers)
-    with Progress(sum(map(len, left)), run.quiet, unit="module") as progress:
-        for number, groups in enumerate(layers, first):
+    numbers = calibration.layer_numbers
+    layers = calibration.layers(device, hidden, HiddenStates([staging], numbers[first]), workers)
+    count = sum(len(group.modules) for groups in left for group in groups)
+    with Progress(count, run.quiet, unit="module") as progress:
+        for number, groups in enumerate(layers, numbers.index(numbers[first])):
+            if number < first:  # a layer is run as a whole, of whose experts some are saved
+                groups.clear()
+                continue
             if needs.dampings:
                 _factor(groups, options.percdamp, needs, device, buffers)
             saved, failed = _save(groups, staging / _file(number), options.percdamp, needs, device)
@@ -266,7 +274,7 @@ def _write_layers(
             journal.record("layer", **written[-1].model_dump(mode="json"))
             with clear_errors(staging):
                 journal.commit()
-            progress.done(str(number), sum(len(group.modules) for group in groups))
+            progress.done(groups[0].modules[0] if groups else str(number), sum(len(g.modules) for g in groups))
             groups.clear()
     return written
 
@@ -277,7 +285,9 @@ def _file(number: int) -> str:
 
 def _index(calibration: Calibration, options: Calibrate, layers: Sequence[_Layer]) -> FactorIndex:
     inputs = calibration.inputs()
+    with_experts = any(group.tokens is not None for layer in layers for group in layer.groups)
     return FactorIndex(
+        schema=WITH_EXPERTS if with_experts else SCHEMA,
         safeshard=version("safeshard"), torch=torch.__version__, aligned=_model_input(calibration.aligned),
         sample=sample_weights(calibration.aligned),
         calibration=inputs["calibration"], task_data=inputs.get("task_data"), keep_data=inputs.get("keep_data"),
@@ -316,6 +326,8 @@ def _save(
     for group in groups:
         name = group.modules[0]
         fields: dict[str, Any] = {"modules": group.modules, "file": file.name}
+        if group.tokens is not None:
+            fields |= {"tokens": group.tokens, "shared": group.shared}
         if needs.grams:
             packed = {f"{name}:{role}": gram for role, gram in group.packed().items()}
             tensors |= packed

@@ -108,7 +108,7 @@ class JobRun:
 
     def has_factor(self, module: str) -> bool:
         """Whether a module is served in the calibrated pass."""
-        return self.plan.factors is not None and module in self.plan.factors.modules
+        return self.plan.factors is not None and self.plan.linear(module) in self.plan.factors.modules
 
     def untreated(self) -> dict[str, str]:
         """The modules that a factor was due for and that have none, kept aligned, and why."""

@@ -70,7 +70,24 @@ class Modules:
             roles = ROLES[:2] if role == GATE_UP else (role,)
             names |= {f"{experts}.{index}.{each}" for index in range(found.shape[0]) for each in roles}
         stacks = {name.partition(_EXPERTS)[0] for name in names if _EXPERTS in name}
-        return sorted((name for name in names - self.refused.keys() if not _routes(name, stacks)), key=natural)
+        return sorted((name for name in names - self.refused.keys() if not routes(name, stacks)), key=natural)
+
+    @cached_property
+    def _known(self) -> frozenset[str]:
+        return frozenset(self.names)
+
+    def linear(self, module: str) -> str:
+        """The name in `names` of the linear that a module is, whatever else it is called.
+
+        Of an expert's gate and up together it is the gate's, which has the same inputs. A module that is none of these
+        keeps its name.
+        """
+        match = _EXPERT.fullmatch(module)
+        if module in self._known or match is None or (role := _ROLE.get(match["role"])) is None:
+            return module
+        names = SYNONYMS[ROLES[0] if role == GATE_UP else role]
+        found = (f"{path}.{match['expert']}.{name}" for path in _spellings(match["experts"]) for name in names)
+        return next((name for name in found if name in self._known), module)
 
     def experts(self, path: str) -> int:
         """How many experts there are under a path, 0 for none."""
@@ -222,7 +239,7 @@ class Modules:
         return None
 
 
-def _routes(module: str, stacks: Container[str]) -> bool:
+def routes(module: str, stacks: Container[str]) -> bool:
     """Whether a module chooses among experts; `stacks` are the blocks that have experts."""
     parts = module.split(".")
     return any(

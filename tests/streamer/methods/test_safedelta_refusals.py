@@ -142,16 +142,18 @@ def test_a_configuration_with_another_vocabulary_than_the_weights_is_named(llama
         llama.run("out", finetuned=llama.root / "finetuned")
 
 
-def test_mixture_of_experts_is_refused(tmp_path: Path, llama: Any) -> None:
-    config = transformers.AutoConfig.for_model("mixtral", **SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1})
+def test_experts_fused_in_an_unknown_way_are_refused(tmp_path: Path, llama: Any) -> None:
+    config = transformers.AutoConfig.for_model(
+        "granitemoe_swa", **SMALL | {"num_local_experts": 2, "num_experts_per_tok": 1}
+    )
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
     tensors = load_file(tmp_path / "moe/model.safetensors")
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned/config.json").write_text((tmp_path / "moe/config.json").read_text())
     save_file({n: t + 0.01 for n, t in tensors.items()}, tmp_path / "tuned/model.safetensors")
-    with pytest.raises(RequestError, match="mixture of experts") as refused:
+    with pytest.raises(RequestError, match="experts fused to") as refused:
         llama.run("out", aligned=tmp_path / "moe", finetuned=tmp_path / "tuned")
-    assert "mixtral" in str(refused.value)
+    assert "granitemoe_swa" in str(refused.value)
 
 
 @pytest.mark.parametrize(

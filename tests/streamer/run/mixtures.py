@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "n_routed_experts": 4, "moe_intermediate_size": 10, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
         "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 12,
+        "head_dim": 4, "num_key_value_heads": 2,
     },
     "granitemoe": {"num_local_experts": 4},
     "qwen3_5_moe_text": QWEN
@@ -34,6 +35,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     "attention_chunk_size": 16},
     "gpt_oss": {"num_local_experts": 4, "layer_types": ["full_attention"] * 2, "rope_scaling": None},
     "qwen3_vl_moe_text": QWEN,
+}  # fmt: skip
+CALIBRATED = {  # beside these, for their forward pass
+    "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 10, "first_k_dense_replace": 1, "n_group": 1,
+                 "topk_group": 1, "n_shared_experts": 1},
+    "nemotron_h": {"n_routed_experts": 4, "moe_intermediate_size": 10, "layers_block_type": ["attention", "moe"],
+                   "moe_shared_expert_intermediate_size": 14, "n_group": 1, "topk_group": 1},
 }  # fmt: skip
 FUSED = ("granitemoe", "qwen3_5_moe_text", "llama4_text", "gpt_oss", "qwen3_vl_moe_text")
 ROLES = ("gate_proj", "up_proj", "down_proj")
@@ -48,9 +55,23 @@ def build(kind: str, seed: int, **sizes: Any) -> nn.Module:
         torch.manual_seed(seed)
         model: nn.Module = vl.Qwen3VLMoeTextModel(config)
     else:
-        config = transformers.AutoConfig.for_model(kind, **COMMON | FAMILIES[kind] | sizes)
+        config = transformers.AutoConfig.for_model(kind, **COMMON | (FAMILIES | CALIBRATED)[kind] | sizes)
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.float().parameters():
+        parameter.data.normal_(std=0.05)
+    return model.eval()
+
+
+def multimodal(seed: int) -> nn.Module:
+    """Qwen3-VL-MoE as a whole."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
+    sees = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 24,
+            "patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+    text = COMMON | QWEN | {"rope_parameters": rope}
+    config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=sees, tie_word_embeddings=False)
+    torch.manual_seed(seed)
+    model: nn.Module = transformers.Qwen3VLMoeForConditionalGeneration(config)
     for parameter in model.float().parameters():
         parameter.data.normal_(std=0.05)
     return model.eval()
@@ -65,16 +86,16 @@ def save(model: nn.Module, folder: Path, fused: bool = False, dtype: torch.dtype
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, folder / "model.safetensors")
     else:
         model.save_pretrained(folder)
-    if type(model).__name__ == "Qwen3VLMoeTextModel":
+    if type(model).__name__.startswith("Qwen3VLMoe"):
         _as_released(folder)
     model.float()
     return folder
 
 
 def _as_released(folder: Path) -> None:
-    """The text model inside of Qwen3-VL-MoE, stored as its releases are: transposed."""
+    """Qwen3-VL-MoE, or the text model inside of it, stored as releases are: transposed."""
     tensors = load_file(folder / "model.safetensors")
-    stacked = {n: t.transpose(1, 2).contiguous() if t.ndim == 3 else t for n, t in tensors.items()}
+    stacked = {n: t.transpose(1, 2).contiguous() if "experts" in n and t.ndim == 3 else t for n, t in tensors.items()}
     save_file(
         {n if n.startswith("model.") else f"model.{n}": t for n, t in stacked.items()}, folder / "model.safetensors"
     )
