@@ -20,7 +20,7 @@ from safeshard.manifests.errors import RequestError, RunError, printable
 from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import sync_path, write_file
 from safeshard.streamer.plan import ours
-from safeshard.streamer.plan.ours import PART, REPLACED
+from safeshard.streamer.plan.ours import NUMBERS, PART, REPLACED
 from safeshard.streamer.plan.places import is_half_copied, listed, unfinished_offences
 from safeshard.streamer.write.journal import Journal
 
@@ -74,7 +74,7 @@ def clear(staging: Path, names: Collection[str]) -> None:
         RunError: something is there that is not ours.
     """
     _refuse_strangers(staging)
-    kept = {JOURNAL_NAME, REPLACED, *(part_of(staging, name).name for name in names)}
+    kept = {JOURNAL_NAME, REPLACED, NUMBERS, *(part_of(staging, name).name for name in names)}
     for path in staging.iterdir():
         if path.name not in kept:
             path.unlink()
