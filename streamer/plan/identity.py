@@ -44,7 +44,7 @@ def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
     }
     if plan.part is not None:  # the cut depends on all jobs of the batch
         cut = hash_bytes(b"".join([json.dumps(sorted(plan.modules)).encode(), *(file.header for file in plan.files)]))
-        found["part"] = {"part": str(plan.part), "cut": cut}
+        found["part"] = {"part": str(plan.part), "cut": cut, "modules": plan.shared}
     return found
 
 

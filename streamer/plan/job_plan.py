@@ -162,6 +162,7 @@ class JobPlan:
     serve_rank: int | None = None  # of every pair, where an adapter is written to be served
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already
     part: Part | None = None  # what it is restricted to: a share of the modules and copies
+    shared: int = 0  # of how many modules that is a share
 
     def sources(self) -> list[Source]:
         """Everything that is read from."""

@@ -72,4 +72,4 @@ def restricted(plan: JobPlan, part: Part, modules: Collection[str], copies: Coll
     names = {name for module in kept.values() for name in module.outputs} | {copy.name for copy in taken}
     tables = {f.name: [(n, r.dtype, r.shape) for n, r in f.tensors.items() if n in names] for f in plan.files}
     files = [output_file(name, tensors) for name, tensors in tables.items() if tensors]
-    return replace(plan, modules=kept, copies=taken, files=files, side_files=[], part=part)
+    return replace(plan, modules=kept, copies=taken, files=files, side_files=[], part=part, shared=len(plan.modules))

@@ -7,21 +7,22 @@ Whoever finds those of all parts goes on; the others have done what they could, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from safeshard.manifests.errors import Offence
+from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import ModuleEntry
 from safeshard.streamer.calibration.factor_files import SavedFactors
 from safeshard.streamer.disk import clear_errors, sync_path, write_file
 from safeshard.streamer.plan.identity import checks_of, fingerprint
-from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.job_plan import JobPlan, OutputFile
 from safeshard.streamer.plan.ours import NUMBERS, PART_RECORD
 from safeshard.streamer.plan.parts import Part, parts_there, place_of_parts_offences
 from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.run.finish import Measured, run_of, tool_versions
 from safeshard.streamer.run.steps import JobRun
-from safeshard.streamer.write.journal import Journal
+from safeshard.streamer.write.journal import Journal, differences
 from safeshard.streamer.write.part_record import Numbers, PartRecord, read_numbers, read_record
 from safeshard.streamer.write.staging import part_of, remove
 
@@ -67,12 +68,20 @@ def finished_part(plan: JobPlan, device: str) -> PartRecord | None:
     if record is None or record.fingerprint != fingerprint_of(plan, device):
         return None
     places = (folder, staging_of(plan.job.output))  # where `finish` was interrupted, it may have moved some
-    there = all(any(part_of(place, file.name).is_file() for place in places) for file in plan.files)
+    there = all(any(_is_whole(part_of(place, file.name), file) for place in places) for file in plan.files)
     return record if there else None
 
 
+def _is_whole(path: Path, file: OutputFile) -> bool:
+    return path.is_file() and path.stat().st_size >= file.nbytes  # what many parts write to is larger
+
+
 def know_from_parts(job_run: JobRun) -> None:
-    """Leave a part's numbers for the others, and let it go on if those of all parts are there."""
+    """Leave a part's numbers for the others, and let it go on if those of all parts are there.
+
+    Raises:
+        RequestError: those of another part are of something else.
+    """
     plan, writer = job_run.plan, job_run.writer
     assert plan.part is not None
     assert writer is not None
@@ -86,16 +95,27 @@ def know_from_parts(job_run: JobRun) -> None:
         with clear_errors(writer.staging):
             write_file(writer.staging / NUMBERS, own.to_bytes())
             sync_path(writer.staging)
-    others = [read_numbers(part.folder(plan.job.output)) for part in Part.all(plan.part.count)]
-    found = [each for each in others if each is not None]
-    if len(found) == plan.part.count:
-        job_run.know(*merged_numbers(found))
-
-
-def merged_numbers(found: Sequence[Numbers]) -> tuple[Mapping[str, float | None], Mapping[str, Sequence[float]]]:
-    """The cosines and the curves of all parts."""
+    every = Part.all(plan.part.count)
+    found = [each for part in every if (each := read_numbers(part.folder(plan.job.output))) is not None]
+    if len(found) < len(every):
+        return
+    offences = [o for part, each in zip(every, found, strict=True) for o in _unlike(job_run, part, each, own)]
     cosines = {name: cosine for each in found for name, cosine in each.cosines.items()}
-    return cosines, {name: curve for each in found for name, curve in each.curves.items()}
+    curves = {name: curve for each in found for name, curve in each.curves.items()}
+    if not offences and max(len(cosines), len(curves)) != plan.shared:
+        remedy = "run all parts again, with --overwrite"
+        expected = f"numbers of {plan.shared} modules in all parts"
+        offences = [Offence(str(plan.job.output), "", expected, str(max(len(cosines), len(curves))), remedy)]
+    if offences:
+        raise RequestError(offences)
+    job_run.know(cosines, curves)
+
+
+def _unlike(job_run: JobRun, part: Part, numbers: Numbers, own: Numbers) -> Iterator[Offence]:
+    """Where the numbers of a part are of something else: another input, another option, another machine."""
+    theirs, ours = ({k: v for k, v in n.fingerprint.items() if k not in ("part", "files")} for n in (numbers, own))
+    remedy = f"--part {part} --overwrite makes it anew"
+    yield from differences(f"{job_run.job.output}: part {part}", ours, theirs, remedy)
 
 
 def end_part(job_run: JobRun, measured: Measured) -> PartRecord:

@@ -80,6 +80,7 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
     left = [plan for plan in plans if not plan.finished]
     parts = _parts(left)
     shares = [own for own in zip(*cut(plans, parts), strict=True) if not own[0].finished] if parts else []
+    _records(shares)
     for number, part in enumerate(parts):
         if not options.dry_run and any(_waits(own[number], parts) for own in shares):
             run_part(jobs, options, part, show)

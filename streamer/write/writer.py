@@ -39,6 +39,7 @@ from safeshard.streamer.disk import (
 )
 from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.plan.job_plan import Copy, OutputFile
+from safeshard.streamer.plan.ours import NUMBERS
 from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.write import staging
 from safeshard.streamer.write.finite import NotFiniteError, all_finite, check_copy
@@ -91,7 +92,7 @@ class Writer:
                 for spill in self.staging.glob("*".join(SPILL)):  # of a run killed before it could unname it
                     spill.unlink()
                 staging.unname(self.staging, self._names)
-                self._moved = {f.name for f in files if made and f.name in made and self._move(f, made[f.name])}
+                self._moved = self._move(made or {})
                 for file in files:
                     self._open(file)
                 sync_path(self.staging)
@@ -105,14 +106,19 @@ class Writer:
     def _names(self) -> list[str]:
         return [file.name for file in self.files]
 
-    def _move(self, file: OutputFile, made: Path) -> bool:
-        """Move a finished file here, if it lies there still and has its size."""
-        if not made.is_file() or made.is_symlink() or made.stat().st_size != file.nbytes:
-            return False
-        made.replace(staging.part_of(self.staging, file.name))
-        sync_path(self.staging)
-        sync_path(made.parent)
-        return True
+    def _move(self, made: Mapping[str, Path]) -> set[str]:
+        """Move finished files here that lie elsewhere still and have their size."""
+        sizes = {file.name: file.nbytes for file in self.files}
+        there = {name: path for name, path in made.items() if path.is_file() and not path.is_symlink()}
+        there = {name: path for name, path in there.items() if path.stat().st_size == sizes[name]}
+        if there:
+            self.journal.record("moved", files=sorted(there))  # first: what holds others' work is never removed
+            self.journal.commit()
+        for name, path in there.items():
+            path.replace(staging.part_of(self.staging, name))
+            sync_path(self.staging)
+            sync_path(path.parent)
+        return set(there)
 
     def adopt(self, hashes: Mapping[str, str]) -> None:
         """Count tensors of finished files as written, given their hashes.
@@ -248,7 +254,8 @@ class Writer:
                 self.commit()
         finally:
             self.close_files()
-            begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine", "curve"))
+            begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine", "curve", "moved"))
+            begun |= (self.staging / NUMBERS).exists()  # of a part without modules, too
             if not begun and self.staging.exists():
                 self._remove()
             self.journal.close()
