@@ -14,6 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.methods.base import Job
@@ -30,7 +32,7 @@ from safeshard.streamer.run.cut import cut
 from safeshard.streamer.run.downloads import shard_cache
 from safeshard.streamer.run.finish import Measured, publish
 from safeshard.streamer.run.part_work import fingerprint_of
-from safeshard.streamer.run.runner import Result, earlier, refuse_cautions, run
+from safeshard.streamer.run.runner import Result, device_name, earlier, refuse_cautions, run
 from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.sources import LocalSource
 from safeshard.streamer.write.journal import HeldError, differences
@@ -80,11 +82,11 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
     left = [plan for plan in plans if not plan.finished]
     parts = _parts(left)
     shares = [own for own in zip(*cut(plans, parts), strict=True) if not own[0].finished] if parts else []
-    _records(shares)
+    _records(shares, options)
     for number, part in enumerate(parts):
         if not options.dry_run and any(_waits(own[number], parts) for own in shares):
             run_part(jobs, options, part, show)
-    records = _records(shares)
+    records = _records(shares, options)
     if options.dry_run:
         return [Result(plan.job, plan, None, {}) for plan in plans]
     found = zip(left, shares, records, strict=True)
@@ -127,24 +129,28 @@ def _waits(share: JobPlan, parts: Sequence[Part]) -> bool:
     return all(read_numbers(part.folder(output)) is not None for part in parts)
 
 
-def _records(shares: Sequence[Sequence[JobPlan]]) -> list[list[PartRecord]]:
-    """The records of all parts of each output.
+def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[list[PartRecord]]:
+    """The records of all parts of each output, but for those that wait for the numbers of others.
 
     Raises:
         RequestError: some are missing, or of another request than the others.
     """
+    device = device_name(torch.device(options.resolved_device()))
     found: list[list[PartRecord]] = []
     offences: list[Offence] = []
     for own in shares:
         records = [read_record(_folder(share)) for share in own]
         there = [record for record in records if record is not None]
         for share, record in zip(own, records, strict=True):
+            where = f"{share.job.output}: part {share.part}"
             if record is not None:
                 offences += _differences(share, record, there[0])
-            if record is not None or (JobRun(share).waits and read_numbers(_folder(share)) is not None):
-                continue  # what waits for other parts is not what is missing
-            got = "an unfinished one" if _folder(share).is_dir() else "none"
-            offences.append(Offence(str(share.job.output), str(share.part), "a finished part", got, AGAIN))
+            elif JobRun(share).waits and (numbers := read_numbers(_folder(share))) is not None:
+                remedy = "finish where, and as, the parts were run; or run each once more"  # which decides, too
+                offences += differences(where, numbers.fingerprint, fingerprint_of(share, device), remedy)
+            else:
+                got = "an unfinished one" if _folder(share).is_dir() else "none"
+                offences.append(Offence(str(share.job.output), str(share.part), "a finished part", got, AGAIN))
         found.append(there)
     if offences:
         raise RequestError(offences)

@@ -23,9 +23,11 @@ from safeshard.streamer.extras import require
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.parts import Part, parts_there
+from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress
+from safeshard.streamer.run.downloads import shard_cache
 from safeshard.streamer.run.parts import gather, run_part
-from safeshard.streamer.run.runner import Result, plan_jobs, run
+from safeshard.streamer.run.runner import Result, run
 
 RETRIES = 20  # of a part whose worker or node was lost: one that dies of itself must end some day
 PROCESS_BYTES = 1 << 30  # what a worker holds besides the tensors in flight
@@ -47,7 +49,7 @@ def run_on_ray(jobs: Sequence[Job], options: RunOptions, count: int | None = Non
         raise RequestError(Offence("--device", "", "cuda, of which Ray gives each part its own", options.device))
     if options.dry_run:
         return run(jobs, options, skip_finished=True)
-    plan_jobs(jobs, options.model_copy(update={"device": "cpu"}), skip_finished=True)  # refuse before a task starts
+    Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)  # refuse before a task starts
     with _cluster(ray):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needs, slots = resources_of_a_part(nodes, options)

@@ -326,6 +326,8 @@ def _other_jobs(cluster: Cluster) -> None:
     pairs = {n: t for n, t in load_file(adapter / "adapter_model.safetensors").items() if ".layers.2." in n}
     heavy = shutil.copytree(adapter, adapter.with_name("heavy"))
     save_file(pairs, heavy / "adapter_model.safetensors", {"format": "pt"})
+    config = json.loads((heavy / "adapter_config.json").read_text()) | {"layers_to_transform": [2]}
+    (heavy / "adapter_config.json").write_text(json.dumps(config))
     more = [cluster.jobs[-1] | {"output": f"more-{number}", "adapter": str(heavy)} for number in range(8)]
     cluster.write([*cluster.jobs, *more], **cluster.defaults)
 
