@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from safeshard.streamer.api import (
         batch,
         calibrate,
+        finish,
         inspect,
         report,
         resta,
@@ -30,6 +31,7 @@ __all__ = [
     "Result",
     "batch",
     "calibrate",
+    "finish",
     "inspect",
     "report",
     "resta",

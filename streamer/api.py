@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import Manifest, load
@@ -22,12 +22,14 @@ from safeshard.streamer.options import Options, RunOptions, build, fields_of, lo
 
 if TYPE_CHECKING:  # what computes is imported where it is called: the command line's help need not wait for torch
     from safeshard.manifests.verify import Finding
+    from safeshard.streamer.plan.parts import Part
     from safeshard.streamer.run.runner import Result
     from safeshard.streamer.run.save_factors import Factors
 
 __all__ = [
     "batch",
     "calibrate",
+    "finish",
     "inspect",
     "report",
     "resta",
@@ -172,7 +174,15 @@ def score(
 
 
 @_takes(RunOptions)
-def batch(jobs: str | os.PathLike[str], *, keep_going: bool = False, **options: Any) -> list[Result]:
+def batch(
+    jobs: str | os.PathLike[str],
+    *,
+    keep_going: bool = False,
+    part: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    parts: int | None = None,
+    **options: Any,
+) -> list[Result]:
     """Run the jobs of a YAML file in one pass.
 
     A checkpoint that jobs share is read once.
@@ -180,13 +190,65 @@ def batch(jobs: str | os.PathLike[str], *, keep_going: bool = False, **options: 
     Args:
         jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
         keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
+        part: "i/n": do the i-th of n parts of the work, for `finish` to put together; manifests are None.
+        engine: "ray" does all parts as tasks of a Ray cluster, and finishes.
+        parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
         options: the fields of `RunOptions`.
     """
     from safeshard.streamer.plan.jobs_file import read_jobs
     from safeshard.streamer.run.runner import run, run_keeping_going
 
+    share = _part(part, engine=engine, parts=parts, keep_going=keep_going)
     read, run_options = read_jobs(Path(jobs)), build(RunOptions, options)
+    if engine == "ray":
+        from safeshard.streamer.run.ray_engine import run_on_ray
+
+        return run_on_ray(read, run_options, parts)
+    if share is not None:
+        from safeshard.streamer.run.parts import run_part
+
+        return run_part(read, run_options, share)
     return run_keeping_going(read, run_options) if keep_going else run(read, run_options, skip_finished=True)
+
+
+def _part(part: str | None, *, engine: str, parts: int | None, keep_going: bool) -> Part | None:
+    """The part that is asked for.
+
+    Raises:
+        RequestError: there is no such part, or it does not go with the other options.
+    """
+    from safeshard.streamer.plan.parts import MAX_PARTS, Part
+
+    offences: list[Offence] = []
+    if engine not in ("local", "ray"):
+        offences.append(Offence("--engine", "", "local or ray", repr(engine)))
+    if part is not None and engine == "ray":
+        offences.append(Offence("--part goes without --engine ray, which does every part"))
+    if parts is not None and engine != "ray":
+        offences.append(Offence("--parts goes with --engine ray; a worker of another cluster takes --part I/N"))
+    if parts is not None and not 1 <= parts <= MAX_PARTS:
+        offences.append(Offence("--parts", "", f"a number from 1 to {MAX_PARTS}", str(parts)))
+    if keep_going and (part is not None or engine == "ray"):
+        offences.append(Offence("--keep-going goes with a whole batch: all parts cut the same jobs"))
+    if offences:
+        raise RequestError(offences)
+    return None if part is None else Part.parse(part)
+
+
+@_takes(RunOptions)
+def finish(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
+    """Put the parts of a batch together.
+
+    The outputs are those that `batch` writes in one pass. What the numbers of all parts decide is done first.
+
+    Args:
+        jobs: the file that the parts were given.
+        options: the fields of `RunOptions`.
+    """
+    from safeshard.streamer.plan.jobs_file import read_jobs
+    from safeshard.streamer.run.parts import gather
+
+    return gather(read_jobs(Path(jobs)), build(RunOptions, options))
 
 
 def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: bool = False) -> str:

@@ -21,6 +21,9 @@ def batch(
     quiet: bool = False,
     strict: bool = False,
     keep_going: bool = False,
+    part: str | None = None,
+    engine: Literal["local", "ray"] = "local",
+    parts: int | None = None,
 ) -> list[Result]:
     """Run the jobs of a YAML file in one pass.
 
@@ -29,6 +32,9 @@ def batch(
     Args:
         jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
         keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
+        part: "i/n": do the i-th of n parts of the work, for `finish` to put together; manifests are None.
+        engine: "ray" does all parts as tasks of a Ray cluster, and finishes.
+        parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
         options: the fields of `RunOptions`.
     """
 
@@ -59,6 +65,27 @@ def calibrate(
 
     Returns their folder, and the modules of the aligned model that have no factor.
     Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.
+    """
+
+def finish(
+    jobs: str | PathLike[str],
+    *,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    strict: bool = False,
+) -> list[Result]:
+    """Put the parts of a batch together.
+
+    The outputs are those that `batch` writes in one pass. What the numbers of all parts decide is done first.
+
+    Args:
+        jobs: the file that the parts were given.
+        options: the fields of `RunOptions`.
     """
 
 def inspect(

@@ -13,7 +13,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -126,12 +126,22 @@ def _batch(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="run what can run although some jobs cannot; exit status 1")
     ] = False,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="I/N", help="do the I-th of N parts, for `finish` to put together")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="local, or ray: all parts as tasks of a Ray cluster")
+    ] = "local",
+    parts: Annotated[
+        int | None,
+        typer.Option("--parts", metavar="N", help="with --engine ray: how many (default: one a GPU, or one a node)"),
+    ] = None,
     json: Json = False,
     **options: Any,
 ) -> None:
     failures: Sequence[Any] = ()
     try:
-        results = api.batch(jobs, keep_going=keep_going, **options)
+        results = api.batch(jobs, keep_going=keep_going, part=part, engine=engine, parts=parts, **options)
     except RunError as error:
         if not hasattr(error, "failures"):
             raise
@@ -142,6 +152,21 @@ def _batch(
     _done(results, options, json, [messages.failure(job, each) for job, each in failures])
     if failures:
         raise typer.Exit(1)
+
+
+@app.command("finish", help=_help(api.finish, "Every part must be there: safeshard batch JOBS --part I/N."))
+@takes(RunOptions)
+def _finish(
+    jobs: Annotated[Path, typer.Argument(help="the jobs file that the parts were given")],
+    *,
+    json: Json = False,
+    **options: Any,
+) -> None:
+    results = api.finish(jobs, **options)
+    if options["dry_run"]:
+        _say(messages.gathered(results), json)
+        options |= {"quiet": True, "dry_run": False}
+    _done(results, options, json)
 
 
 @app.command("inspect", help=_help(api.inspect))
@@ -291,7 +316,7 @@ def _apart(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _how_to_resume(arguments: Sequence[str]) -> str:
-    if not arguments or arguments[0] not in {*METHODS, "batch", "calibrate", "evaluate", "tune"}:
+    if not arguments or arguments[0] not in {*METHODS, "batch", "finish", "calibrate", "evaluate", "tune"}:
         return "nothing was kept"
     return "run the same command again to go on from here"
 

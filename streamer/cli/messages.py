@@ -30,6 +30,7 @@ def summary(results: Sequence[Result]) -> str:
     lines = []
     for result in results:
         if (manifest := result.manifest) is None:
+            lines += _part(result)
             continue
         decisions = Counter(entry.decision for entry in manifest.modules)
         counts = ", ".join(f"{n} {decision}" for decision, n in decisions.most_common())
@@ -49,6 +50,7 @@ def summary(results: Sequence[Result]) -> str:
         if len(manifest.fallbacks) > 5:
             lines.append(f"  and {len(manifest.fallbacks) - 5} more notes in the manifest")
     finished = [r.manifest.run for r in results if r.manifest and not r.plan.finished]
+    finished += [r.record.run for r in results if r.record]
     if finished:
         last, written = finished[-1], sum(run.bytes_written for run in finished)
         rate = human(last.bytes_read / last.wall_s) if last.wall_s else "-"
@@ -57,6 +59,27 @@ def summary(results: Sequence[Result]) -> str:
             f"peak memory {human(last.peak_host_bytes)}"
         )
     return "\n".join(lines)
+
+
+def _part(result: Result) -> list[str]:
+    """A line about a part of an output."""
+    part, modules = result.plan.part, len(result.plan.modules)
+    if part is None:
+        return []
+    where = f"{result.job.title}: {printable(result.output)}: part {part}"
+    if result.record is not None:
+        tensors = sum(len(file.tensors) for file in result.plan.files)
+        return [f"{where}: {modules} modules, {tensors} tensors written"]
+    return [f"{where}: {modules} modules measured; once all parts are, finish decides, or each part run again"]
+
+
+def gathered(results: Sequence[Result]) -> str:
+    """What a dry run of `finish` says."""
+    lines = []
+    for result in results:
+        state = "finished earlier" if result.plan.finished else "every part is there"
+        lines.append(f"{result.job.title}: {printable(result.output)}: {state}")
+    return "\n".join([*lines, "dry run: nothing was written"])
 
 
 def _strength(manifest: Manifest) -> str:
@@ -233,6 +256,11 @@ def outcome(result: Result) -> dict[str, Any]:
         if manifest.leak is not None:
             base["leak"] = manifest.leak
         return base | {"decisions": dict(decisions), "run": manifest.run.model_dump(mode="json")}
+    if result.plan.part is not None and result.plan.finished is None:
+        record = result.record
+        base |= {"part": str(result.plan.part), "finished": record is not None}
+        if record is not None:
+            return base | {"run": record.run.model_dump(mode="json")}
     if result.cosines:
         return base | {"source": result.plan.finetuned.source.spec, "cosines": dict(result.cosines)}
     from safeshard.streamer.run.downloads import download

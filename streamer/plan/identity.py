@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, TypeGuard
 
@@ -18,6 +20,9 @@ from safeshard.streamer.inputs import adapter as lora
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.sources import LocalSource, Source
+from safeshard.streamer.sources.base import Checked
+
+Checks = Mapping[str, Mapping[str, Checked]]  # by role and file
 
 
 def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
@@ -27,7 +32,7 @@ def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
         if _may_change(opened.source):
             times = {f.name: opened.source.local_path(f.name).stat().st_mtime_ns for f in opened.files}
             inputs[role]["modified"] = times
-    return {
+    found = {
         "safeshard": version("safeshard"),
         "torch": version("torch"),
         "device": device,  # devices round differently in the last bits
@@ -37,6 +42,10 @@ def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
         "side_files": {file.name: file.blake3 or file.size for file in plan.side_files},
         "files": [*(file.name for file in plan.files), *(file.name for file in plan.side_files)],
     }
+    if plan.part is not None:  # the cut depends on all jobs of the batch
+        cut = hash_bytes(b"".join([json.dumps(sorted(plan.modules)).encode(), *(file.header for file in plan.files)]))
+        found["part"] = {"part": str(plan.part), "cut": cut, "modules": plan.shared}
+    return found
 
 
 def finished(plan: JobPlan) -> Manifest | None:
@@ -72,13 +81,35 @@ def _unchecked(given: Input) -> Input:
     return given.model_copy(update={"files": tuple(f.model_copy(update={"checked": None}) for f in given.files)})
 
 
-def checked_inputs(plan: JobPlan) -> dict[str, Input]:
-    """The inputs once they have been read: with how each file was held against what its place states of it."""
+def checked_inputs(plan: JobPlan, parts: Sequence[Checks] = ()) -> dict[str, Input]:
+    """The inputs once they have been read: with how each file was held against what its place states of it.
+
+    `parts` are the checks of those who read them, where that was not this process.
+    """
     inputs = inputs_of(plan)
-    for role, opened in plan.inputs.items():
-        files = (f.model_copy(update={"checked": opened.source.checked(f.name)}) for f in inputs[role].files)
+    for role, found in merged_checks(parts or [checks_of(plan)]).items():
+        files = (f.model_copy(update={"checked": found.get(f.name)}) for f in inputs[role].files)
         inputs[role] = inputs[role].model_copy(update={"files": tuple(files)})
     return inputs
+
+
+def checks_of(plan: JobPlan) -> dict[str, dict[str, Checked]]:
+    """By role and file, how what was read was held against what its place states, where that states something."""
+    inputs = inputs_of(plan)
+    return {
+        role: {f.name: how for f in inputs[role].files if (how := opened.source.checked(f.name)) is not None}
+        for role, opened in plan.inputs.items()
+    }
+
+
+def merged_checks(parts: Sequence[Checks]) -> dict[str, dict[str, Checked]]:
+    """The checks of several processes as one: a file was hashed whole if it was wherever it was read."""
+    found: dict[str, dict[str, Checked]] = {}
+    for role, files in (item for part in parts for item in part.items()):
+        for name, how in files.items():
+            own = found.setdefault(role, {})
+            own[name] = how if own.get(name, how) == how else "ranges"
+    return found
 
 
 def inputs_of(plan: JobPlan) -> dict[str, Input]:

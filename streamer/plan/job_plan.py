@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.hashing import hash_bytes
@@ -24,6 +24,9 @@ from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.layout import Layout
 from safeshard.streamer.sources import Source
+
+if TYPE_CHECKING:
+    from safeshard.streamer.plan.parts import Part
 
 
 def _kind(module: str) -> str:
@@ -85,6 +88,12 @@ class ModulePlan:
     def outputs(self) -> set[str]:
         """The output tensors that it writes to."""
         return {name for stored in self.writes.values() for name in stored.names}
+
+    def tensors(self, job: Job) -> set[str]:
+        """Its output tensors: also the A or B of a pair that the method takes over as it is."""
+        pair = self.finetuned
+        copied = {pair.lora.a.name, pair.lora.b.name} if isinstance(pair, Pair) and not job.writes_checkpoint else set()
+        return copied | self.outputs
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,8 @@ class JobPlan:
     layout: Layout | None = None  # of a checkpoint that is written
     serve_rank: int | None = None  # of every pair, where an adapter is written to be served
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already
+    part: Part | None = None  # what it is restricted to: a share of the modules and copies
+    shared: int = 0  # of how many modules that is a share
 
     def sources(self) -> list[Source]:
         """Everything that is read from."""

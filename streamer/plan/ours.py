@@ -24,12 +24,13 @@ from safeshard.streamer.disk import open_own
 
 JOURNAL_MAGIC = b'{"journal":"safeshard.journal/1",'
 REPLACED = ".replaced"  # in an unfinished output: the earlier one, until the new one has its place
+PART_RECORD, NUMBERS = "part.json", "numbers.json"  # in the folder of a part of a batch: what it did, and measured
 PART = ".part"  # ends the name of a safetensors file until the output is complete
 _CRC = re.compile(rb',"crc":"[0-9a-f]{8}"\}$')  # how each of a journal's lines ends
 _LINE_BYTES = 64 << 20  # of a journal's first line
 _SCHEMA = re.compile(rb'\{\s*"schema":\s*"%s"' % SCHEMA.encode())  # how an index of factors begins
 _MARKS = (MANIFEST_NAME, INDEX, JOURNAL_NAME)
-_ALWAYS = {JOURNAL_NAME, MANIFEST_NAME, REPLACED, INDEX, "README.md", "report.html", ".DS_Store"}
+_ALWAYS = {JOURNAL_NAME, MANIFEST_NAME, REPLACED, INDEX, PART_RECORD, NUMBERS, "README.md", "report.html", ".DS_Store"}
 # What version 0.1 wrote, whose journals do not name their files.
 _EARLIER = re.compile(
     rf"(adapter_)?model[\w-]*\.safetensors(\.part)?|{FILE}|model\.safetensors\.index\.json|(adapter_)?config\.json"

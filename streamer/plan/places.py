@@ -21,6 +21,11 @@ def staging_of(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
+def parts_of(output: Path) -> Path:
+    """The folder beside an output that holds what many workers did of it, until `finish` puts it together."""
+    return output.with_name(output.name + ".parts")
+
+
 def is_half_copied(staging: Path, output: Path, last: str = MANIFEST_NAME) -> bool:
     """Whether a run was interrupted while it copied its finished output here; the whole is in the staging folder."""
     copied = (staging / JOURNAL_NAME).is_file() and ours.is_copy(output) and not (output / last).exists()
@@ -56,7 +61,8 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
         sizes[id(plan.job)] += COPIES * plan.factors.hidden_bytes  # which lie beside the first of the jobs that share
     done = {id(plan.job) for plan in plans if plan.finished}
     paths = {id(job): _place(job.output) for job in jobs if job.writes_model}
-    taken = Counter(paths.values()) + Counter(staging_of(path) for path in paths.values() if path.name)
+    beside = [place(path) for place in (staging_of, parts_of) for path in paths.values() if path.name]
+    taken = Counter(paths.values()) + Counter(beside)
     for job in (job for job in jobs if job.writes_model):
         path, shown = paths[id(job)], str(job.output)
         if taken[path] > 1 or any(parent in taken for parent in path.parents):
@@ -76,7 +82,7 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
             yield from kept_offences(path, shown)
         parent = next(p for p in path.parents if p.exists())
         first, before = need.get(parent.stat().st_dev, (parent, 0))
-        need[parent.stat().st_dev] = (first, before + sizes.get(id(job), 0) - taken_bytes(staging_of(path)))
+        need[parent.stat().st_dev] = (first, before + sizes.get(id(job), 0) - taken_bytes(path))
     for parent, nbytes in need.values():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
@@ -85,9 +91,10 @@ def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bo
             )
 
 
-def taken_bytes(staging: Path) -> int:
-    """Bytes of the disk that an unfinished output has already."""
-    return sum(p.lstat().st_blocks * 512 for p in staging.iterdir()) if staging.is_dir() else 0
+def taken_bytes(output: Path) -> int:
+    """Bytes of the disk that an unfinished output has already, or its parts."""
+    files = (*staging_of(output).glob("*"), *parts_of(output).glob("*/*"))
+    return sum(path.lstat().st_blocks * 512 for path in files)
 
 
 def kept_offences(path: Path, place: str, last: str = MANIFEST_NAME) -> Iterator[Offence]:

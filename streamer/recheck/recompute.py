@@ -24,7 +24,7 @@ from safeshard.streamer.calibration.data_files import BUILT_IN_NAME
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.base import ROLES, Job, random_key
 from safeshard.streamer.options import RunOptions, build
-from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
+from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.outputs import output_file
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.recheck.inputs import Note
@@ -97,20 +97,13 @@ def _closed(plan: JobPlan, chosen: Sequence[str]) -> list[str]:
 def _reduce(plan: JobPlan, chosen: Sequence[str]) -> None:
     """Leave of a plan only some modules, and files that hold just their tensors."""
     plan.modules = {name: module for name, module in plan.modules.items() if name in set(chosen)}
-    wanted = {tensor for module in plan.modules.values() for tensor in _tensors(module, plan.job)}
+    wanted = {tensor for module in plan.modules.values() for tensor in module.tensors(plan.job)}
     plan.copies = [copy for copy in plan.copies if copy.name in wanted]
     plan.files = [
         output_file(file.name, [(ref.name, ref.dtype, ref.shape) for ref in refs])
         for file in plan.files
         if (refs := [ref for name, ref in file.tensors.items() if name in wanted])
     ]
-
-
-def _tensors(module: ModulePlan, job: Job) -> set[str]:
-    """The output tensors of a module: also the A of a pair that the method takes over as it is."""
-    pair = module.finetuned
-    copied = {pair.lora.a.name, pair.lora.b.name} if isinstance(pair, Pair) and not job.writes_checkpoint else set()
-    return copied | module.outputs
 
 
 def _computed_differences(plan: JobPlan, manifest: Manifest, note: Note) -> list[Finding]:

@@ -30,14 +30,9 @@ def run_calibrated(
 ) -> None:
     """Serve all jobs that share a factor source in one pass over its layers; nothing is run where all is done."""
     for source, sharing in _by_source(runs):
-        measuring = [r for r in sharing if r.measures]
-        for serving in filter(None, (measuring, sharing)):
-            if _all_steps(source, serving):
-                _serve(source, serving, run_steps, device, buffers, clock)
-            clear_states(writer.staging for writer in _writers(serving))
-            for job_run in measuring:
-                job_run.choose_strength()
-            measuring = []
+        if _all_steps(source, sharing):
+            _serve(source, sharing, run_steps, device, buffers, clock)
+        clear_states(writer.staging for writer in _writers(sharing))
 
 
 def planned_steps(runs: Sequence[JobRun]) -> list[Step]:

@@ -7,7 +7,8 @@ import json
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -41,6 +42,8 @@ from safeshard.streamer.run.effects import total
 from safeshard.streamer.run.licence import licence
 from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.tensor_names import natural
+from safeshard.streamer.write.part_record import PartRecord
+from safeshard.streamer.write.writer import Writer
 
 
 def rounded(clock: Clock) -> dict[str, float]:
@@ -76,14 +79,17 @@ def tool_versions(device: str) -> Tool:
     return Tool(safeshard=version("safeshard"), torch=version("torch"), triton=_version("triton"), device=device)
 
 
-def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
-    """Complete an output whose tensors are all written: name its shards, add the small files, publish it."""
+def publish(job_run: JobRun, measured: Measured, overwrite: bool, parts: Sequence[PartRecord] = ()) -> Manifest:
+    """Complete an output whose tensors are all written: name its shards, add the small files, publish it.
+
+    `parts` are the records of those who wrote the tensors, where that was not this process.
+    """
     plan, writer = job_run.plan, job_run.writer
     assert writer is not None
     writer.complete()
     whole = plan.job.writes_checkpoint
     small = _checkpoint_files(plan) if whole else _adapter_files(plan)
-    manifest = _manifest(job_run, measured)
+    manifest = _manifest(job_run, measured, parts)
     small["README.md"] = card(
         manifest, known_id(plan.aligned.source), "checkpoint" if whole else "adapter", licence(plan)
     ).encode()
@@ -92,14 +98,45 @@ def publish(job_run: JobRun, measured: Measured, overwrite: bool) -> Manifest:
     for name, data in itertools.chain(small.items(), taken):
         writer.add_file(name, data)
         files.append(FileEntry(name=name, size=len(data), blake3=hash_bytes(data)))
-    run = manifest.run.model_copy(update={"bytes_written": writer.bytes_written})
+    written = writer.bytes_written + sum(part.run.bytes_written for part in parts)
+    run = manifest.run.model_copy(update={"bytes_written": written})
     manifest = manifest.model_copy(update={"files": tuple(sorted(files, key=lambda f: f.name)), "run": run}).sealed()
     writer.add_file(MANIFEST_NAME, manifest.to_json().encode())
     writer.publish(overwrite)
     return manifest
 
 
-def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
+def run_of(measured: Measured, writer: Writer) -> Run:
+    """The figures of a run and of one of its outputs, as the manifest has them."""
+    return Run(
+        start=measured.start, wall_s=measured.wall_s, bytes_read=measured.bytes_read,
+        bytes_written=writer.bytes_written,
+        peak_host_bytes=peak_host_bytes(), peak_device_bytes=measured.peak_device_bytes,
+        peak_buffer_bytes=measured.peak_buffer_bytes, seconds=measured.seconds | rounded(writer.clock),
+    )  # fmt: skip
+
+
+def _with_parts(run: Run, parts: Sequence[PartRecord]) -> Run:
+    """The figures of all parts and of what put them together: sums, peaks, and the time of the slowest."""
+    if not parts:
+        return run
+    runs = [part.run for part in parts]
+    seconds = Counter(run.seconds)
+    for each in runs:
+        seconds.update(each.seconds)
+    return Run(
+        start=min(each.start for each in [run, *runs]),
+        wall_s=run.wall_s + max(each.wall_s for each in runs),
+        bytes_read=run.bytes_read + sum(each.bytes_read for each in runs),
+        bytes_written=run.bytes_written,
+        peak_host_bytes=max(each.peak_host_bytes for each in [run, *runs]),
+        peak_device_bytes=max(each.peak_device_bytes for each in [run, *runs]),
+        peak_buffer_bytes=max(each.peak_buffer_bytes or 0 for each in [run, *runs]),
+        seconds={stage: round(value, 3) for stage, value in sorted(seconds.items())},
+    )
+
+
+def _manifest(job_run: JobRun, measured: Measured, parts: Sequence[PartRecord]) -> Manifest:
     plan, job, writer = job_run.plan, job_run.job, job_run.writer
     assert writer is not None
     copied = {
@@ -118,23 +155,17 @@ def _manifest(job_run: JobRun, measured: Measured) -> Manifest:
         for name, ref in file.tensors.items()
     ]  # fmt: skip
     settings = job.settings()
-    run = Run(
-        start=measured.start, wall_s=measured.wall_s, bytes_read=measured.bytes_read,
-        bytes_written=writer.bytes_written,
-        peak_host_bytes=peak_host_bytes(), peak_device_bytes=measured.peak_device_bytes,
-        peak_buffer_bytes=measured.peak_buffer_bytes, seconds=measured.seconds | rounded(writer.clock),
-    )  # fmt: skip
     return Manifest(
-        tool=tool_versions(measured.device),
+        tool=parts[0].tool if parts else tool_versions(measured.device),
         method=Method(name=job.method, paper=job.paper, options=settings, seed=settings.get("seed")),
-        inputs=checked_inputs(plan),
+        inputs=checked_inputs(plan, [part.checked for part in parts]),
         modules=tuple(ModuleEntry(**job_run.entries[name]) for name in plan.modules),
         tensors=tuple(sorted(tensors, key=lambda t: natural(t.name))),
         files=tuple(FileEntry(name=f.name, size=f.nbytes, header_sha256=header_digest(f.header)) for f in plan.files),
         fallbacks=(*plan.fallbacks, *job_run.fallbacks, *_reverted(job_run)),
         effect=total(job_run.entries[name] for name in plan.modules),
         warnings=tuple(cautions(job_run)) or None,
-        run=run,
+        run=_with_parts(run_of(measured, writer), parts),
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import resource
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,17 +26,28 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.identity import fingerprint
 from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.parts import Part
 from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import Compute, host_bytes, planned_steps, run_calibrated
 from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.compute import compute_step
+from safeshard.streamer.run.cut import cut
 from safeshard.streamer.run.downloads import download, download_offences, shard_cache
 from safeshard.streamer.run.finish import Measured, publish, rounded
+from safeshard.streamer.run.part_work import (
+    discard_other_cuts,
+    end_part,
+    finished_part,
+    know_from_parts,
+    part_offences,
+)  # fmt: skip
 from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps, workers_for
 from safeshard.streamer.run.stream import Buffers, run_steps
 from safeshard.streamer.sources import Source
+from safeshard.streamer.write.journal import HeldError
+from safeshard.streamer.write.part_record import PartRecord
 from safeshard.streamer.write.staging import settle
 from safeshard.streamer.write.writer import Writer
 
@@ -56,6 +67,7 @@ class Result:
     manifest: Manifest | None
     cosines: Mapping[str, float | None]
     reverted: Mapping[str, str] = field(default_factory=dict)
+    record: PartRecord | None = None  # of a part of a batch that is finished
 
     @property
     def output(self) -> Path:
@@ -65,6 +77,8 @@ class Result:
     def __repr__(self) -> str:
         decisions = Counter(entry.decision for entry in self.manifest.modules) if self.manifest else Counter[str]()
         shown = ", ".join(f"{count} {decision}" for decision, count in decisions.most_common())
+        if self.plan.part is not None:
+            shown = f"part {self.plan.part}, " + ("finished" if self.record else "unfinished")
         outcome = shown or (f"{len(self.cosines)} cosines" if self.cosines else "nothing written")
         output = str(self.output) if self.job.writes_model else None
         return f"Result({self.job.method!r}, output={output!r}, {len(self.plan.modules)} modules: {outcome})"
@@ -75,13 +89,21 @@ class Result:
         return tuple(self.plan.cautions) if self.manifest is None else self.manifest.warnings or ()
 
 
-def plan_jobs(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[JobPlan]:
+def plan_jobs(
+    jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False, part: Part | None = None
+) -> list[JobPlan]:
     """Check all jobs by their inputs' headers, against each other and against the memory budget.
+
+    Of a part the plans hold what it does of each job.
 
     Raises:
         RequestError: some job cannot run; every offence of every job.
     """
     plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished)
+    if part is not None:
+        if offences := list(part_offences(plans, part.count, options.overwrite)):
+            raise RequestError(offences)
+        (plans,) = cut(plans, [part])
     runs = [JobRun(plan) for plan in plans if not plan.finished]
     if offences := list(download_offences(download(runs), options)):
         raise RequestError(offences)
@@ -99,19 +121,26 @@ def largest_step(runs: Sequence[JobRun], device: torch.device) -> tuple[int, str
     return max([*costs, (host_bytes(runs, device), "a layer of the calibrated pass")])
 
 
-def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -> list[Result]:
+def run(
+    jobs: Sequence[Job],
+    options: RunOptions,
+    skip_finished: bool = False,
+    part: Part | None = None,
+    show: Callable[[int, bool], Progress] = Progress,
+) -> list[Result]:
     """Plan and run jobs in one pass; an interrupted run resumes where its journal ends.
 
-    With `skip_finished`, jobs whose outputs are there already, from this very request, are passed by.
+    With `skip_finished`, jobs whose outputs are there already, from this very request, are passed by. Of a `part`, what
+    it does of the jobs is done, and kept for `gather`. `show` makes what shows the progress.
 
     Raises:
         RequestError: some job cannot run; nothing was written.
         RunError: it failed underway; the same call resumes.
     """
     device = torch.device(options.resolved_device())
-    plans = plan_jobs(jobs, options, skip_finished)
+    plans = plan_jobs(jobs, options, skip_finished, part)
     if options.strict:
-        _refuse_cautions(plans)
+        refuse_cautions(plans)
     if options.dry_run:
         return [Result(plan.job, plan, None, {}) for plan in plans]
     for plan in plans:
@@ -120,8 +149,10 @@ def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -
                 settle(staging_of(plan.job.output), plan.job.output)
     runs: list[JobRun] = []
     try:
+        if part is not None:
+            return _run_part(plans, options, runs, Pass(options, device, know_from_parts, show))
         _start([plan for plan in plans if not plan.finished], options, runs)
-        pass_ = Pass(options, device)
+        pass_ = Pass(options, device, show=show)
         pass_.execute(runs)
         _refuse_changed(runs)
         doubtful = {id(r): found for r in runs if options.strict and (found := _decided_cautions(r))}
@@ -129,12 +160,26 @@ def run(jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False) -
         if doubtful:
             texts = [f"{r.job.output}: {each.text}" for r in runs for each in doubtful.get(id(r), ())]
             raise RunError("; ".join(texts), "the same command without --strict finishes what is refused here")
-        return [results.get(id(plan)) or _earlier(plan) for plan in plans]
+        return [results.get(id(plan)) or earlier(plan) for plan in plans]
     finally:
         for job_run in runs:
             if job_run.writer:
                 with contextlib.suppress(RunError):  # the run's own error says more
                     job_run.writer.abandon()
+
+
+def _run_part(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun], pass_: Pass) -> list[Result]:
+    """Do what a part does of jobs, but for what is finished."""
+    device = device_name(pass_.device)
+    records = {id(plan): finished_part(plan, device) for plan in plans if not plan.finished}
+    left = [plan for plan in plans if not plan.finished and records[id(plan)] is None]
+    for plan in left if options.overwrite else ():
+        discard_other_cuts(plan)
+    _start(left, options, runs)
+    pass_.execute(runs)
+    _refuse_changed(runs)
+    records |= {id(r.plan): end_part(r, pass_.measured()) for r in runs if not r.waits}
+    return [earlier(p) if p.finished else Result(p.job, p, None, {}, record=records[id(p)]) for p in plans]
 
 
 class SomeFailedError(RunError):
@@ -162,7 +207,7 @@ def run_keeping_going(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
         try:
             plans = planner.plan([job], options.overwrite, skip_finished=True)
             if options.strict:
-                _refuse_cautions(plans)
+                refuse_cautions(plans)
             sound.append(job)
         except RequestError as error:
             failures.append((job, error))
@@ -180,7 +225,7 @@ def run_keeping_going(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
     return results
 
 
-def _refuse_cautions(plans: Sequence[JobPlan]) -> None:
+def refuse_cautions(plans: Sequence[JobPlan]) -> None:
     """With --strict: refuse what is warned about before anything is written."""
     where = [(str(p.job.output if p.job.writes_model else p.job.method), each) for p in plans for each in p.cautions]
     if where:
@@ -193,23 +238,25 @@ def _decided_cautions(job_run: JobRun) -> list[Caution]:
 
 def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) -> None:
     """Add a run for each plan to `runs`, so that the caller can close those begun when another is refused."""
-    offences: list[Offence] = []
+    refused: list[RequestError] = []
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))  # each job holds files open; 1024 end at 300 adapters
     for plan in plans:
         try:
             runs.append(_begin(plan, options))
         except RequestError as error:
-            offences += error.offences
-    if offences:
-        raise RequestError(offences)
+            refused.append(error)
+    if refused:
+        offences = [offence for error in refused for offence in error.offences]
+        raise (HeldError if all(isinstance(error, HeldError) for error in refused) else RequestError)(offences)
 
 
 def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     if not plan.job.writes_model:
         return JobRun(plan)
     device = device_name(torch.device(options.resolved_device()))
-    writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite)
+    folder = plan.part.folder(plan.job.output) if plan.part is not None else None
+    writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite, folder)
     entries, cosines = _decided(plan, writer)
     fallbacks = list(writer.journal.sound("fallback", lambda record: Fallback(**record["entry"])))
     curves = {}
@@ -250,7 +297,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _earlier(plan: JobPlan) -> Result:
+def earlier(plan: JobPlan) -> Result:
+    """The result of a job whose output was there."""
     assert plan.finished is not None
     cosines = {entry.name: entry.cosine for entry in plan.finished.modules}
     due = plan.factors.modules if plan.factors else frozenset()
@@ -267,10 +315,21 @@ def _finish(job_run: JobRun, measured: Measured, options: RunOptions) -> Result:
 
 
 class Pass:
-    """Executes the steps of a set of jobs and measures them."""
+    """Executes the steps of a set of jobs and measures them.
 
-    def __init__(self, options: RunOptions, device: torch.device) -> None:
+    `know` gives a run the numbers of all modules of its output, where it waits for them; one that gets none has done
+    what it could. `show` makes what shows the progress.
+    """
+
+    def __init__(
+        self,
+        options: RunOptions,
+        device: torch.device,
+        know: Callable[[JobRun], object] = lambda job_run: job_run.know(job_run.cosines, job_run.curves),
+        show: Callable[[int, bool], Progress] = Progress,
+    ) -> None:
         self.options, self.device = options, device
+        self._know, self._show = know, show
         self.clock = Clock()
         self._sources: list[Source] = []
         self.buffers = Buffers(int(options.memory), pinned=device.type == "cuda")
@@ -279,7 +338,7 @@ class Pass:
         self.started, self._start = datetime.now(timezone.utc), time.perf_counter()
 
     def execute(self, runs: Sequence[JobRun]) -> None:
-        """Decide what needs only its own module; then serve the jobs that rank all modules before they decide."""
+        """Decide what needs only its own module; then what needs numbers of all modules, as far as they are known."""
         self._sources = [source for job_run in runs for source in job_run.plan.sources()]
         with exact_products():
             self._execute(runs)
@@ -288,18 +347,25 @@ class Pass:
         steps = [*module_steps(runs), *copy_steps(runs)]
         ranked = [r for r in runs if r.job.ranks_first]
         second = _bytes(module_steps(ranked))  # at most; what is not chosen then reads less
-        with Progress(_bytes(steps) + second + _bytes(planned_steps(runs)), quiet=self.options.quiet) as progress:
+        with self._show(_bytes(steps) + second + _bytes(planned_steps(runs)), self.options.quiet) as progress:
             self._run(steps, progress)
-            for job_run in ranked:
-                job_run.choose()
-            steps = module_steps(ranked)
+
+            def serve(runs: Sequence[JobRun]) -> None:
+                run_calibrated(
+                    runs,
+                    lambda steps, compute: self._run(steps, progress, compute),
+                    device=self.device,
+                    buffers=self.buffers,
+                    clock=self.clock,
+                )
+
+            serve([r for r in runs if r.measures])
+            for job_run in [r for r in runs if r.waits]:
+                self._know(job_run)
+            steps = module_steps([r for r in ranked if not r.waits])
             progress.extend(_bytes(steps) - second)
             self._run(steps, progress)
-
-            def run_steps(steps: Sequence[Step], compute: Compute) -> None:
-                self._run(steps, progress, compute)
-
-            run_calibrated(runs, run_steps, device=self.device, buffers=self.buffers, clock=self.clock)
+            serve([r for r in runs if not r.waits])
 
     def measured(self) -> Measured:
         """The run so far, for the manifest."""

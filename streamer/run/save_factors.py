@@ -196,7 +196,7 @@ def _check_room(output: Path, memory: int, need: int, size: int) -> None:
         expected, remedy = f"at least {need} bytes for one layer", "raise --memory"
         raise RequestError(Offence("--memory", "", expected, str(memory), remedy))
     parent = next(folder for folder in output.parents if folder.exists())
-    size -= taken_bytes(staging_of(output))
+    size -= taken_bytes(output)
     if size > (free := shutil.disk_usage(parent).free):
         remedy = "free some, or choose another disk"
         raise RequestError(Offence("--output", str(parent), f"up to {size} bytes of free space", str(free), remedy))

@@ -61,10 +61,20 @@ class JobRun:
             return module in self.cosines
         return module in self.entries
 
-    def choose(self) -> None:
-        """Let the job choose among its modules, once all cosines are known."""
-        self.chosen = self.job.choose(self.cosines)
-        self.limit = max((c for name in self.chosen if (c := self.cosines[name]) is not None), default=None)
+    @property
+    def waits(self) -> bool:
+        """Whether numbers of all modules of the output must be known before it goes on."""
+        return self.measures or (self.job.ranks_first and self.chosen is None)
+
+    def know(self, cosines: Mapping[str, float | None], curves: Mapping[str, Sequence[float]]) -> None:
+        """Let the job decide what it does by the numbers of all modules."""
+        if self.job.ranks_first:
+            self.chosen = self.job.choose(cosines)
+            self.limit = max((c for name in self.chosen if (c := cosines[name]) is not None), default=None)
+        if self.measures:
+            leak = self.job.target_leak
+            assert leak is not None
+            self.strength = strength_for(leak, self.job.strengths, [curve for curve in curves.values() if curve])
 
     @property
     def measures(self) -> bool:
@@ -76,12 +86,6 @@ class JobRun:
         self.curves[module] = curve
         if self.writer:
             self.writer.record("curve", name=module, curve=curve)
-
-    def choose_strength(self) -> None:
-        """Let the strength follow from all modules, once they are measured."""
-        leak, curves = self.job.target_leak, [curve for curve in self.curves.values() if curve]
-        assert leak is not None
-        self.strength = strength_for(leak, self.job.strengths, curves)
 
     def strength_or(self, default: float) -> float:
         """The strength at which a job is served, as far as it is known."""
@@ -192,7 +196,7 @@ def module_steps(runs: Sequence[JobRun]) -> list[Step]:
             if not job_run.has_factor(name) and not job_run.is_done(name):
                 tasks_of.setdefault(name, []).append(ModuleTask(job_run, module))
     steps = []
-    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=_order)}):
+    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=order_of)}):
         tasks = [task for name in names for task in tasks_of[name]]
         whole = all(task.elementwise for task in tasks)  # else all of them, so that each tensor is read once
         steps.append((_elementwise if whole else _together)(names[0], tasks))
@@ -292,7 +296,7 @@ def workers_for(device: torch.device) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _order(name: str) -> tuple[float, Any]:
+def order_of(name: str) -> tuple[float, Any]:
     layer = layer_of(name)
     return (float("inf") if layer is None else layer, natural(name))
 

@@ -31,6 +31,10 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class HeldError(RequestError):
+    """Another process is at work where this one was to be."""
+
+
 class Journal:
     """An open journal; use `Journal.open`. Safe to share between threads; one process at a time holds it."""
 
@@ -188,7 +192,7 @@ def _hold(fd: int, path: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         offence = Offence(str(path), expected="no other run with this output", got=_owner(fd), remedy="wait for it")
-        raise RequestError(offence) from error
+        raise HeldError(offence) from error
     except OSError:
         pass  # a file system without locks; two runs at once are then the user's to avoid
     try:
@@ -196,9 +200,7 @@ def _hold(fd: int, path: Path) -> None:
     except FileNotFoundError:
         there = False
     if not there:
-        raise RequestError(
-            Offence(str(path), "", "no other run with this output", "one that ended just now", "run again")
-        )
+        raise HeldError(Offence(str(path), "", "no other run with this output", "one that ended just now", "run again"))
 
 
 def _content(fd: int) -> bytes:
@@ -229,6 +231,19 @@ def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
         yield path, _dumps(value)
 
 
+def differences(where: str, theirs: dict[str, Any], ours: dict[str, Any], remedy: str) -> Iterator[Offence]:
+    """An offence for each value in which two fingerprints differ: theirs was expected, ours was got."""
+    return _differences(where, dict(_leaves(theirs)), dict(_leaves(ours)), remedy)
+
+
+def _differences(
+    where: str, before: dict[tuple[str, ...], str], now: dict[tuple[str, ...], str], remedy: str
+) -> Iterator[Offence]:
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            yield Offence(where, ".".join(key), before.get(key, "nothing"), now.get(key, "nothing"), remedy)
+
+
 def _same_fingerprint(path: Path, theirs: object, ours: dict[str, Any]) -> None:
     try:
         before, now = dict(_leaves(theirs)), dict(_leaves(ours))
@@ -236,10 +251,5 @@ def _same_fingerprint(path: Path, theirs: object, ours: dict[str, Any]) -> None:
         offence = Offence(str(path), "line 1", "the fingerprint of a request", "something else", ANEW)
         raise RequestError(offence) from None
     remedy = f"the unfinished output belongs to another request; {ANEW}"
-    offences = [
-        Offence(str(path), ".".join(key), before.get(key, "nothing"), now.get(key, "nothing"), remedy)
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if offences:
+    if offences := list(_differences(str(path), before, now, remedy)):
         raise RequestError(offences)

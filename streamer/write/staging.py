@@ -16,13 +16,13 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from safeshard.manifests.errors import RequestError, RunError, printable
+from safeshard.manifests.errors import Offence, RequestError, RunError, printable
 from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import sync_path, write_file
 from safeshard.streamer.plan import ours
-from safeshard.streamer.plan.ours import PART, REPLACED
+from safeshard.streamer.plan.ours import NUMBERS, PART, REPLACED
 from safeshard.streamer.plan.places import is_half_copied, listed, unfinished_offences
-from safeshard.streamer.write.journal import Journal
+from safeshard.streamer.write.journal import HeldError, Journal
 
 NO_RENAME = (errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
 log = logging.getLogger(__name__)
@@ -44,6 +44,9 @@ def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overw
     _make_folder(staging)
     try:
         return Journal.open(path, fingerprint)
+    except FileNotFoundError as error:  # another run removed the folder, in which it saw no journal yet
+        offence = Offence(str(staging), "", "no other run with this output", "one that began just now", "run again")
+        raise HeldError(offence) from error
     except RequestError:
         if not overwrite:
             raise
@@ -74,7 +77,7 @@ def clear(staging: Path, names: Collection[str]) -> None:
         RunError: something is there that is not ours.
     """
     _refuse_strangers(staging)
-    kept = {JOURNAL_NAME, REPLACED, *(part_of(staging, name).name for name in names)}
+    kept = {JOURNAL_NAME, REPLACED, NUMBERS, *(part_of(staging, name).name for name in names)}
     for path in staging.iterdir():
         if path.name not in kept:
             path.unlink()

@@ -8,11 +8,12 @@ finished is hashed again before an interrupted run goes on from it.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from safeshard.streamer.disk import (
 )
 from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.plan.job_plan import Copy, OutputFile
+from safeshard.streamer.plan.ours import NUMBERS
 from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.write import staging
 from safeshard.streamer.write.finite import NotFiniteError, all_finite, check_copy
@@ -49,7 +51,10 @@ log = logging.getLogger(__name__)
 
 
 class Writer:
-    """One job's output under way. Thread-safe.
+    """One job's output under way, or a part of it. Thread-safe.
+
+    `folder` is where a part is kept, which never gets another name. `made` are finished safetensors files that lie
+    elsewhere: those that have their size are moved here.
 
     Attributes:
         hashes: output tensor -> BLAKE3 of its bytes, for all tensors written so far.
@@ -57,10 +62,19 @@ class Writer:
         clock: the seconds of hashing and of syncing.
     """
 
-    def __init__(self, output: Path, files: list[OutputFile], fingerprint: dict[str, Any], overwrite: bool) -> None:
+    def __init__(
+        self,
+        output: Path,
+        files: list[OutputFile],
+        fingerprint: dict[str, Any],
+        overwrite: bool,
+        folder: Path | None = None,
+        made: Mapping[str, Path] | None = None,
+    ) -> None:
         self.output = output.absolute()
-        self.staging = staging_of(self.output)
+        self.staging = folder.absolute() if folder is not None else staging_of(self.output)
         self.files, self.bytes_written = files, 0
+        self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))  # as it is found again in a file
         self.clock = Clock()
         self._ended = False
         self.hashes: dict[str, str] = {}
@@ -78,6 +92,7 @@ class Writer:
                 for spill in self.staging.glob("*".join(SPILL)):  # of a run killed before it could unname it
                     spill.unlink()
                 staging.unname(self.staging, self._names)
+                self._moved = self._move(made or {})
                 for file in files:
                     self._open(file)
                 sync_path(self.staging)
@@ -90,6 +105,31 @@ class Writer:
     @property
     def _names(self) -> list[str]:
         return [file.name for file in self.files]
+
+    def _move(self, made: Mapping[str, Path]) -> set[str]:
+        """Move finished files here that lie elsewhere still and have their size."""
+        sizes = {file.name: file.nbytes for file in self.files}
+        there = {name: path for name, path in made.items() if path.is_file() and not path.is_symlink()}
+        there = {name: path for name, path in there.items() if path.stat().st_size == sizes[name]}
+        if there:
+            self.journal.record("moved", files=sorted(there))  # first: what holds others' work is never removed
+            self.journal.commit()
+        for name, path in there.items():
+            path.replace(staging.part_of(self.staging, name))
+            sync_path(self.staging)
+            sync_path(path.parent)
+        return set(there)
+
+    def adopt(self, hashes: Mapping[str, str]) -> None:
+        """Count tensors of finished files as written, given their hashes.
+
+        Of a file that an earlier run had moved here, those whose bytes are there.
+        """
+        new = {name: digest for name, digest in hashes.items() if self.hashes.get(name) != digest}
+        moved = {name: digest for name, digest in new.items() if self._places[name][0] in self._moved}
+        for name, digest in (moved | self._intact({n: d for n, d in new.items() if n not in moved})).items():
+            self.hashes[name] = digest
+            self.record("tensor", name=name, blake3=digest)
 
     def _open(self, file: OutputFile) -> None:
         part = staging.part_of(self.staging, file.name)
@@ -190,6 +230,13 @@ class Writer:
             write_file(self.staging / name, data)
         self.bytes_written += len(data)
 
+    def end_part(self) -> None:
+        """Let a part stay where it is. Its record must be in place."""
+        with clear_errors(self.output):
+            sync_path(self.staging)
+        self.journal.close()
+        self._ended = True
+
     def publish(self, overwrite: bool) -> None:
         """Give the finished folder its name. The manifest must be in place."""
         with clear_errors(self.output):
@@ -207,7 +254,8 @@ class Writer:
                 self.commit()
         finally:
             self.close_files()
-            begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine"))
+            begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine", "curve", "moved"))
+            begun |= (self.staging / NUMBERS).exists()  # of a part without modules, too
             if not begun and self.staging.exists():
                 self._remove()
             self.journal.close()

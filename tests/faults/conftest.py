@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import NONE, SCALE, SEED, Scenario, Server, counts
+from part_commands import Parts
 
 MEMORY = Path("/dev/shm")
 
@@ -64,6 +65,15 @@ def scenario(faults_root: Path, server: Server, make_world: Any) -> Callable[[st
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def parts(faults_root: Path, server: Server, make_world: Any) -> Parts:
+    home = faults_root / "parts"
+    world = make_world(home / "in")
+    world.sizes = {"hidden": 16, "kv": 8, "inner": 24}
+    jobs = _jobs(world, world.trio(layers=1), home / "root")
+    return Parts(server, home, jobs, home / "root")
 
 
 def _argv(world: Any, name: str, root: Path) -> list[str]:

@@ -1,0 +1,75 @@
+"""Parts of a batch: which one a worker does, where it keeps what it did, and what of a plan it does."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.outputs import output_file
+from safeshard.streamer.plan.places import parts_of
+
+MAX_PARTS = 10_000
+_FOLDER = re.compile(r"(\d{1,5})-of-(\d{1,5})")
+
+
+@dataclass(frozen=True, order=True)
+class Part:
+    """Part `number` (from 1 on) of `count`."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """The part that "2/8" names.
+
+        Raises:
+            RequestError: it names none.
+        """
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip(), re.ASCII)
+        if match and 1 <= int(match[1]) <= int(match[2]) <= MAX_PARTS:
+            return cls(int(match[1]), int(match[2]))
+        expected = f"I/N, such as 2/8: the parts of N count from 1 to N, and N is at most {MAX_PARTS}"
+        raise RequestError(Offence("--part", "", expected, repr(text)))
+
+    @classmethod
+    def all(cls, count: int) -> list[Part]:
+        """Every part of `count`, in order."""
+        return [cls(number, count) for number in range(1, count + 1)]
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def folder(self, output: Path) -> Path:
+        """Where it keeps what it did of an output: its tensors, its journal and, once it is done, its record."""
+        return parts_of(output) / f"{self.number}-of-{self.count}"
+
+
+def parts_there(output: Path) -> list[Part]:
+    """The parts of an output that were begun, in whatever cuts."""
+    folder = parts_of(output)
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    matches = filter(None, map(_FOLDER.fullmatch, names))
+    return sorted(Part(int(match[1]), int(match[2])) for match in matches)
+
+
+def place_of_parts_offences(output: Path) -> Iterator[Offence]:
+    """Offences of what lies where the parts of an output are kept."""
+    folder = parts_of(output)
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+        yield Offence(str(folder), "", "a folder for the parts of an output", "a file or a link", "remove it yourself")
+
+
+def restricted(plan: JobPlan, part: Part, modules: Collection[str], copies: Collection[str]) -> JobPlan:
+    """What a part does of a plan: these modules and copies, in files that hold just their tensors."""
+    kept = {name: module for name, module in plan.modules.items() if name in modules}
+    taken = [copy for copy in plan.copies if copy.name in copies]
+    names = {name for module in kept.values() for name in module.outputs} | {copy.name for copy in taken}
+    tables = {f.name: [(n, r.dtype, r.shape) for n, r in f.tensors.items() if n in names] for f in plan.files}
+    files = [output_file(name, tensors) for name, tensors in tables.items() if tensors]
+    return replace(plan, modules=kept, copies=taken, files=files, side_files=[], part=part, shared=len(plan.modules))
