@@ -60,7 +60,7 @@ def _text(given: Signature) -> str:
 def _parameter(parameter: Parameter) -> str:
     annotation = parameter.annotation
     shown = annotation.replace("os.PathLike", "PathLike") if isinstance(annotation, str) else _type(annotation)
-    if shown in ("str", "str | None", "Path") and parameter.name not in RunOptions.model_fields:
+    if shown in ("str", "str | None", "Path", "str | Path") and parameter.name not in RunOptions.model_fields:
         shown = PLACE + " | None" * shown.endswith("None")  # texts among a job's options are places
     if parameter.default is Parameter.empty:
         return f"{parameter.name}: {shown}"

@@ -87,7 +87,12 @@ for _name in METHODS:
 
 
 @app.command("score", help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
-@takes(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype", "dequantize"}))
+@takes(
+    Score,
+    RunOptions,
+    many=frozenset({"adapter", "finetuned"}),
+    without=frozenset({"dtype", "dequantize", "push", "public"}),
+)
 def _score(
     *,
     suggest: Annotated[bool, typer.Option("--suggest", help="suggest a threshold for each fine-tuned model")] = False,
