@@ -56,6 +56,21 @@ def output_place(value: Any) -> Any:
     return url
 
 
+def written_place(value: str | os.PathLike[str]) -> Path | str:
+    """Where a finished output lies: a local path, or the URL of a place afar.
+
+    Raises:
+        RequestError: nothing is read from places of that kind.
+    """
+    text = os.fspath(value)
+    if (match := _SCHEME.match(text)) is None or (match[1] or "").lower() == "file":
+        return Path(local(text))
+    url = _LOST_SLASH.sub(r"\1://", text, count=1)
+    if url.partition("://")[0].lower() not in ("hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"):
+        raise RequestError(Offence(_shown(url), "", "an output in a folder, a bucket or on the Hub", "another place"))
+    return url
+
+
 def repository(value: Any) -> Any:
     """A repository of the Hub to write to: org/name."""
     text = value.removeprefix("hf://") if isinstance(value, str) else value

@@ -64,6 +64,8 @@ def _parameter(parameter: Parameter) -> str:
         shown = PLACE + " | None" * shown.endswith("None")  # texts among a job's options are places
     if parameter.default is Parameter.empty:
         return f"{parameter.name}: {shown}"
+    if parameter.default is None and "None" not in shown:  # what the options make of it is not
+        shown += " | None"
     default = "..." if callable(parameter.default) else repr(parameter.default)
     return f"{parameter.name}: {shown} = {default}"
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError
 from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, Manifest
+from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.sources.stores import Store, Stored, open_store
@@ -118,6 +119,21 @@ def look_at(urls: Iterable[str]) -> tuple[dict[str, There], list[Offence]]:
             else:
                 offences += there
     return found, offences
+
+
+def without_finished(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs whose outputs are not finished yet, whatever those that are were made of."""
+
+    def is_finished(job: Job) -> bool:
+        if not isinstance(job.output, str) and not (job.output / MANIFEST_NAME).is_file():
+            return False
+        try:
+            return job.afar is None or MANIFEST_NAME in open_store(job.afar).names()
+        except SafeshardError:  # which the plan says
+            return False
+
+    with ThreadPoolExecutor(LOOKS, "look") as pool:
+        return [job for job, finished in zip(jobs, pool.map(is_finished, jobs), strict=True) if not finished]
 
 
 def across(url: str, inputs: Iterable[str]) -> Iterator[Offence]:

@@ -119,7 +119,10 @@ class Shipping:
                 thread.join(10 * POLL)
 
     def forget(self) -> None:
-        """Take away what was brought there, as far as that is possible."""
+        """Take away what was brought there, as far as that is possible, once what is under way has come."""
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
         if self._place is not None:
             with contextlib.suppress(SafeshardError):  # the run's own error says more
                 self._place.forget()

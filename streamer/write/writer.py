@@ -258,7 +258,6 @@ class Writer:
     def discard(self) -> None:
         """Remove what was written, finished or not, here and afar."""
         self._ended = True
-        self._shipping.stop()
         self._shipping.forget()
         self.close_files()
         self._remove()

@@ -152,17 +152,17 @@ class TestRefusals:
     def test_a_finished_output(self, bucket: StandinBucket, full: dict[str, Any]) -> None:
         resta(**full, output=OUT)
         before = files(bucket)
-        with pytest.raises(RequestError, match="one is there .choose another, or --overwrite"):
+        with pytest.raises(RequestError, match=r"one is there .choose another, or --overwrite"):
             resta(**full, output=OUT)
         bucket.put("out/x/notes.txt", b"mine")
-        with pytest.raises(RequestError, match="one that also holds notes.txt"):
+        with pytest.raises(RequestError, match=r"one that also holds notes.txt"):
             resta(**full, output=OUT, overwrite=True)
         assert files(bucket) == before | {"notes.txt": b"mine"}
 
     @pytest.mark.parametrize("place", ["s3://models/aligned", "s3://models/aligned/out", "s3://models"])
     def test_across_an_input(self, bucket: StandinBucket, full: dict[str, Any], place: str) -> None:
         aligned = bucket.add("aligned", full["aligned"])
-        with pytest.raises(RequestError, match="apart from the inputs|s3://bucket/prefix"):
+        with pytest.raises(RequestError, match=r"apart from the inputs|s3://bucket/prefix"):
             resta(**full | {"aligned": aligned}, output=place)
 
     @pytest.mark.parametrize(
@@ -170,12 +170,12 @@ class TestRefusals:
                   "s3://models/*", "memory://x", "hf://org/name@main", "hf://org/name/folder", "hf://name"],
     )  # fmt: skip
     def test_places_that_are_not_written_to(self, full: dict[str, Any], place: str) -> None:
-        with pytest.raises(RequestError, match="expected a local folder, s3://bucket/prefix") as refused:
+        with pytest.raises(RequestError, match=r"expected a local folder, s3://bucket/prefix") as refused:
             resta(**full, output=place)
         assert "secret" not in str(refused.value)
 
     def test_no_such_bucket(self, bucket: StandinBucket, full: dict[str, Any]) -> None:
-        with pytest.raises(RequestError, match="a bucket is not made, it has to be there"):
+        with pytest.raises(RequestError, match=r"a bucket is not made, it has to be there"):
             resta(**full, output="s3://nowhere/x")
 
     def test_without_the_extra(self, full: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ class TestRefusals:
             resta(**full, output=OUT)
 
     def test_jobs_of_one_place(self, bucket: StandinBucket, world: Any) -> None:
-        with pytest.raises(RequestError, match="a folder of its own for each job"):
+        with pytest.raises(RequestError, match=r"a folder of its own for each job"):
             batch(_jobs(world, "s3://models/out/same"), quiet=True)
 
 
@@ -209,7 +209,7 @@ class TestOverwrite:
     def test_the_earlier_one_stays_until_a_shard_is_there(self, bucket: StandinBucket, full: dict[str, Any]) -> None:
         resta(**full, output=OUT)
         before = files(bucket)
-        with pytest.raises(RunError, match="NaN or infinity"):
+        with pytest.raises(RunError, match=r"NaN or infinity"):
             resta(**full | {"finetuned": _spoilt(full["finetuned"], 0)}, output=OUT, overwrite=True)
         assert files(bucket) == before | {"journal.jsonl": files(bucket)["journal.jsonl"]}
 
@@ -219,7 +219,7 @@ class TestOverwrite:
         bucket.delete("out/x/manifest.json")
         names = sorted(bucket.names("out/x"))
         bucket.put("out/x/journal.jsonl", b"")
-        with pytest.raises(RequestError, match="safeshard did not write"):  # nothing marks it
+        with pytest.raises(RequestError, match=r"safeshard did not write"):  # nothing marks it
             resta(**full, output=OUT)
         first = JOURNAL_MAGIC + b'"fingerprint":{"files":' + json.dumps(names).encode() + b"}}\n"
         bucket.put("out/x/journal.jsonl", first)
@@ -244,7 +244,7 @@ class TestResume:
         """Nothing looks finished; what lies there is not brought again."""
         resta(**full, output=world.root / "local")
         once = fault(bucket, "model-00003", Trouble(403, "AccessDenied"))
-        with pytest.raises(RunError, match="use credentials that may write there, then run the same command again"):
+        with pytest.raises(RunError, match=r"use credentials that may write there, then run the same command again"):
             resta(**full, output=OUT)
         assert once.count == 1
         assert "manifest.json" not in bucket.names("out/x")
@@ -283,7 +283,7 @@ class TestResume:
         with pytest.raises(RunError):
             resta(**full, output=OUT)
         shutil.rmtree(work)
-        with pytest.raises(RequestError, match="options.gamma.*another request; --overwrite starts anew"):
+        with pytest.raises(RequestError, match=r"options.gamma.*another request; --overwrite starts anew"):
             resta(**full, output=OUT, gamma=0.5)
         resta(**full, output=OUT, gamma=0.5, overwrite=True)
         assert b'"gamma": 0.5' in bucket.get("out/x/manifest.json")
@@ -294,7 +294,7 @@ class TestResume:
                 (full["finetuned"] / "model-00001-of-00003.safetensors").touch()
 
         bucket.writing = writing
-        with pytest.raises(RunError, match="changed while it was read"):
+        with pytest.raises(RunError, match=r"changed while it was read"):
             resta(**full, output=OUT)
         assert bucket.names("out/x") == {}
         assert list(work.iterdir()) == []
@@ -421,7 +421,7 @@ class TestFaults:
                 resta(**full, output=OUT)
 
         bucket.writing = writing
-        with pytest.raises(RunError, match="another run has begun to write there .run the same command again once"):
+        with pytest.raises(RunError, match=r"another run has begun to write there .run the same command again once"):
             resta(**full, output=OUT)
         assert not verify(OUT)
 
@@ -431,7 +431,7 @@ class TestFaults:
                 bucket.put("out/x/model-00001-of-00003.safetensors", b"x")
 
         bucket.writing = writing
-        with pytest.raises(RunError, match="is not what was written: model-00001-of-00003.safetensors"):
+        with pytest.raises(RunError, match=r"is not what was written: model-00001-of-00003.safetensors"):
             resta(**full, output=OUT)
         assert "manifest.json" not in bucket.names("out/x")
 
@@ -441,6 +441,6 @@ class TestFaults:
                 bucket.put("out/x/pytorch_model.bin", b"x")
 
         bucket.writing = writing
-        with pytest.raises(RunError, match="was added: pytorch_model.bin"):
+        with pytest.raises(RunError, match=r"was added: pytorch_model.bin"):
             resta(**full, output=OUT)
         assert "manifest.json" not in bucket.names("out/x")
