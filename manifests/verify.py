@@ -49,7 +49,9 @@ class Finding:
 class OpenFile(Protocol):
     """A file of an output, to be read in any order. What ends early raises EOFError."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """In bytes."""
 
     def read(self, start: int, stop: int) -> bytes:
         """Some bytes."""
@@ -83,7 +85,7 @@ def verify(output: Path | Folder, *, threads: int = 2, progress: Progress | None
     in the manifest's order. Hidden files, report.html and a journal are not looked at. Raises RequestError without a
     manifest.
     """
-    folder = LocalFolder(output) if isinstance(output, Path) else output
+    folder: Folder = LocalFolder(output) if isinstance(output, Path) else output
     try:
         text = folder.manifest()
         manifest = Manifest.from_json(text, folder.where)

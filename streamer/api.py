@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from safeshard.manifests.errors import Offence, RequestError, without_secrets
-from safeshard.manifests.schema import Manifest, load
+from safeshard.manifests.schema import Manifest
 from safeshard.streamer.disk import check_file, replace_file
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import Options, RunOptions, build, fields_of, local_path, written_place
+from safeshard.streamer.recheck.written import manifest_of
 
 if TYPE_CHECKING:  # what computes is imported where it is called: the command line's help need not wait for torch
     from safeshard.manifests.verify import Finding
@@ -215,20 +216,6 @@ def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: 
     from safeshard.manifests.render import render
 
     return render(manifest_of(output), width=width, color=color)
-
-
-def manifest_of(output: str | os.PathLike[str]) -> Manifest:
-    """The manifest of a finished output: a folder, s3://, gs://, az:// or hf://org/name.
-
-    Raises:
-        RequestError: there is none, or it cannot be read.
-    """
-    place = written_place(output)
-    if isinstance(place, Path):
-        return load(place)
-    from safeshard.streamer.recheck.afar import Afar
-
-    return Afar(place).load()
 
 
 def verify(

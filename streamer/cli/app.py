@@ -27,6 +27,7 @@ from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import RunOptions, build
+from safeshard.streamer.recheck.written import manifest_of
 
 app = App(
     no_args_is_help=True,
@@ -160,7 +161,7 @@ def _batch(
 @app.command("inspect", help=_help(api.inspect))
 def _inspect(output: Annotated[str, typer.Argument(help=WRITTEN)], json: Json = False) -> None:
     if json:
-        print_json(api.manifest_of(output).model_dump(mode="json", by_alias=True, exclude_none=True))
+        print_json(manifest_of(output).model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
         print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=_has_colour(sys.stdout)))
 

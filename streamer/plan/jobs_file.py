@@ -92,7 +92,7 @@ def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
         raise RequestError(Offence(where, "method", " or ".join(METHODS), repr(method)))
     if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise RequestError(Offence(where, "matrix", "lists of values by option", repr(matrix)[:80]))
-    matrix = _expanded(defaults | entry | matrix, matrix)
+    matrix = _expanded({**defaults, **entry, **matrix}, matrix)
     if math.prod(map(len, matrix.values())) > MAX_JOBS:
         raise RequestError(_too_many(where))
     known = METHODS[method].model_fields.keys()
@@ -118,7 +118,8 @@ def _expanded(options: Mapping[str, Any], matrix: Mapping[str, list[Any]]) -> di
     """A matrix with every place that a pattern matches."""
     found = dict(matrix)
     for key in GLOBBED:
-        values = options.get(key) if isinstance(options.get(key), list) else [options.get(key)]
+        given = options.get(key)
+        values = given if isinstance(given, list) else [given]
         if any(isinstance(value, str) and is_pattern(value) for value in values):
             places = [matching(v) if isinstance(v, str) and is_pattern(v) else [v] for v in values]
             found[key] = list(dict.fromkeys(place for each in places for place in each))
