@@ -102,6 +102,8 @@ class Writer:
         except BaseException:
             self._shipping.stop()
             self.close_files()
+            if place is not None and not self.journal.entries("tensor"):  # the place was refused
+                self._remove()
             self.journal.close()
             raise
 

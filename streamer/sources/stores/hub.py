@@ -30,7 +30,8 @@ class HubStore:
     def __init__(self, repo: str) -> None:
         self.repo, self.spec = repo, f"hf://{repo}"
         self._line = Line()
-        self.head: str | None = None  # the commit that ours is to follow
+        self._head: str | None = None  # the commit that ours is to follow, and the files that it has
+        self._before: set[str] = set()
 
     @cached_property
     def _api(self) -> HfApi:
@@ -55,7 +56,6 @@ class HubStore:
     def names(self) -> dict[str, Stored]:
         info = self._call(self._info, OPENING)
         siblings = [] if info is None else info.siblings or []
-        self.head = None if info is None else info.sha
         return {each.rfilename: Stored(each.size or 0, each.blob_id) for each in siblings}
 
     def read(self, name: str) -> bytes | None:
@@ -86,7 +86,7 @@ class HubStore:
             raise refuse(self.spec, "a private repository", "a public one", "choose another, or give --public")
         if info.private and public:
             log.warning("%s is private already and stays so: change that in its settings", self.spec)
-        self.head = info.sha
+        self._head, self._before = info.sha, {each.rfilename for each in info.siblings or []}
 
     def preupload(self, name: str, path: Path) -> CommitOperationAdd:
         """Upload a large file, which no commit names yet."""
@@ -108,13 +108,12 @@ class HubStore:
 
         added = {n: CommitOperationAdd(n, str(f)) if isinstance(f, Path) else f for n, f in files.items()}
         mark = Path(str(added[last].path_or_fileobj)).read_bytes()
-        gone = sorted(self.names().keys() - added.keys() - {".gitattributes"}) if self.head else []
-        parent = self.head
+        gone = sorted(self._before - added.keys() - {".gitattributes"})
         operations: list[Any] = [*added.values(), *(CommitOperationDelete(name) for name in gone)]
 
         def attempt() -> None:
             try:
-                self._api.create_commit(self.repo, operations, commit_message=message, parent_commit=parent)
+                self._api.create_commit(self.repo, operations, commit_message=message, parent_commit=self._head)
             except Exception as error:
                 if self._read_again(last) == mark:  # it had come, though its answer had not
                     return
