@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from safeshard.streamer.sources.base import refuse
 from safeshard.streamer.sources.http import read_body, request, status_words
-from safeshard.streamer.sources.remote import OPENING, UNDERWAY, Line, StatusError, retry_after, status_of
+from safeshard.streamer.sources.remote import OPENING, UNDERWAY, Final, Line, StatusError, retry_after, status_of
 from safeshard.streamer.sources.stores.base import ConflictError, Stored, patiently
 
 if TYPE_CHECKING:
@@ -76,14 +76,14 @@ class HubStore:
         """Make the repository, private unless `public`; one that is there keeps what it is.
 
         Raises:
-            RequestError: it may not be written, or is public though that was not asked for.
+            RunError: it may not be written, or is public though that was not asked for.
         """
         self._call(lambda: self._api.create_repo(self.repo, private=not public, exist_ok=True))
         info = self._call(self._info, OPENING)
         if info is None:
-            raise refuse(self.spec, "a repository that can be seen", "none", NO_TOKEN)
+            raise Final(f"{self.spec} was made, and cannot be seen", NO_TOKEN)
         if info.private is False and not public:
-            raise refuse(self.spec, "a private repository", "a public one", "choose another, or give --public")
+            raise Final(f"{self.spec} is public", "choose another, or give --public")
         if info.private and public:
             log.warning("%s is private already and stays so: change that in its settings", self.spec)
         self._head, self._before = info.sha, {each.rfilename for each in info.siblings or []}

@@ -122,7 +122,7 @@ class TestRefusals:
     def test_a_public_repository_is_no_private_place(self, hub: StandinHub, job: dict[str, Any], world: Any) -> None:
         (world.root / "empty").mkdir()
         hub.add(REPO, world.root / "empty")
-        with pytest.raises(RequestError, match=r"a private repository, got a public one"):
+        with pytest.raises(RunError, match=r"me/safe is public .choose another, or give --public"):
             safemerge(**job, push=REPO)
 
     def test_a_finished_one(self, hub: StandinHub, job: dict[str, Any]) -> None:
