@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError
-from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, Manifest
+from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.job_plan import JobPlan
@@ -19,6 +19,7 @@ from safeshard.streamer.sources.stores import Store, Stored, open_store
 
 LOOKS = 16  # places that are looked at side by side
 SHARDS_HERE = 4  # of an output in a bucket, the shards that the work folder holds at a time, about
+MAX_JOURNAL_BYTES = 1 << 28  # of a million tensors it is about 200 MB
 REPLACED_KIND = "replaced"  # of the journal's record that names the files of an output to be replaced
 _ALWAYS = {JOURNAL_NAME, MANIFEST_NAME, "README.md", "report.html", ".gitattributes"}
 
@@ -51,9 +52,14 @@ class There:
         """Look at a place.
 
         Raises:
-            RunError: it cannot be listed or read.
+            RunError: it cannot be listed or read, or a mark there is larger than ours are.
         """
         names = store.names()
+        for name, most in ((JOURNAL_NAME, MAX_JOURNAL_BYTES), (MANIFEST_NAME, MAX_MANIFEST_BYTES)):
+            if name in names and names[name].size > most:
+                raise RunError(
+                    f"{store.spec}/{name} has more than {most} bytes: it is not ours", "choose another place"
+                )
         journal, manifest = (store.read(name) if name in names else None for name in (JOURNAL_NAME, MANIFEST_NAME))
         return cls(store.spec, names, journal, manifest)
 

@@ -63,14 +63,15 @@ def output_offences(
         path, shown = paths[id(job)], str(job.output)
         if taken[path] > 1 or pushed[job.afar or ""] > 1 or any(parent in taken for parent in path.parents):
             yield Offence("--output", shown, "a folder of its own for each job", "another job's", "rename one")
-        staging = staging_of(job.output if isinstance(job.output, str) else path)
         if isinstance(job.output, str):
-            unusable = [*across(job.output, job.inputs().values()), *place_offences(staging, ())]
+            unusable = list(across(job.output, job.inputs().values()))
+            unusable += place_offences(staging_of(job.output), ())
         else:
             unusable = list(place_offences(job.output, job.inputs().values()))
         yield from unusable
         if unusable or id(job) in done:
             continue
+        staging = staging_of(job.output if isinstance(job.output, str) else path)
         yield from unfinished_offences(staging)
         if job.afar is not None and job.afar in there:
             yield from there[job.afar].offences(overwrite)

@@ -84,8 +84,8 @@ class ToBucket:
         self._lock = threading.Lock()
 
     def recover(self, staging: Path) -> None:
-        found = self._store.look(JOURNAL_NAME)
         self._there = There.look(self._store)
+        found = self._store.look(JOURNAL_NAME)
         if found is None:
             return
         data, self._mark = found

@@ -418,7 +418,7 @@ class TestFaults:
         later: list[Any] = []
 
         def writing(asked: Asked) -> None:
-            if "model-00002" in asked.path and not later:
+            if "config.json" in asked.path and not later:
                 later.append(True)
                 monkeypatch.setenv("SAFESHARD_WORK", str(world.root / "elsewhere"))
                 resta(**full, output=OUT)
@@ -427,6 +427,14 @@ class TestFaults:
         with pytest.raises(RunError, match=r"another run has begun to write there .run the same command again once"):
             resta(**full, output=OUT)
         assert not verify(OUT)
+
+    def test_a_journal_that_is_too_large_is_not_read(
+        self, bucket: StandinBucket, full: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("safeshard.streamer.plan.afar.MAX_JOURNAL_BYTES", 10)
+        bucket.put("out/x/journal.jsonl", JOURNAL_MAGIC)
+        with pytest.raises(RequestError, match=r"journal.jsonl has more than 10 bytes: it is not ours"):
+            resta(**full, output=OUT)
 
     def test_a_file_that_is_replaced_underway(self, bucket: StandinBucket, full: dict[str, Any]) -> None:
         def writing(asked: Asked) -> None:
