@@ -285,8 +285,17 @@ class Manifest(_Entry):
 def load(path: Path) -> Manifest:
     """The manifest at `path`: the file, or the output folder that holds it."""
     file = path / MANIFEST_NAME if path.is_dir() else path
+    return Manifest.from_json(read_manifest(file), where=str(file))
+
+
+def read_manifest(file: Path) -> bytes:
+    """The text of a manifest.
+
+    Raises:
+        RequestError: it is not there, cannot be read, or is too large.
+    """
     try:
-        text = read_regular(file, MAX_MANIFEST_BYTES)
+        return read_regular(file, MAX_MANIFEST_BYTES)
     except TooLargeError as error:
         raise RequestError(Offence(str(file), "", "at most {} bytes".format(*error.args), str(error.args[1]))) from None
     except OSError as error:
@@ -294,7 +303,6 @@ def load(path: Path) -> Manifest:
         raise RequestError(
             Offence(str(file), expected="a manifest", got=error.strerror or "", remedy=remedy)
         ) from error
-    return Manifest.from_json(text, where=str(file))
 
 
 def json_schema() -> dict[str, Any]:

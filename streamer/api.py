@@ -12,13 +12,14 @@ from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
-from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.schema import Manifest, load
+from safeshard.manifests.errors import Offence, RequestError, without_secrets
+from safeshard.manifests.schema import Manifest
 from safeshard.streamer.disk import check_file, replace_file
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
-from safeshard.streamer.options import Options, RunOptions, build, fields_of, local_path
+from safeshard.streamer.options import Options, RunOptions, build, fields_of, local_path, written_place
+from safeshard.streamer.recheck.written import manifest_of
 
 if TYPE_CHECKING:  # what computes is imported where it is called: the command line's help need not wait for torch
     from safeshard.manifests.verify import Finding
@@ -178,6 +179,8 @@ def batch(
     jobs: str | os.PathLike[str],
     *,
     keep_going: bool = False,
+    skip_finished: bool = False,
+    note: Callable[[str], None] = lambda text: None,
     part: str | None = None,
     engine: Literal["local", "ray"] = "local",
     parts: int | None = None,
@@ -190,16 +193,27 @@ def batch(
     Args:
         jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
         keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
+        skip_finished: leave out jobs whose output is finished, whatever it was made of. Without it a finished output is
+            passed by only where this very request wrote it, and refused otherwise.
+        note: receives how many jobs were left out.
         part: "i/n": do the i-th of n parts of the work, for `finish` to put together; manifests are None.
         engine: "ray" does all parts as tasks of a Ray cluster, and finishes.
         parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
         options: the fields of `RunOptions`.
     """
+    from safeshard.streamer.plan.afar import without_finished
     from safeshard.streamer.plan.jobs_file import read_jobs
     from safeshard.streamer.run.runner import run, run_keeping_going
 
     share = _part(part, engine=engine, parts=parts, keep_going=keep_going)
     read, run_options = read_jobs(Path(jobs)), build(RunOptions, options)
+    if skip_finished and run_options.overwrite:
+        raise RequestError(Offence("--skip-finished", expected="one of the two", got="--overwrite too"))
+    if skip_finished:
+        left = without_finished(read)
+        note(f"{len(read) - len(left)} of {len(read)} jobs are finished already")
+        if not (read := left):
+            return []
     if engine == "ray":
         from safeshard.streamer.run.ray_engine import run_on_ray
 
@@ -258,7 +272,7 @@ def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: 
     """
     from safeshard.manifests.render import render
 
-    return render(load(Path(output)), width=width, color=color)
+    return render(manifest_of(output), width=width, color=color)
 
 
 def verify(
@@ -291,12 +305,20 @@ def verify(
 
     if recompute < 0:
         raise RequestError(Offence("--recompute", "", "a number from 0 on", str(recompute)))
-    with Progress(_folder_bytes(Path(output)), quiet) as bar:
-        findings = verify_output(Path(output), progress=lambda count: bar.done("hashing", count))
+    place = written_place(output)
+    if isinstance(place, Path):
+        with Progress(_folder_bytes(place), quiet) as bar:
+            findings = verify_output(place, progress=lambda count: bar.done("hashing", count))
+    else:
+        from safeshard.streamer.recheck.afar import THREADS, Afar
+
+        there = Afar(place)
+        with Progress(there.nbytes, quiet) as bar:
+            findings = verify_output(there, threads=THREADS, progress=lambda count: bar.done("hashing", count))
     if not inputs and not recompute:
         return findings
     try:
-        manifest = load(Path(output))
+        manifest = manifest_of(output)
     except RequestError:  # a manifest that cannot be read is among the findings
         return findings
     from safeshard.streamer.recheck.inputs import check_inputs, input_places
@@ -332,13 +354,13 @@ def report(
 
     Args:
         output: a finished output, or several.
-        file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output,
-            `report.html` in the current folder for several.
+        file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output, in the
+            current folder for one afar, and `report.html` there for several.
         overwrite: replace an existing file.
     """
     from safeshard.manifests.report import page
 
-    outputs = [Path(output)] if isinstance(output, str | os.PathLike) else [Path(each) for each in output]
+    outputs = [written_place(each) for each in _listed(output)]
     if not outputs:
         raise RequestError(Offence("report", expected="an output", got="none"))
     place = local_path("--output", file) if file is not None else _report_file(outputs)
@@ -349,7 +371,7 @@ def report(
     def readable() -> Iterator[tuple[str, Manifest]]:
         for each in outputs:
             try:
-                yield str(each), load(each)
+                yield without_secrets(str(each)), manifest_of(each)
             except RequestError as error:
                 offences.extend(error.offences)
 
@@ -360,17 +382,19 @@ def report(
     return place
 
 
-def _report_file(outputs: Sequence[Path]) -> Path:
+def _report_file(outputs: Sequence[Path | str]) -> Path:
     if len(outputs) > 1:
         return Path("report.html")
+    if isinstance(outputs[0], str):
+        return Path(f"{without_secrets(outputs[0]).rstrip('/').rpartition('/')[2]}.report.html")
     folder = (outputs[0].parent if outputs[0].is_file() else outputs[0]).absolute()
     return folder.parent / f"{folder.name}.report.html"
 
 
-def _check_outside(file: Path, outputs: Sequence[Path]) -> None:
+def _check_outside(file: Path, outputs: Sequence[Path | str]) -> None:
     """Refuse a place inside an output where `verify` would report a file that the manifest does not name."""
     place = Path(os.path.realpath(file))
-    for output in outputs:
+    for output in (each for each in outputs if isinstance(each, Path)):
         folder = Path(os.path.realpath(output.parent if output.is_file() else output))
         if place.is_relative_to(folder) and place != folder / "report.html":
             expected, got = "a file outside of the output, or its report.html", "a file that its manifest does not name"

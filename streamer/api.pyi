@@ -21,6 +21,8 @@ def batch(
     quiet: bool = False,
     strict: bool = False,
     keep_going: bool = False,
+    skip_finished: bool = False,
+    note: Callable[[str], None] = ...,
     part: str | None = None,
     engine: Literal["local", "ray"] = "local",
     parts: int | None = None,
@@ -32,6 +34,9 @@ def batch(
     Args:
         jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
         keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
+        skip_finished: leave out jobs whose output is finished, whatever it was made of. Without it a finished output is
+            passed by only where this very request wrote it, and refused otherwise.
+        note: receives how many jobs were left out.
         part: "i/n": do the i-th of n parts of the work, for `finish` to put together; manifests are None.
         engine: "ray" does all parts as tasks of a Ray cluster, and finishes.
         parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
@@ -111,18 +116,20 @@ def report(
 
     Args:
         output: a finished output, or several.
-        file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output,
-            `report.html` in the current folder for several.
+        file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output, in the
+            current folder for one afar, and `report.html` there for several.
         overwrite: replace an existing file.
     """
 
 def resta(
     *,
     aligned: str | PathLike[str],
-    output: str | PathLike[str],
     unaligned: str | PathLike[str],
     adapter: str | PathLike[str] | None = None,
     finetuned: str | PathLike[str] | None = None,
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
+    output: str | PathLike[str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     dequantize: bool = False,
     expert_packing: Literal["peft", "unsloth"] | None = None,
@@ -147,7 +154,6 @@ def resta(
 def ridge(
     *,
     aligned: str | PathLike[str],
-    output: str | PathLike[str],
     serve: Literal["vllm"] | None = None,
     rank: int | None = None,
     output_format: Literal["adapter", "checkpoint"] | None = None,
@@ -160,6 +166,9 @@ def ridge(
     seed: int = 0,
     adapter: str | PathLike[str] | None = None,
     finetuned: str | PathLike[str] | None = None,
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
+    output: str | PathLike[str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     dequantize: bool = False,
     expert_packing: Literal["peft", "unsloth"] | None = None,
@@ -185,7 +194,6 @@ def ridge(
 def safedelta(
     *,
     aligned: str | PathLike[str],
-    output: str | PathLike[str],
     serve: Literal["vllm"] | None = None,
     rank: int | None = None,
     output_format: Literal["adapter", "checkpoint"] | None = None,
@@ -197,6 +205,9 @@ def safedelta(
     percdamp: float = 0.01,
     adapter: str | PathLike[str] | None = None,
     finetuned: str | PathLike[str] | None = None,
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
+    output: str | PathLike[str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     dequantize: bool = False,
     expert_packing: Literal["peft", "unsloth"] | None = None,
@@ -226,7 +237,6 @@ def safedelta(
 def safelora(
     *,
     aligned: str | PathLike[str],
-    output: str | PathLike[str],
     unaligned: str | PathLike[str],
     recipe: Literal["published"] | None = None,
     serve: Literal["vllm"] | None = None,
@@ -234,6 +244,9 @@ def safelora(
     output_format: Literal["adapter", "checkpoint"] | None = None,
     adapter: str | PathLike[str] | None = None,
     finetuned: str | PathLike[str] | None = None,
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
+    output: str | PathLike[str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     dequantize: bool = False,
     expert_packing: Literal["peft", "unsloth"] | None = None,
@@ -257,7 +270,6 @@ def safelora(
 def safemerge(
     *,
     aligned: str | PathLike[str],
-    output: str | PathLike[str],
     unaligned: str | PathLike[str],
     recipe: Literal["published"] | None = None,
     serve: Literal["vllm"] | None = None,
@@ -265,6 +277,9 @@ def safemerge(
     output_format: Literal["adapter", "checkpoint"] | None = None,
     adapter: str | PathLike[str] | None = None,
     finetuned: str | PathLike[str] | None = None,
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
+    output: str | PathLike[str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     dequantize: bool = False,
     expert_packing: Literal["peft", "unsloth"] | None = None,
@@ -293,13 +308,15 @@ def safemerge(
 def scale(
     *,
     aligned: str | PathLike[str],
-    output: str | PathLike[str],
     factor: float,
     serve: Literal["vllm"] | None = None,
     rank: int | None = None,
     output_format: Literal["adapter", "checkpoint"] | None = None,
     adapter: str | PathLike[str] | None = None,
     finetuned: str | PathLike[str] | None = None,
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
+    output: str | PathLike[str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     dequantize: bool = False,
     expert_packing: Literal["peft", "unsloth"] | None = None,
@@ -323,6 +340,8 @@ def score(
     unaligned: str | PathLike[str],
     adapter: str | Sequence[str] = (),
     finetuned: str | Sequence[str] = (),
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
     output: str | PathLike[str] | None = None,
     dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     dequantize: bool = False,

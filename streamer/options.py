@@ -43,6 +43,42 @@ def local(value: Any) -> Any:
     return text
 
 
+def output_place(value: Any) -> Any:
+    """Where an output goes: a local path, expanded, or the URL of a place afar, as text."""
+    text = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(text, str) or not (match := _SCHEME.match(text)) or (match[1] or "").lower() == "file":
+        return Path(path) if isinstance(path := local(value), str) else path
+    url = _LOST_SLASH.sub(r"\1://", text, count=1).rstrip("/")
+    scheme, _, rest = url.partition("://")
+    wanted = _REPOSITORY if scheme == "hf" else _PREFIX if scheme in ("s3", "gs", "az") else None
+    if wanted is None or not wanted.fullmatch(rest) or {"", ".", ".."} & set(rest.split("/")):
+        raise PydanticCustomError("remote_place", WRITABLE)
+    return url
+
+
+def written_place(value: str | os.PathLike[str]) -> Path | str:
+    """Where a finished output lies: a local path, or the URL of a place afar.
+
+    Raises:
+        RequestError: nothing is read from places of that kind.
+    """
+    text = os.fspath(value)
+    if (match := _SCHEME.match(text)) is None or (match[1] or "").lower() == "file":
+        return Path(local(text))
+    url = _LOST_SLASH.sub(r"\1://", text, count=1)
+    if url.partition("://")[0].lower() not in ("hf", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"):
+        raise RequestError(Offence(_shown(url), "", "an output in a folder, a bucket or on the Hub", "another place"))
+    return url
+
+
+def repository(value: Any) -> Any:
+    """A repository of the Hub to write to: org/name."""
+    text = value.removeprefix("hf://") if isinstance(value, str) else value
+    if not isinstance(text, str) or not _REPOSITORY.fullmatch(text):
+        raise PydanticCustomError("repository", "org/name: a repository of the Hub, without revision and folder")
+    return text
+
+
 def local_path(option: str, value: str | os.PathLike[str]) -> Path:
     """A path to write to, that a function takes beside its options.
 
@@ -60,8 +96,17 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z\d+.-]+)://|(hf|s3|gs|gcs|az|abfss?|r2|os
 _LOST_SLASH = re.compile(r"\b([A-Za-z][A-Za-z\d+.-]+):/(?=[^/\s])")
 REMOTE = "a local folder: write it there, then copy it (hf upload, aws s3 sync, gsutil rsync)"
 
+WRITABLE = (
+    "a local folder, s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or hf://org/name, without "
+    "credentials, revision and query"
+)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_PREFIX = re.compile(r"[A-Za-z0-9][\w.-]*(/[^/?#@*\\]+)+")
+
 Place = Annotated[str, Field(min_length=1), BeforeValidator(expanded)]
 Folder = Annotated[Path, BeforeValidator(local)]
+Output = Annotated[str | Path, BeforeValidator(output_place)]
+Repository = Annotated[str, BeforeValidator(repository)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 EXPECTED = {  # by pydantic's type of error, where its own message does not go on from "expected"
@@ -164,7 +209,7 @@ def _offence(where: str, details: Any) -> Offence:
     field = ".".join(str(part) for part in details["loc"])
     option = flag(field) if field and not where else field
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if details["type"] == "missing":
+    if details["type"] in ("missing", "nowhere"):
         return Offence(where or option, option if where else "", "a value", "nothing", "give it")
     if details["type"] == "extra_forbidden":
         return Offence(

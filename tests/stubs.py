@@ -61,10 +61,13 @@ def _parameter(parameter: Parameter) -> str:
     annotation = parameter.annotation
     shown = annotation.replace("os.PathLike", "PathLike") if isinstance(annotation, str) else _type(annotation)
     is_option = not isinstance(annotation, str)
-    if is_option and shown in ("str", "str | None", "Path") and parameter.name not in RunOptions.model_fields:
+    texts = ("str", "str | None", "Path", "str | Path")
+    if is_option and shown in texts and parameter.name not in RunOptions.model_fields:
         shown = PLACE + " | None" * shown.endswith("None")  # texts among a job's options are places
     if parameter.default is Parameter.empty:
         return f"{parameter.name}: {shown}"
+    if parameter.default is None and "None" not in shown:  # what the options make of it is not
+        shown += " | None"
     default = "..." if callable(parameter.default) else repr(parameter.default)
     return f"{parameter.name}: {shown} = {default}"
 

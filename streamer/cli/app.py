@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, TextIO
 import typer
 
 from safeshard.manifests.errors import Offence, RequestError, RunError, printable
-from safeshard.manifests.schema import load
 from safeshard.streamer import api
 from safeshard.streamer.cli import messages
 from safeshard.streamer.cli.command import PATH, App
@@ -28,6 +27,7 @@ from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import RunOptions, build
+from safeshard.streamer.recheck.written import manifest_of
 
 app = App(
     no_args_is_help=True,
@@ -39,6 +39,7 @@ app = App(
 Json = Annotated[
     bool, typer.Option("--json", help="print the outcome as one line of JSON, and nothing else", show_default=False)
 ]
+WRITTEN = "a folder that safeshard wrote, s3://, gs://, az:// or hf://org/name"
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -87,7 +88,12 @@ for _name in METHODS:
 
 
 @app.command("score", help=_help(api.score, "cos(P delta, delta) of every module; writes no model."))
-@takes(Score, RunOptions, many=frozenset({"adapter", "finetuned"}), without=frozenset({"dtype", "dequantize"}))
+@takes(
+    Score,
+    RunOptions,
+    many=frozenset({"adapter", "finetuned"}),
+    without=frozenset({"dtype", "dequantize", "push", "public"}),
+)
 def _score(
     *,
     suggest: Annotated[bool, typer.Option("--suggest", help="suggest a threshold for each fine-tuned model")] = False,
@@ -126,6 +132,9 @@ def _batch(
     keep_going: Annotated[
         bool, typer.Option("--keep-going", help="run what can run although some jobs cannot; exit status 1")
     ] = False,
+    skip_finished: Annotated[
+        bool, typer.Option("--skip-finished", help="leave out jobs whose output is finished, whatever it was made of")
+    ] = False,
     part: Annotated[
         str | None, typer.Option("--part", metavar="I/N", help="do the I-th of N parts, for `finish` to put together")
     ] = None,
@@ -140,8 +149,16 @@ def _batch(
     **options: Any,
 ) -> None:
     failures: Sequence[Any] = ()
+
+    def note(text: str) -> None:
+        if not options["quiet"]:
+            _say(text, json)
+
     try:
-        results = api.batch(jobs, keep_going=keep_going, part=part, engine=engine, parts=parts, **options)
+        results = api.batch(
+            jobs, keep_going=keep_going, skip_finished=skip_finished, note=note, part=part, engine=engine, parts=parts,
+            **options,
+        )  # fmt: skip
     except RunError as error:
         if not hasattr(error, "failures"):
             raise
@@ -170,9 +187,9 @@ def _finish(
 
 
 @app.command("inspect", help=_help(api.inspect))
-def _inspect(output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")], json: Json = False) -> None:
+def _inspect(output: Annotated[str, typer.Argument(help=WRITTEN)], json: Json = False) -> None:
     if json:
-        print_json(load(output).model_dump(mode="json", by_alias=True, exclude_none=True))
+        print_json(manifest_of(output).model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
         print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=_has_colour(sys.stdout)))
 
@@ -184,7 +201,7 @@ def _has_colour(stream: TextIO) -> bool:
 
 @app.command("verify", help=_help(api.verify, "Says what differs from its manifest."))
 def _verify(
-    output: Annotated[Path, typer.Argument(help="a folder that safeshard wrote")],
+    output: Annotated[str, typer.Argument(help=WRITTEN)],
     inputs: Annotated[bool, typer.Option("--inputs", help="also compare the inputs with what was read")] = False,
     recompute: Annotated[int, typer.Option(help="compute this many modules again, from the inputs")] = 0,
     seed: Annotated[int, typer.Option(help="of the choice of modules")] = 0,
@@ -217,7 +234,7 @@ def _sources(words: Sequence[str]) -> dict[str, str]:
 
 @app.command("report", help=_help(api.report, "One HTML file that needs nothing else: to read, print and pass on."))
 def _report(
-    outputs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="folders that safeshard wrote")],
+    outputs: Annotated[list[str], typer.Argument(metavar="OUT...", help=f"outputs: each {WRITTEN}")],
     output: Annotated[
         Path | None,
         typer.Option(

@@ -11,7 +11,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from safeshard.streamer.cli.command import PATH, PLACE
-from safeshard.streamer.options import Options, Place, fields_of
+from safeshard.streamer.options import Options, Output, Place, Repository, fields_of
 
 
 def takes(
@@ -53,8 +53,11 @@ def _parameter(name: str, field: FieldInfo, many: bool) -> introspection.Paramet
 
 
 def _is_place(field: FieldInfo) -> bool:
-    """Whether a field's type is `Place`, or that and None: pydantic keeps what marks it in two places."""
-    return get_args(Place)[-1] in field.metadata or Place in get_args(field.annotation)
+    """Whether a field's type is a place's, or that and None: pydantic keeps what marks it in two places."""
+    return any(
+        get_args(each)[-1] in field.metadata or each in get_args(field.annotation)
+        for each in (Place, Output, Repository)
+    )
 
 
 def _plain_type(annotation: Any) -> Any:

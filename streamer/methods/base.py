@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from safeshard import kernels
 from safeshard.manifests.errors import Offence
@@ -20,7 +21,7 @@ from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter, LoraModule
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.expert_lora import Packing
-from safeshard.streamer.options import Dtype, Folder, Options, Place
+from safeshard.streamer.options import Dtype, Options, Output, Place, Repository
 
 if TYPE_CHECKING:  # nobody waits for torch to read a method's options
     import torch
@@ -103,7 +104,14 @@ class Job(Options):
     aligned: Place = Field(description="aligned model: a folder, hf://org/name@revision, or a URL")
     adapter: Place | None = Field(None, description="fine-tuned LoRA adapter")
     finetuned: Place | None = Field(None, description="fine-tuned full checkpoint, in place of --adapter")
-    output: Folder = Field(description="folder to write; must not exist")
+    push: Repository | None = Field(
+        None, description="a Hub repository (org/name) to push the output to, private; --output may be left out then"
+    )
+    public: bool = Field(False, description="with --push: make the repository public")
+    output: Output = Field(
+        default=None,  # type: ignore[assignment]  # which `_somewhere` makes a place
+        description="folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required)",
+    )
     dtype: Dtype | None = Field(
         None, description="dtype of the output (default: the aligned checkpoint's, or the adapter's)"
     )
@@ -111,6 +119,16 @@ class Job(Options):
     expert_packing: Packing | None = Field(
         None, description="how LoRA on fused experts is packed, where its config does not tell"
     )
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _somewhere(cls, value: Any, info: ValidationInfo) -> Any:
+        """Where nothing is said of it, the repository that the output is pushed to."""
+        if value is not None or not cls.writes_model:
+            return value
+        if not info.data.get("push"):
+            raise PydanticCustomError("nowhere", "a value")
+        return f"hf://{info.data['push']}"
 
     @model_validator(mode="after")
     def _one_input(self) -> Job:
@@ -120,7 +138,17 @@ class Job(Options):
             raise ValueError(
                 "--dequantize goes with an output that is a full checkpoint: an adapter has no such weights"
             )
+        pushed = f"hf://{self.push}" if self.push else None
+        if pushed and (not self.writes_model or (isinstance(self.output, str) and self.output != pushed)):
+            raise ValueError("--push goes with a local --output, or with none")
+        if self.public and not (self.afar or "").startswith("hf://"):
+            raise ValueError("--public goes with --push")
         return self
+
+    @property
+    def afar(self) -> str | None:
+        """The URL of the place afar that the output goes to, if it does: in place of a local folder, or besides."""
+        return self.output if isinstance(self.output, str) else f"hf://{self.push}" if self.push else None
 
     def inputs(self) -> dict[str, str]:
         """Role -> source of every input given, in the manifest's vocabulary."""
@@ -128,7 +156,7 @@ class Job(Options):
 
     def settings(self) -> dict[str, Any]:
         """Options that decide what is written: all but the places."""
-        options = json.loads(self.model_dump_json(exclude={*self.inputs(), "output"}))
+        options = json.loads(self.model_dump_json(exclude={*self.inputs(), "output", "push", "public"}))
         return {
             key: value
             for key, value in options.items()

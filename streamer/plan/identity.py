@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeGuard
 
 from safeshard.manifests.errors import RequestError
@@ -18,6 +19,7 @@ from safeshard.manifests.schema import (
 )  # fmt: skip
 from safeshard.streamer.inputs import adapter as lora
 from safeshard.streamer.inputs.adapter import Adapter
+from safeshard.streamer.plan.afar import There
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.sources import LocalSource, Source
 from safeshard.streamer.sources.base import Checked
@@ -48,15 +50,17 @@ def fingerprint(plan: JobPlan, device: str) -> dict[str, Any]:
     return found
 
 
-def finished(plan: JobPlan) -> Manifest | None:
-    """The manifest of an output that this very plan wrote before; None where it is not there whole, or another's."""
+def finished(plan: JobPlan, there: There | None = None) -> Manifest | None:
+    """The manifest of an output that this very plan wrote before; None where it is not there whole, or another's.
+
+    `there` is what lies at the place of an output afar.
+    """
     job = plan.job
-    try:
-        manifest = load(job.output / MANIFEST_NAME)
-        whole = all((job.output / file.name).stat().st_size == file.size for file in manifest.files)
-    except (RequestError, OSError):
-        return None
-    if not whole:
+    if isinstance(job.output, str):
+        manifest = there.manifest if there is not None and there.is_whole else None
+    else:
+        manifest = _whole(job.output)
+    if manifest is None:
         return None
     local = [(opened.source, opened.files) for opened in plan.inputs.values() if _may_change(opened.source)]
     modified = [source.local_path(f.name).stat().st_mtime for source, files in local for f in files]
@@ -70,6 +74,16 @@ def finished(plan: JobPlan) -> Manifest | None:
             return None
     theirs = (manifest.tool.safeshard, manifest.method.name, manifest.method.options, inputs)
     return manifest if theirs == (version("safeshard"), job.method, job.settings(), inputs_of(plan)) else None
+
+
+def _whole(output: Path) -> Manifest | None:
+    """The manifest of a folder that holds all that it names, by size."""
+    try:
+        manifest = load(output / MANIFEST_NAME)
+        whole = all((output / file.name).stat().st_size == file.size for file in manifest.files)
+    except (RequestError, OSError):
+        return None
+    return manifest if whole else None
 
 
 def _may_change(source: Source) -> TypeGuard[LocalSource]:

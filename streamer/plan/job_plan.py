@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.errors import RunError
@@ -168,6 +169,12 @@ class JobPlan:
         """Everything that is read from."""
         factors = [self.factors.source] if isinstance(self.factors, SavedFactors) else []
         return [*(opened.source for opened in self.inputs.values()), *factors]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written, of an output that is a folder on this machine."""
+        assert isinstance(self.job.output, Path)
+        return self.job.output
 
     @property
     def aligned(self) -> Checkpoint:

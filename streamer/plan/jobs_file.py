@@ -16,8 +16,9 @@
         safe_adapter: null        # takes a default away
         output: out/alice-lora
 
-`{option}` in `output` stands for that option's value, of a path its last part. Relative paths start at the current
-directory. Unknown keys are errors.
+`{option}` in `output` and `push` stands for that option's value, of a path its last part. An `adapter` or `finetuned`
+with wildcards in its last part (`./adapters/*`, `s3://bucket/adapters/*`, `hf://org/team-*`) stands for every folder or
+repository that matches: one job for each. Relative paths start at the current directory. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import build
 from safeshard.streamer.plan.yaml_file import read_yaml
+from safeshard.streamer.sources import is_pattern, matching
 
 MAX_JOBS = 10_000
+GLOBBED = ("adapter", "finetuned")
 
 
 def read_jobs(path: Path) -> list[Job]:
@@ -91,6 +94,7 @@ def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
         raise RequestError(Offence(where, "method", " or ".join(METHODS), repr(method)))
     if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise RequestError(Offence(where, "matrix", "lists of values by option", repr(matrix)[:80]))
+    matrix = _expanded({**defaults, **entry, **matrix}, matrix)
     if math.prod(map(len, matrix.values())) > MAX_JOBS:
         raise RequestError(_too_many(where))
     known = METHODS[method].model_fields.keys()
@@ -100,7 +104,8 @@ def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
     for values in itertools.product(*matrix.values()):
         options = usable | own | dict(zip(matrix, values, strict=True))
         try:
-            yield build(METHODS[method], options | {"output": _fill(where, options)}, where)
+            places = {key: _fill(where, options, key) for key in ("output", "push")}
+            yield build(METHODS[method], options | places, where)
         except RequestError as error:
             offences += error.offences
     if offences:
@@ -111,18 +116,30 @@ def _too_many(where: str) -> Offence:
     return Offence(where, "matrix", f"at most {MAX_JOBS} jobs", "more", "split the file")
 
 
-def _fill(where: str, options: Mapping[str, Any]) -> str | None:
-    template = options.get("output")
+def _expanded(options: Mapping[str, Any], matrix: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """A matrix with every place that a pattern matches."""
+    found = dict(matrix)
+    for key in GLOBBED:
+        given = options.get(key)
+        values = given if isinstance(given, list) else [given]
+        if any(isinstance(value, str) and is_pattern(value) for value in values):
+            places = [matching(v) if isinstance(v, str) and is_pattern(v) else [v] for v in values]
+            found[key] = list(dict.fromkeys(place for each in places for place in each))
+    return found
+
+
+def _fill(where: str, options: Mapping[str, Any], key: str) -> str | None:
+    template = options.get(key)
     if not isinstance(template, str):
         return template
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in options:
-            raise RequestError(Offence(where, "output", "{option} of an option that the job has", match[0]))
+            raise RequestError(Offence(where, key, "{option} of an option that the job has", match[0]))
         name = PurePath(without_secrets(str(options[match[1]]))).name
         if not name.strip("."):
             expected = "a value with a name to put into the path"
-            raise RequestError(Offence(where, "output", expected, f"{match[0]} = {options[match[1]]!r}"))
+            raise RequestError(Offence(where, key, expected, f"{match[0]} = {options[match[1]]!r}"))
         return name
 
     return re.sub(r"\{(\w+)\}", value, template)

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,6 +90,11 @@ def copy_mark(files: list[str]) -> bytes:
     return JOURNAL_MAGIC + b'"copy":{"files":' + json.dumps(files).encode() + b"}}\n"
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def _known(folder: Path) -> set[str] | None:
     """The names that the marks in a folder give to files; None without a mark."""
     known: set[str] = set()
@@ -107,10 +112,20 @@ def _known(folder: Path) -> set[str] | None:
 def _files_of_journal(line: bytes) -> set[str]:
     try:
         first = json.loads(line)
-        files = (first.get("fingerprint") or first["copy"])["files"]
+        files = (first.get("fingerprint") or first.get("copy") or first)["files"]
         return {name for name in files if isinstance(name, str)}
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
         return set()
+
+
+def files_of_journal(text: bytes, kind: str) -> set[str]:
+    """The files that a whole journal names: in its first line, and in its records of one kind."""
+    first, *lines = text.split(b"\n")
+    known = _files_of_journal(first)
+    for line in lines:
+        if line.startswith(b'{"kind":"%s",' % kind.encode()):
+            known |= _files_of_journal(line)
+    return known
 
 
 def _is_ours(folder: Path, name: str, known: set[str]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from safeshard.manifests.errors import Offence
@@ -13,12 +13,13 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.calibration.hidden_states import COPIES
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import ours
+from safeshard.streamer.plan.afar import There, across, bytes_here, staging_afar
 from safeshard.streamer.plan.job_plan import JobPlan
 
 
-def staging_of(output: Path) -> Path:
-    """The folder beside an output that holds it while it is written."""
-    return output.with_name(output.name + ".partial")
+def staging_of(output: Path | str) -> Path:
+    """The folder that holds an output while it is written: beside it, or of one afar in the work folder."""
+    return staging_afar(output) if isinstance(output, str) else output.with_name(output.name + ".partial")
 
 
 def parts_of(output: Path) -> Path:
@@ -44,56 +45,68 @@ def unfinished_offences(staging: Path) -> Iterator[Offence]:
         )
         yield Offence(str(staging), "", expected, got, "remove it yourself")
     elif foreign:
-        yield Offence(str(staging), "", expected, f"also {listed(foreign)}", "move it elsewhere")
+        yield Offence(str(staging), "", expected, f"also {ours.listed(foreign)}", "move it elsewhere")
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """The first few of some names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def output_offences(
+    jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bool, there: Mapping[str, There]
+) -> Iterator[Offence]:
+    """Offences about where jobs write: what is there already, each other's way, and too small a disk.
 
-
-def output_offences(jobs: Sequence[Job], plans: Sequence[JobPlan], overwrite: bool) -> Iterator[Offence]:
-    """Offences about where jobs write: what is there already, each other's way, and too small a disk."""
+    `there` is what lies at the places afar.
+    """
     need: dict[int, tuple[Path, int]] = {}  # by file system
-    sizes = {id(plan.job): 0 if plan.finished else plan.bytes_to_write for plan in plans}
+    sizes = {id(plan.job): 0 if plan.finished else bytes_here(plan) for plan in plans}
     for plan in {id(p.factors): p for p in reversed(plans) if p.factors and not p.finished}.values():
         assert plan.factors is not None
         sizes[id(plan.job)] += COPIES * plan.factors.hidden_bytes  # which lie beside the first of the jobs that share
     done = {id(plan.job) for plan in plans if plan.finished}
     paths = {id(job): _place(job.output) for job in jobs if job.writes_model}
-    beside = [place(path) for place in (staging_of, parts_of) for path in paths.values() if path.name]
+    beside = [staging_of(path) for path in paths.values() if path.name]
+    beside += [parts_of(path) for path in paths.values() if path.name]
     taken = Counter(paths.values()) + Counter(beside)
+    pushed = Counter(job.afar for job in jobs if job.writes_model and job.afar)
     for job in (job for job in jobs if job.writes_model):
         path, shown = paths[id(job)], str(job.output)
-        if taken[path] > 1 or any(parent in taken for parent in path.parents):
+        if taken[path] > 1 or pushed[job.afar or ""] > 1 or any(parent in taken for parent in path.parents):
             yield Offence("--output", shown, "a folder of its own for each job", "another job's", "rename one")
-        if unusable := list(place_offences(job.output, job.inputs().values())):
-            yield from unusable
+        if isinstance(job.output, str):
+            unusable = list(across(job.output, job.inputs().values()))
+            unusable += place_offences(staging_of(job.output), ())
+        else:
+            unusable = list(place_offences(job.output, job.inputs().values()))
+        yield from unusable
+        if unusable or id(job) in done:
             continue
-        if id(job) in done:
-            continue
-        yield from unfinished_offences(staging_of(path))
-        if is_half_copied(staging_of(path), path):
+        staging = staging_of(job.output if isinstance(job.output, str) else path)
+        yield from unfinished_offences(staging)
+        if job.afar is not None and job.afar in there:
+            yield from there[job.afar].offences(overwrite)
+        if isinstance(job.output, str):
+            pass
+        elif is_half_copied(staging, path):
             pass  # the run that goes on from the folder beside it puts it right
         elif os.path.lexists(path) and not overwrite:
             remedy = "choose another, or --overwrite"
             yield Offence("--output", shown, "a folder that does not exist", "it exists", remedy)
         elif os.path.lexists(path):
             yield from kept_offences(path, shown)
-        parent = next(p for p in path.parents if p.exists())
+        parent = next(p for p in staging.parents if p.exists())
         first, before = need.get(parent.stat().st_dev, (parent, 0))
-        need[parent.stat().st_dev] = (first, before + sizes.get(id(job), 0) - taken_bytes(path))
+        taken_already = taken_bytes(job.output if isinstance(job.output, str) else path)
+        need[parent.stat().st_dev] = (first, before + sizes.get(id(job), 0) - taken_already)
     for parent, nbytes in need.values():
         free = shutil.disk_usage(parent).free
         if nbytes > free:
-            yield Offence(
-                "--output", str(parent), f"{nbytes} bytes of free space", f"{free}", "free some, or choose another disk"
-            )
+            remedy = "free some, or choose another disk" + " (SAFESHARD_WORK, of an output afar)" * bool(there)
+            yield Offence("--output", str(parent), f"{nbytes} bytes of free space", f"{free}", remedy)
 
 
-def taken_bytes(output: Path) -> int:
+def taken_bytes(output: Path | str) -> int:
     """Bytes of the disk that an unfinished output has already, or its parts."""
-    files = (*staging_of(output).glob("*"), *parts_of(output).glob("*/*"))
+    files = [*staging_of(output).glob("*")]
+    if isinstance(output, Path):
+        files += parts_of(output).glob("*/*")
     return sum(path.lstat().st_blocks * 512 for path in files)
 
 
@@ -107,7 +120,7 @@ def kept_offences(path: Path, place: str, last: str = MANIFEST_NAME) -> Iterator
     if foreign is None or not (foreign or (path / last).is_file() or not any(path.iterdir())):
         yield Offence("--output", place, expected, "something that safeshard did not write", "remove it yourself")
     elif foreign:
-        yield Offence("--output", place, expected, f"one that also holds {listed(foreign)}", "move it elsewhere")
+        yield Offence("--output", place, expected, f"one that also holds {ours.listed(foreign)}", "move it elsewhere")
 
 
 def place_offences(output: Path, inputs: Iterable[str]) -> Iterator[Offence]:
@@ -133,7 +146,12 @@ def place_offences(output: Path, inputs: Iterable[str]) -> Iterator[Offence]:
         yield Offence("--output", shown, "a folder to write", got, "choose another")
 
 
-def _place(output: Path) -> Path:
-    """Where an output goes, links and `..` on the way there followed. A link in its own place is not."""
+def _place(output: Path | str) -> Path:
+    """Where an output goes, links and `..` on the way there followed. A link in its own place is not.
+
+    Of one afar it is a path that no local one equals.
+    """
+    if isinstance(output, str):
+        return Path(output)
     path = output.absolute()
     return Path(os.path.realpath(path.parent)) / path.name

@@ -24,6 +24,7 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import flag
+from safeshard.streamer.plan.afar import There, look_at
 from safeshard.streamer.plan.bases import base_offences
 from safeshard.streamer.plan.cautions import cautions
 from safeshard.streamer.plan.checks import input_offences
@@ -57,10 +58,13 @@ class Planner:
         """
         self.offences = []
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
+        there, offences = look_at(plan.job.afar for plan in plans if plan.job.writes_model and plan.job.afar)
         for plan in (p for p in plans if p.job.writes_model):
-            if (skip_finished and not overwrite) or _has_journal(plan.job.output):
-                plan.finished = finished(plan)
-        self.offences += output_offences(jobs, plans, overwrite)
+            afar = there.get(plan.job.afar or "")
+            again = skip_finished or bool(plan.job.push)  # what is finished here may still have to be pushed
+            if (again and not overwrite) or _has_journal(plan.job.output, afar):
+                plan.finished = finished(plan, afar)
+        self.offences += [*offences, *output_offences(jobs, plans, overwrite, there)]
         if self.offences:
             raise RequestError(list(dict.fromkeys(self.offences)))
         return plans
@@ -183,8 +187,10 @@ def _same(places: list[tuple[Place, Place]]) -> bool:
     return same_tensors(pairs)
 
 
-def _has_journal(output: Path) -> bool:
+def _has_journal(output: Path | str, there: There | None) -> bool:
     """Whether a run was interrupted right after the output had got its name."""
+    if isinstance(output, str):
+        return there is not None and there.journal is not None
     try:
         return (output / JOURNAL_NAME).is_file()
     except OSError:  # the name is too long, which is refused below

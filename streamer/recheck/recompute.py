@@ -137,7 +137,7 @@ def _memory(job_run: JobRun, device: torch.device, default: int) -> ByteSize:
 
 
 def _check_disk(plan: JobPlan) -> None:
-    folder = plan.job.output.parent
+    folder = Path(plan.job.output).parent
     if plan.bytes_to_write > (free := shutil.disk_usage(folder).free):
         remedy = "recompute fewer modules, or set TMPDIR"
         raise RequestError(Offence(str(folder), "", f"{human(plan.bytes_to_write)} of free space", human(free), remedy))

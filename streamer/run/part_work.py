@@ -31,13 +31,22 @@ def part_offences(plans: Sequence[JobPlan], count: int, overwrite: bool) -> Iter
     """Offences of jobs that cannot be cut into `count` parts."""
     for plan in (p for p in plans if not p.finished):
         shown = str(plan.job.output)
+        if plan.job.afar is not None:
+            yield afar_offence(plan)
+            continue
         if plan.factors is not None and not isinstance(plan.factors, SavedFactors):
             expected, remedy = "--factors, which all parts read", "make them once: safeshard calibrate"
             yield Offence(shown, "--part", expected, "calibration data, for which the whole model runs", remedy)
-        yield from place_of_parts_offences(plan.job.output)
-        if others := {each.count for each in parts_there(plan.job.output) if each.count != count and not overwrite}:
+        yield from place_of_parts_offences(plan.folder)
+        if others := {each.count for each in parts_there(plan.folder) if each.count != count and not overwrite}:
             got = f"parts of {' and of '.join(map(str, sorted(others)))}"
             yield Offence(shown, "--part", f"one of {count} parts, as those there", got, "--overwrite starts anew")
+
+
+def afar_offence(plan: JobPlan) -> Offence:
+    """Parts are put together in a folder that all workers see."""
+    remedy = "write to a shared folder, and bring what is finished to its place"
+    return Offence(plan.job.afar or "", "parts of a batch", "an output in a folder", "one afar", remedy)
 
 
 def discard_other_cuts(plan: JobPlan) -> None:
@@ -47,8 +56,8 @@ def discard_other_cuts(plan: JobPlan) -> None:
         HeldError: one is underway.
     """
     assert plan.part is not None
-    for part in parts_there(plan.job.output):
-        folder = part.folder(plan.job.output)
+    for part in parts_there(plan.folder):
+        folder = part.folder(plan.folder)
         if part.count != plan.part.count and (journal := folder / "journal.jsonl").is_file():
             with clear_errors(folder), Journal.claim(journal):
                 remove(folder, folder)
@@ -63,11 +72,11 @@ def fingerprint_of(plan: JobPlan, device: str) -> dict[str, Any]:
 def finished_part(plan: JobPlan, device: str) -> PartRecord | None:
     """The record of a part that this very request has finished; None where it has not, or where files are gone."""
     assert plan.part is not None
-    folder = plan.part.folder(plan.job.output)
+    folder = plan.part.folder(plan.folder)
     record = read_record(folder)
     if record is None or record.fingerprint != fingerprint_of(plan, device):
         return None
-    places = (folder, staging_of(plan.job.output))  # where `finish` was interrupted, it may have moved some
+    places = (folder, staging_of(plan.folder))  # where `finish` was interrupted, it may have moved some
     there = all(any(_is_whole(part_of(place, file.name), file) for place in places) for file in plan.files)
     return record if there else None
 
@@ -96,7 +105,7 @@ def know_from_parts(job_run: JobRun) -> None:
             write_file(writer.staging / NUMBERS, own.to_bytes())
             sync_path(writer.staging)
     every = Part.all(plan.part.count)
-    found = [each for part in every if (each := read_numbers(part.folder(plan.job.output))) is not None]
+    found = [each for part in every if (each := read_numbers(part.folder(plan.folder))) is not None]
     if len(found) < len(every):
         return
     offences = [o for part, each in zip(every, found, strict=True) for o in _unlike(job_run, part, each, own)]
@@ -105,7 +114,7 @@ def know_from_parts(job_run: JobRun) -> None:
     if not offences and max(len(cosines), len(curves)) != plan.shared:
         remedy = "run all parts again, with --overwrite"
         expected = f"numbers of {plan.shared} modules in all parts"
-        offences = [Offence(str(plan.job.output), "", expected, str(max(len(cosines), len(curves))), remedy)]
+        offences = [Offence(str(plan.folder), "", expected, str(max(len(cosines), len(curves))), remedy)]
     if offences:
         raise RequestError(offences)
     job_run.know(cosines, curves)

@@ -31,7 +31,7 @@ from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.cut import cut
 from safeshard.streamer.run.downloads import shard_cache
 from safeshard.streamer.run.finish import Measured, publish
-from safeshard.streamer.run.part_work import fingerprint_of
+from safeshard.streamer.run.part_work import afar_offence, fingerprint_of
 from safeshard.streamer.run.runner import Result, device_name, earlier, refuse_cautions, run
 from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.sources import LocalSource
@@ -74,8 +74,10 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
         RunError: it failed underway; the same call resumes.
     """
     plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)
+    if offences := [afar_offence(plan) for plan in plans if plan.job.afar is not None]:
+        raise RequestError(offences)
     for plan in plans:
-        if not plan.finished and not parts_there(plan.job.output):
+        if not plan.finished and not parts_there(plan.folder):
             plan.finished = finished(plan)  # with --overwrite: gathered before
     if options.strict:
         refuse_cautions(plans)
@@ -95,9 +97,9 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
         raise RunError("; ".join(doubtful), "the same command without --strict finishes what is refused here")
     for plan in plans:
         if plan.finished:
-            with clear_errors(plan.job.output):
-                settle(staging_of(plan.job.output), plan.job.output)
-        _remove_parts(plan.job.output)
+            with clear_errors(plan.folder):
+                settle(staging_of(plan.folder), plan.folder)
+        _remove_parts(plan.folder)
     return [r if isinstance(r := results.get(id(plan)), Result) else earlier(plan) for plan in plans]
 
 
@@ -107,12 +109,12 @@ def _parts(plans: Sequence[JobPlan]) -> list[Part]:
     Raises:
         RequestError: there are none, or some of several cuts.
     """
-    counts = {id(plan): {part.count for part in parts_there(plan.job.output)} for plan in plans}
+    counts = {id(plan): {part.count for part in parts_there(plan.folder)} for plan in plans}
     every = sorted({count for own in counts.values() for count in own})
-    offences = [Offence(str(p.job.output), "", "its parts", "none", AGAIN) for p in plans if not counts[id(p)]]
+    offences = [Offence(str(p.folder), "", "its parts", "none", AGAIN) for p in plans if not counts[id(p)]]
     if len(every) > 1:
         got = f"parts of {' and of '.join(map(str, every))}"
-        shown = [str(plan.job.output) for plan in plans if counts[id(plan)]]
+        shown = [str(plan.folder) for plan in plans if counts[id(plan)]]
         remedy = "--part I/N with --overwrite discards those of another N"
         offences += [Offence(where, "", "parts of one cut", got, remedy) for where in shown]
     if offences:
@@ -123,7 +125,7 @@ def _parts(plans: Sequence[JobPlan]) -> list[Part]:
 def _waits(share: JobPlan, parts: Sequence[Part]) -> bool:
     """Whether a part of an output needs the numbers of all parts, which are all there."""
     assert share.part is not None
-    output = share.job.output
+    output = share.folder
     if not JobRun(share).waits or read_record(share.part.folder(output)) is not None:
         return False
     return all(read_numbers(part.folder(output)) is not None for part in parts)
@@ -142,7 +144,7 @@ def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[l
         records = [read_record(_folder(share)) for share in own]
         there = [record for record in records if record is not None]
         for share, record in zip(own, records, strict=True):
-            where = f"{share.job.output}: part {share.part}"
+            where = f"{share.folder}: part {share.part}"
             if record is not None:
                 offences += _differences(share, record, there[0])
             elif JobRun(share).waits and (numbers := read_numbers(_folder(share))) is not None:
@@ -150,7 +152,7 @@ def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[l
                 offences += differences(where, numbers.fingerprint, fingerprint_of(share, device), remedy)
             else:
                 got = "an unfinished one" if _folder(share).is_dir() else "none"
-                offences.append(Offence(str(share.job.output), str(share.part), "a finished part", got, AGAIN))
+                offences.append(Offence(str(share.folder), str(share.part), "a finished part", got, AGAIN))
         found.append(there)
     if offences:
         raise RequestError(offences)
@@ -159,7 +161,7 @@ def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[l
 
 def _differences(share: JobPlan, record: PartRecord, first: PartRecord) -> Iterator[Offence]:
     """Where a part was made of something else than is asked for now, or otherwise than the first one was."""
-    where, remedy = f"{share.job.output}: part {share.part}", f"--part {share.part} --overwrite makes it anew"
+    where, remedy = f"{share.folder}: part {share.part}", f"--part {share.part} --overwrite makes it anew"
     expected = fingerprint_of(share, first.tool.device) | {"torch": first.fingerprint.get("torch")}
     expected["part"], theirs = str(share.part), dict(record.fingerprint)
     theirs["part"], own = theirs.get("part", {}).get("part"), theirs.get("part", {}).get("cut")
@@ -183,7 +185,7 @@ def _gathered(
             job_run.entries |= {entry["name"]: entry for entry in entries}
             job_run.fallbacks += record.fallbacks
         if options.strict and (found := cautions(job_run)):
-            return [f"{plan.job.output}: {each.text}" for each in found]
+            return [f"{plan.folder}: {each.text}" for each in found]
         device, wall = records[0].tool.device, time.perf_counter() - began
         manifest = publish(job_run, Measured(device, start, wall, 0, 0, 0, {}), options.overwrite, records)
         cosines = {entry.name: entry.cosine for entry in manifest.modules}
@@ -204,7 +206,7 @@ def _writer(plan: JobPlan, shares: Sequence[JobPlan], records: Sequence[PartReco
         if file.header == whole[file.name].header
     }
     request: dict[str, Any] = fingerprint(plan, records[0].tool.device) | {"torch": first["torch"]}
-    return Writer(plan.job.output, plan.files, request, options.overwrite, made=made)
+    return Writer(plan.folder, plan.files, request, options.overwrite, made=made)
 
 
 def _take_tensors(writer: Writer, shares: Sequence[JobPlan], records: Sequence[PartRecord]) -> None:
@@ -245,7 +247,7 @@ def _copy(writer: Writer, folder: Path, name: str, refs: Sequence[Any]) -> None:
 
 def _folder(share: JobPlan) -> Path:
     assert share.part is not None
-    return share.part.folder(share.job.output)
+    return share.part.folder(share.folder)
 
 
 def _remove_parts(output: Path) -> None:

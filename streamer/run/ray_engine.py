@@ -26,6 +26,7 @@ from safeshard.streamer.plan.parts import Part, parts_there
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.downloads import shard_cache
+from safeshard.streamer.run.part_work import afar_offence
 from safeshard.streamer.run.parts import gather, run_part
 from safeshard.streamer.run.runner import Result, run
 
@@ -49,11 +50,13 @@ def run_on_ray(jobs: Sequence[Job], options: RunOptions, count: int | None = Non
         raise RequestError(Offence("--device", "", "cuda, of which Ray gives each part its own", options.device))
     if options.dry_run:
         return run(jobs, options, skip_finished=True)
-    Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)  # refuse before a task starts
+    plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)
+    if offences := [afar_offence(plan) for plan in plans if plan.job.afar is not None]:
+        raise RequestError(offences)  # before a task starts
     with _cluster(ray):
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needs, slots = resources_of_a_part(nodes, options)
-        there = {part.count for job in jobs for part in parts_there(job.output)}
+        there = {part.count for plan in plans for part in parts_there(plan.folder)}
         left = Part.all(count or (there.pop() if len(there) == 1 else slots))
         for _ in range(2):  # what needs numbers of all parts takes a second round
             left = _round(ray, jobs, options, left, needs) if left else []

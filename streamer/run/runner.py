@@ -20,14 +20,12 @@ from safeshard.manifests.schema import Caution, Fallback, Manifest, ModuleEntry
 from safeshard.manifests.sizes import human
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import exact_products
-from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.identity import fingerprint
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.parts import Part
-from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import Compute, host_bytes, planned_steps, run_calibrated
@@ -43,12 +41,13 @@ from safeshard.streamer.run.part_work import (
     know_from_parts,
     part_offences,
 )  # fmt: skip
-from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps, workers_for
+from safeshard.streamer.run.settled import public_offences, settle_finished
+from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps, pass_steps, workers_for
 from safeshard.streamer.run.stream import Buffers, run_steps
 from safeshard.streamer.sources import Source
+from safeshard.streamer.write.destinations import destination
 from safeshard.streamer.write.journal import HeldError
 from safeshard.streamer.write.part_record import PartRecord
-from safeshard.streamer.write.staging import settle
 from safeshard.streamer.write.writer import Writer
 
 NEAR_READERS, FAR_READERS = 2, 8  # threads that read ahead: a disk is quick, a server takes its time
@@ -70,8 +69,8 @@ class Result:
     record: PartRecord | None = None  # of a part of a batch that is finished
 
     @property
-    def output(self) -> Path:
-        """The folder that was written."""
+    def output(self) -> Path | str:
+        """The folder that was written, or the URL of its place afar."""
         return self.job.output
 
     def __repr__(self) -> str:
@@ -105,7 +104,7 @@ def plan_jobs(
             raise RequestError(offences)
         (plans,) = cut(plans, [part])
     runs = [JobRun(plan) for plan in plans if not plan.finished]
-    if offences := list(download_offences(download(runs), options)):
+    if offences := [*download_offences(download(runs), options), *public_offences(plans)]:
         raise RequestError(offences)
     need, name = largest_step([JobRun(plan) for plan in plans], torch.device(options.resolved_device()))
     if need > options.memory:
@@ -145,8 +144,7 @@ def run(
         return [Result(plan.job, plan, None, {}) for plan in plans]
     for plan in plans:
         if plan.finished:
-            with clear_errors(plan.job.output):
-                settle(staging_of(plan.job.output), plan.job.output)
+            settle_finished(plan)
     runs: list[JobRun] = []
     try:
         if part is not None:
@@ -255,8 +253,13 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     if not plan.job.writes_model:
         return JobRun(plan)
     device = device_name(torch.device(options.resolved_device()))
-    folder = plan.part.folder(plan.job.output) if plan.part is not None else None
-    writer = Writer(plan.job.output, plan.files, fingerprint(plan, device), options.overwrite, folder)
+    if plan.part is not None:
+        assert isinstance(plan.job.output, Path)  # what is afar has no parts
+        folder, place = plan.part.folder(plan.job.output), None
+    else:
+        folder, place = None, destination(plan.job, frozenset(file.name for file in plan.files))
+    request = fingerprint(plan, device)
+    writer = Writer(plan.job.output, plan.files, request, options.overwrite, place, folder=folder)
     entries, cosines = _decided(plan, writer)
     fallbacks = list(writer.journal.sound("fallback", lambda record: Fallback(**record["entry"])))
     curves = {}
@@ -344,7 +347,7 @@ class Pass:
             self._execute(runs)
 
     def _execute(self, runs: Sequence[JobRun]) -> None:
-        steps = [*module_steps(runs), *copy_steps(runs)]
+        steps = pass_steps(runs)
         ranked = [r for r in runs if r.job.ranks_first]
         second = _bytes(module_steps(ranked))  # at most; what is not chosen then reads less
         with self._show(_bytes(steps) + second + _bytes(planned_steps(runs)), self.options.quiet) as progress:

@@ -296,6 +296,13 @@ def workers_for(device: torch.device) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def pass_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """All steps of a pass, layer by layer, so that an output's files are finished one after the other."""
+    copies = [(-1.0 if (layer := layer_of(step.name)) is None else layer, step) for step in copy_steps(runs)]
+    modules = [(order_of(step.name)[0], step) for step in module_steps(runs)]
+    return [step for _, step in sorted([*copies, *modules], key=lambda placed: placed[0])]
+
+
 def order_of(name: str) -> tuple[float, Any]:
     layer = layer_of(name)
     return (float("inf") if layer is None else layer, natural(name))

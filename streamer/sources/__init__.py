@@ -15,12 +15,13 @@ from safeshard.streamer.sources.bucket import SCHEMES, BucketSource, has_obstore
 from safeshard.streamer.sources.http import PIECE
 from safeshard.streamer.sources.hub import HUB_NAME, ShardCache, hub_cache, open_hub, pinned
 from safeshard.streamer.sources.local import LocalSource
+from safeshard.streamer.sources.matching import is_pattern, matching
 from safeshard.streamer.sources.url import UrlSource
 from safeshard.streamer.sources.web import WebSource
 
 __all__ = [
-    "MAX_JSON_BYTES", "PIECE", "LocalSource", "ShardCache", "Source", "hub_cache", "in_parallel", "is_url",
-    "open_source", "pinned", "read_json",
+    "MAX_JSON_BYTES", "PIECE", "LocalSource", "ShardCache", "Source", "hub_cache", "in_parallel", "is_pattern",
+    "is_url", "matching", "open_source", "pinned", "read_json",
 ]  # fmt: skip
 
 

@@ -60,14 +60,17 @@ class BucketSource(RemoteFolder):
         return position
 
 
-def open_store(url: str) -> ObjectStore:
-    """The store of a prefix. Credentials, region and endpoint are those of the environment."""
+def open_store(url: str, retries: RetryConfig | None = None) -> ObjectStore:
+    """The store of a prefix. Credentials, region and endpoint are those of the environment.
+
+    `retries` are the store's own, beside those of `Line`, which says that it tries again: none by default.
+    """
     from obstore.store import AzureStore, GCSStore, S3Store
 
     parts = urlsplit(url)
     bucket, prefix = parts.netloc.rpartition("@")[2], parts.path.strip("/") or None
     client: ClientConfig = {"connect_timeout": "10s", "timeout": "10m", "read_timeout": "30s"}
-    retries: RetryConfig = {"max_retries": 0}  # `Line` retries, and says so
+    retries = retries or {"max_retries": 0}
     kind = SCHEMES[parts.scheme]
     if kind == "gs":
         return GCSStore(bucket, prefix=prefix, client_options=client, retry_config=retries)

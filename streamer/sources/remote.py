@@ -81,7 +81,7 @@ def fault_of(error: BaseException) -> Fault:
     """What to do about an error of any library that talks to a server."""
     if METADATA_HOST in str(error):  # asked for the machine's own role, as no other credentials were found
         return Fault(False, None, NO_CREDENTIALS)
-    status = _status(error)
+    status = status_of(error)
     after = getattr(error, "after", None) or retry_after(getattr(getattr(error, "response", None), "headers", {}))
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return Fault(False, None, "free some space there")
@@ -184,7 +184,7 @@ class Line:
                     raise Stopped(where) from error
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """The HTTP status that an error is about, wherever its library keeps it."""
     for holder in (error, getattr(error, "response", None)):
         for name in ("status", "status_code", "code"):

@@ -21,10 +21,11 @@ from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.streamer.disk import open_own, sync_path, write_all
+from safeshard.streamer.plan.afar import MAX_JOURNAL_BYTES
 from safeshard.streamer.plan.ours import JOURNAL_MAGIC
 
 MAGIC = JOURNAL_MAGIC.decode()
-MAX_BYTES = 1 << 28  # of a million tensors it is about 200 MB
+MAX_BYTES = MAX_JOURNAL_BYTES
 ANEW = "--overwrite starts anew"
 CRC_CHARS = len(',"crc":"00000000"}')
 T = TypeVar("T")

@@ -21,7 +21,7 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import sync_path, write_file
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.ours import NUMBERS, PART, REPLACED
-from safeshard.streamer.plan.places import is_half_copied, listed, unfinished_offences
+from safeshard.streamer.plan.places import is_half_copied, unfinished_offences
 from safeshard.streamer.write.journal import HeldError, Journal
 
 NO_RENAME = (errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -41,7 +41,7 @@ def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overw
     path = staging / JOURNAL_NAME
     if staging.exists() and not path.exists():
         remove(staging, output)
-    _make_folder(staging)
+    make_folder(staging)
     try:
         return Journal.open(path, fingerprint)
     except FileNotFoundError as error:  # another run removed the folder, in which it saw no journal yet
@@ -52,7 +52,7 @@ def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overw
             raise
     with Journal.claim(path):
         remove(staging, output)
-    _make_folder(staging)
+    make_folder(staging)
     return Journal.open(path, fingerprint)
 
 
@@ -120,7 +120,7 @@ def _rename(staging: Path, output: Path, names: Iterable[str], overwrite: bool) 
 def _copy(staging: Path, output: Path, names: Iterable[str], last: str) -> None:
     own_names = {part_of(staging, name).name: name for name in names}
     files = sorted(p for p in staging.iterdir() if p.name not in (JOURNAL_NAME, REPLACED, last))
-    _make_folder(output)
+    make_folder(output)
     _refuse_strangers(output)
     earlier = [path for path in output.iterdir() if path.name != JOURNAL_NAME]
     names_after = [own_names.get(path.name, path.name) for path in (*files, staging / last)]
@@ -174,13 +174,13 @@ def _settle(output: Path) -> None:
 def _refuse_strangers(folder: Path) -> None:
     foreign = ours.strangers(folder)
     if foreign or (foreign is None and folder.exists()):
-        problem = f"{folder} holds what safeshard did not write: {listed(foreign or ['all of it'])}"
+        problem = f"{folder} holds what safeshard did not write: {ours.listed(foreign or ['all of it'])}"
         raise RunError(problem, "move it elsewhere and run the same command again")
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Make a folder and its parents, each durable in the one above it."""
     if not folder.exists():
-        _make_folder(folder.parent)
+        make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_path(folder.parent)

@@ -23,6 +23,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
+from safeshard.manifests.errors import RunError
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.calibration.hidden_states import SPILL
@@ -42,7 +43,9 @@ from safeshard.streamer.plan.job_plan import Copy, OutputFile
 from safeshard.streamer.plan.ours import NUMBERS
 from safeshard.streamer.plan.places import staging_of
 from safeshard.streamer.write import staging
+from safeshard.streamer.write.destinations import Destination
 from safeshard.streamer.write.finite import NotFiniteError, all_finite, check_copy
+from safeshard.streamer.write.shipping import Shipping
 
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
@@ -53,9 +56,6 @@ log = logging.getLogger(__name__)
 class Writer:
     """One job's output under way, or a part of it. Thread-safe.
 
-    `folder` is where a part is kept, which never gets another name. `made` are finished safetensors files that lie
-    elsewhere: those that have their size are moved here.
-
     Attributes:
         hashes: output tensor -> BLAKE3 of its bytes, for all tensors written so far.
         bytes_written: by this process.
@@ -64,16 +64,28 @@ class Writer:
 
     def __init__(
         self,
-        output: Path,
+        output: Path | str,
         files: list[OutputFile],
         fingerprint: dict[str, Any],
         overwrite: bool,
+        place: Destination | None = None,
+        *,
         folder: Path | None = None,
         made: Mapping[str, Path] | None = None,
     ) -> None:
-        self.output = output.absolute()
+        """Open an output, or go on with one.
+
+        Args:
+            place: where it goes afar, besides a local `output` or as its URL.
+            folder: where a part of it is kept, which never gets another name.
+            made: finished safetensors files of it that lie elsewhere: those that have their size are moved here.
+        """
+        self.output = output if isinstance(output, str) else output.absolute()
         self.staging = folder.absolute() if folder is not None else staging_of(self.output)
+        self._here = self.staging if isinstance(self.output, str) else self.output
         self.files, self.bytes_written = files, 0
+        self._shipping = Shipping(place, {file.name: file.tensors.keys() for file in files})
+        self._small: list[str] = []
         self.fingerprint: dict[str, Any] = json.loads(json.dumps(fingerprint))  # as it is found again in a file
         self.clock = Clock()
         self._ended = False
@@ -84,11 +96,13 @@ class Writer:
         self._lock = threading.Lock()
         self._committed = time.monotonic()
         with clear_errors(self.staging):
-            self.journal = staging.open_journal(self.staging, self.output, fingerprint, overwrite)
+            self._shipping.recover(self.staging)
+            self.journal = staging.open_journal(self.staging, self._here, fingerprint, overwrite)
         try:
             recorded = dict(self.journal.sound("tensor", _name_and_hash))
             with clear_errors(self.staging):
                 self.journal.sign()
+                there = self._shipping.begin(self.journal)
                 for spill in self.staging.glob("*".join(SPILL)):  # of a run killed before it could unname it
                     spill.unlink()
                 staging.unname(self.staging, self._names)
@@ -96,9 +110,13 @@ class Writer:
                 for file in files:
                     self._open(file)
                 sync_path(self.staging)
-                self.hashes = self._intact(recorded)
+                self.hashes = self._intact(recorded, there)
+            self._send_complete(self.hashes)
         except BaseException:
+            self._shipping.stop()
             self.close_files()
+            if place is not None and not self.journal.entries("tensor"):  # the place was refused
+                self._remove()
             self.journal.close()
             raise
 
@@ -127,24 +145,29 @@ class Writer:
         """
         new = {name: digest for name, digest in hashes.items() if self.hashes.get(name) != digest}
         moved = {name: digest for name, digest in new.items() if self._places[name][0] in self._moved}
-        for name, digest in (moved | self._intact({n: d for n, d in new.items() if n not in moved})).items():
+        for name, digest in (moved | self._intact({n: d for n, d in new.items() if n not in moved}, set())).items():
             self.hashes[name] = digest
             self.record("tensor", name=name, blake3=digest)
 
     def _open(self, file: OutputFile) -> None:
         part = staging.part_of(self.staging, file.name)
         fd = self._fds[file.name] = open_own(part, os.O_RDWR | os.O_CREAT)
-        if os.fstat(fd).st_size != file.nbytes:
+        if self._shipping.frees:  # it takes room as it fills, and gives it back once it is afar
+            os.ftruncate(fd, file.nbytes)
+        elif os.fstat(fd).st_size != file.nbytes:
             allocate(fd, file.nbytes)
         write_all(fd, memoryview(file.header), 0)
         self.bytes_written += len(file.header)
 
-    def _intact(self, recorded: dict[str, str]) -> dict[str, str]:
-        """Of the tensors that the journal calls finished, those whose bytes are there; the others are done again."""
+    def _intact(self, recorded: dict[str, str], afar: set[str]) -> dict[str, str]:
+        """Of the tensors that the journal calls finished, those whose bytes are there; the others are done again.
+
+        `afar` are the files that lie at the place afar as they were brought there.
+        """
 
         def is_there(name: str) -> bool:
             file, ref = self._places[name]
-            return self._hash_region(self._fds[file], ref) == recorded[name]
+            return file in afar or self._hash_region(self._fds[file], ref) == recorded[name]
 
         names = [name for name in recorded if name in self._places]
         with ThreadPoolExecutor(2) as pool:
@@ -154,6 +177,12 @@ class Writer:
         if lost := recorded.keys() - intact.keys():
             log.warning("%s: %d finished tensors are damaged and are written again", self.staging, len(lost))
         return intact
+
+    def _send_complete(self, tensors: Iterable[str]) -> None:
+        """Send the files off that are complete with these tensors."""
+        for name in self._shipping.finished(tensors):
+            part = staging.part_of(self.staging, name)
+            self._shipping.give(name, part, self.commit, partial(os.ftruncate, self._fds[name], 0))
 
     def place(self, name: str) -> TensorRef:
         """Where an output tensor goes: its dtype, shape, offset."""
@@ -192,7 +221,7 @@ class Writer:
         file, ref = self._places[copy.name]
         fd = self._fds[file]
         path = copy.source.local_path(copy.ref.file)
-        with clear_errors(self.output):
+        with clear_errors(self._here):
             if path is None or not copy_range(path, fd, copy.ref.offset, ref):
                 buffer = bytearray(min(CHUNK_BYTES, ref.nbytes))
                 for begin in range(0, ref.nbytes, CHUNK_BYTES):
@@ -211,44 +240,57 @@ class Writer:
     def commit(self) -> None:
         """Make all that was written and noted so far durable."""
         self._committed = time.monotonic()
-        with clear_errors(self.output):
+        with clear_errors(self._here):
             self.journal.commit(sync=self._sync)
 
     def complete(self) -> None:
         """Sync the safetensors files. All tensors must be written."""
         missing = self._places.keys() - self.hashes.keys()
         assert not missing, f"tensors not written: {sorted(missing)[:3]}"
+        self._shipping.wait()
         self.commit()
-        with clear_errors(self.output):
+        with clear_errors(self._here):
             self._sync()
             self.close_files()
             staging.clear(self.staging, self._names)
 
     def add_file(self, name: str, data: bytes) -> None:
         """Write one small file, synced."""
-        with clear_errors(self.output):
+        with clear_errors(self._here):
             write_file(self.staging / name, data)
+        self._small.append(name)
         self.bytes_written += len(data)
 
     def end_part(self) -> None:
         """Let a part stay where it is. Its record must be in place."""
-        with clear_errors(self.output):
+        with clear_errors(self._here):
             sync_path(self.staging)
         self.journal.close()
         self._ended = True
 
     def publish(self, overwrite: bool) -> None:
-        """Give the finished folder its name. The manifest must be in place."""
-        with clear_errors(self.output):
-            staging.publish(self.staging, self.output, self._names, overwrite)
+        """Give the finished folder its name, and bring it to its place afar. The manifest must be in place."""
+        if isinstance(self.output, str):
+            parts = {name: staging.part_of(self.staging, name) for name in self._names}
+            self._shipping.publish(parts | {name: self.staging / name for name in self._small})
+            self._remove()
+        else:
+            with clear_errors(self._here):
+                staging.publish(self.staging, self.output, self._names, overwrite)
         self.journal.close()
         self._ended = True
+        if not isinstance(self.output, str):
+            try:
+                self._shipping.publish({name: self.output / name for name in (*self._names, *self._small)})
+            except RunError as error:
+                raise RunError(f"{error.message}; {self.output} itself is finished", error.remedy) from error
 
     def abandon(self) -> None:
         """Release everything; what was finished stays for a resume, and where nothing was, no trace is left."""
         if self._ended:
             return
         self._ended = True
+        self._shipping.stop()
         try:
             if self.staging.exists():
                 self.commit()
@@ -257,19 +299,21 @@ class Writer:
             begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine", "curve", "moved"))
             begun |= (self.staging / NUMBERS).exists()  # of a part without modules, too
             if not begun and self.staging.exists():
+                self._shipping.forget()
                 self._remove()
             self.journal.close()
 
     def discard(self) -> None:
-        """Remove what was written, finished or not."""
+        """Remove what was written, finished or not, here and afar."""
         self._ended = True
+        self._shipping.forget()
         self.close_files()
         self._remove()
         self.journal.close()
 
     def _remove(self) -> None:
         with clear_errors(self.staging):
-            staging.remove(self.staging, self.output)
+            staging.remove(self.staging, self._here)
 
     def close_files(self) -> None:
         """Release the safetensors files."""
@@ -285,7 +329,7 @@ class Writer:
 
     def _hash_region(self, fd: int, ref: TensorRef, check: Callable[[memoryview], None] | None = None) -> str:
         start = time.perf_counter()
-        with clear_errors(self.output / ref.file):
+        with clear_errors(self._here / ref.file):
             digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
         self.clock.add("hash", start)
         return digest
@@ -304,6 +348,7 @@ class Writer:
             self.hashes[name] = digest
             self.bytes_written += nbytes
         self.record("tensor", name=name, blake3=digest)
+        self._send_complete([name])
 
 
 class TensorWrite:
@@ -340,7 +385,7 @@ class TensorWrite:
             remedy = "check the inputs, or choose another --dtype"
             raise NotFiniteError(f"{output}: the new {self._name} {problem}", remedy)
         data = host.reshape(-1).view(torch.uint8).numpy().data
-        with clear_errors(output):
+        with clear_errors(self._writer._here):
             write_all(self._fd, data, self._offset)
         start = time.perf_counter()
         if self._nbytes == self._ref.nbytes:  # a region's would be of no use

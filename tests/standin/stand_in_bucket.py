@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import boto3
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -28,12 +28,22 @@ class Asked:
     sent: int = 0
 
 
+@dataclass
+class Trouble:
+    """What becomes of a request that writes: another answer, or none: `lost` is done all the same, `reset` is not."""
+
+    status: int = 0
+    code: str = ""
+    kind: Literal["status", "lost", "reset"] = "status"
+
+
 class StandinBucket:
     """A bucket of its own; `env` is what makes clients find it."""
 
     def __init__(self, bucket: str = "models") -> None:
         self.requests: list[Asked] = []
         self.before: Callable[[Asked], int | None] = lambda asked: None  # a status in place of an answer
+        self.writing: Callable[[Asked], Trouble | None] = lambda asked: None  # the same of PUT, POST and DELETE
         self.peak = self._under_way = 0
         self._lock = threading.Lock()
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -63,6 +73,24 @@ class StandinBucket:
         """Upload one object."""
         self._client.put_object(Bucket=self.bucket, Key=key, Body=data)
 
+    def names(self, prefix: str) -> dict[str, int]:
+        """Names below a prefix, and sizes."""
+        found = self._client.list_objects_v2(Bucket=self.bucket, Prefix=f"{prefix}/").get("Contents", [])
+        return {each["Key"].removeprefix(f"{prefix}/"): each["Size"] for each in found}
+
+    def get(self, key: str) -> bytes:
+        """One object."""
+        data: bytes = self._client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+        return data
+
+    def delete(self, key: str) -> None:
+        """Remove one object."""
+        self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def unfinished(self) -> int:
+        """Uploads in parts that were begun and neither completed nor aborted."""
+        return len(self._client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", []))
+
     def taken(self) -> list[Asked]:
         """The requests since the last call."""
         with self._lock:
@@ -78,11 +106,21 @@ class StandinBucket:
             self._under_way += 1
             self.peak = max(self.peak, self._under_way)
         try:
-            status = self.before(asked) if re.fullmatch("GET|HEAD", asked.method) else None
+            reads = re.fullmatch("GET|HEAD", asked.method)
+            status = self.before(asked) if reads else None
+            trouble = None if reads else self.writing(asked)
+            if trouble is not None and trouble.kind == "reset":
+                raise ConnectionResetError
+            if trouble is not None and trouble.kind == "status":
+                body = [f"<Error><Code>{trouble.code}</Code><Message>fault</Message></Error>".encode()]
+                start(f"{trouble.status} fault", [("Content-Length", str(len(body[0])))])
+                return body
             if status is not None:
                 start(f"{status} fault", [("Content-Length", "0")])
                 return [b""]
             body = list(self._app(environ, start))
+            if trouble is not None:
+                raise ConnectionResetError
             asked.sent = sum(map(len, body))
             return body
         finally:

@@ -7,11 +7,13 @@ the sha256 in the headers; small ones at once. Every request is kept, with the b
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from hub_writes import HubWrites
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Fault:
     kinds: status; reset (the connection, after `after` bytes of the body); truncate (the body ends there, as if it
     were whole); slow (`after` bytes, then one a second); stall (`after` bytes, then nothing);
     ignore_range (200 and everything); flip (one bit of the body's byte `after`); html (a login page with status 200);
-    shorter (a 206 of half the range); elsewhere (a 206 of another range).
+    shorter (a 206 of half the range); elsewhere (a 206 of another range). Of what writes: lost (it is done, and the
+    connection ends without an answer).
     """
 
     match: str
@@ -68,6 +73,16 @@ class Fault:
     times: int = 1 << 30
     after: int = 0
     body: bytes = b""
+
+
+class _Mute:
+    """A handler whose answer goes nowhere."""
+
+    def __init__(self, handler: Any) -> None:
+        self.command, self.wfile = handler.command, io.BytesIO()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
 
 
 class StandinHub:
@@ -88,6 +103,8 @@ class StandinHub:
         self._branches: dict[tuple[str, str], str] = {}
         self._stopping = threading.Event()
         self._lock = threading.Lock()
+        self._objects = tempfile.TemporaryDirectory()
+        self.writes = HubWrites(self, Path(self._objects.name))
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -96,7 +113,7 @@ class StandinHub:
             def do_GET(self) -> None:
                 hub._answer(self)
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -117,15 +134,25 @@ class StandinHub:
         """Commit a folder, subfolders and all, to a branch; earlier commits stay. Returns the commit."""
         files: dict[str, Stored] = {}
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            data = path.read_bytes()
-            blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-            digest = hashlib.sha256(data).hexdigest()
             name = path.relative_to(folder).as_posix()
-            files[name] = Stored(path, len(data), digest, blob, name.endswith(".safetensors"))
+            files[name] = self._stored(path, lfs=name.endswith(".safetensors"))
         commit = hashlib.sha1(repr([(n, f.sha256) for n, f in files.items()]).encode()).hexdigest()
         self._commits.setdefault(repo, {})[commit] = files
         self._branches[repo, branch] = commit
         return commit
+
+    def _stored(self, path: Path, lfs: bool) -> Stored:
+        data = path.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        return Stored(path, len(data), hashlib.sha256(data).hexdigest(), blob, lfs)
+
+    def content(self, repo: str) -> dict[str, bytes]:
+        """The files at the head of a repository."""
+        return {name: f.path.read_bytes() for name, f in self._commits[repo][self._branches[repo, "main"]].items()}
+
+    def commits(self, repo: str) -> int:
+        """How many commits a repository has, the first and empty one included."""
+        return len(self._commits.get(repo, {}))
 
     def web(self, folder: Path) -> str:
         """Serve a folder as a plain web server does; returns its URL."""
@@ -143,6 +170,7 @@ class StandinHub:
         self._stopping.set()
         self.server.shutdown()
         self.server.server_close()
+        self._objects.cleanup()
 
     def taken(self) -> list[Request]:
         """The requests since the last call."""
@@ -176,7 +204,13 @@ class StandinHub:
             if fault is not None:
                 fault.times -= 1
         if fault is not None and fault.kind == "status":
+            handler.close_connection = True  # what was sent is not read
             return self._send(handler, request, fault.status, fault.body, fault.headers)
+        if handler.command in ("POST", "PUT"):
+            return self._written(handler, request, fault)
+        if path == "/api/models":
+            names = [repo for repo in self._commits if repo.startswith(f"{query.get('author', [''])[0]}/")]
+            return self._json(handler, request, [{"id": name, "modelId": name} for name in names])
         if fault is not None and fault.kind == "html":
             page = b"<html>log in to this network first</html>"
             return self._send(handler, request, 200, page, {"Content-Type": "text/html"})
@@ -203,6 +237,21 @@ class StandinHub:
                 return None if files is None else route(handler, request, files, fault, *match.groups())
         return self._send(handler, request, 404, b"", {})
 
+    def _written(self, handler: BaseHTTPRequestHandler, request: Request, fault: Fault | None) -> None:
+        length = int(handler.headers["Content-Length"] or 0)
+        body = handler.rfile.read(length)
+        if handler.headers["Transfer-Encoding"] == "chunked":
+            while size := int(handler.rfile.readline(), 16):
+                body += handler.rfile.read(size)
+                handler.rfile.readline()
+            handler.rfile.readline()
+        if fault is not None and fault.kind == "lost":
+            self.writes.answer(_Mute(handler), request, body)
+        if fault is not None:
+            handler.close_connection = True
+            return
+        self.writes.answer(handler, request, body)
+
     def _find(
         self, handler: BaseHTTPRequestHandler, request: Request, repo: str, revision: str
     ) -> tuple[str, dict[str, Stored]] | None:
@@ -225,7 +274,14 @@ class StandinHub:
             | ({"lfs": {"sha256": f.sha256, "size": f.size, "pointerSize": 134}} if f.lfs else {})
             for name, f in files.items()
         ]
-        body = {"id": repo, "modelId": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings}
+        body = {
+            "id": repo,
+            "modelId": repo,
+            "sha": commit,
+            "private": self.writes.private.get(repo, False),
+            "tags": [],
+            "siblings": siblings,
+        }
         self._json(handler, request, body)
 
     def _tree(

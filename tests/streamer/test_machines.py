@@ -238,15 +238,14 @@ def test_patterns_have_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("place", ["s3://bucket/x", "hf://me/x", "gs://b/x", "https://user:secret@host/x", "S3://b/x"])
-def test_an_output_with_a_scheme_is_refused(world: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every command that writes, whether it is text or a path; no folder named `s3:` comes of it."""
+def test_a_place_afar_for_what_stays_here_is_refused(world: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors, tables and pages go to this machine's disk, given as text or as a path; no folder `s3:` comes of it."""
     monkeypatch.chdir(world.root)
     paths = world.trio()
     pair = {"aligned": paths["aligned"], "unaligned": paths["unaligned"], "adapter": paths["adapter"]}
     before = sorted(world.root.iterdir())
     for each in (place, Path(place)):
         for call in (
-            lambda each=each: safemerge(**paths, output=each),
             lambda each=each: calibrate(aligned=paths["aligned"], output=each),
             lambda each=each: score(**pair, output=each),
             lambda each=each: api.report(paths["aligned"], file=each),
@@ -254,6 +253,17 @@ def test_an_output_with_a_scheme_is_refused(world: Any, place: str, monkeypatch:
             with pytest.raises(RequestError, match="a local folder: write it there, then copy it") as refused:
                 call()
             assert "secret" not in str(refused.value)
+    assert sorted(world.root.iterdir()) == before
+
+
+def test_an_output_at_a_place_that_is_not_written_to_is_refused(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world.root)
+    paths = world.trio()
+    before = sorted(world.root.iterdir())
+    for place in ("https://user:secret@host/x", "memory://x", Path("ftp://host/x")):
+        with pytest.raises(RequestError, match="a local folder, s3://bucket/prefix") as refused:
+            safemerge(**paths, output=place)
+        assert "secret" not in str(refused.value)
     assert sorted(world.root.iterdir()) == before
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,6 @@ from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.sources import open_source, url
 from safeshard.streamer.sources.bucket import BucketSource
 from safeshard.streamer.sources.url import UrlSource
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandinBucket]:
-    made = StandinBucket()
-    for name, value in made.env.items():
-        monkeypatch.setenv(name, value)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(name, raising=False)
-    yield made
-    made.close()
 
 
 @pytest.fixture
