@@ -8,7 +8,7 @@ from math import ceil, floor, log10
 
 from safeshard.manifests.report.markup import Table
 
-WIDTH, LEFT, RIGHT = 720, 56, 20
+WIDTH, LEFT, RIGHT = 720, 68, 20
 BOUND = 1e30  # of what is drawn: the difference of two floats may be infinite
 DECADES = 100.0  # a range from which on an axis is logarithmic
 

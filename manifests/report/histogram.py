@@ -12,7 +12,7 @@ from safeshard.manifests.report.markup import table
 from safeshard.manifests.schema import ModuleEntry
 
 BINS = 24
-HEIGHT, TOP, BOTTOM = 270, 54, 46
+HEIGHT, TOP, BOTTOM = 280, 64, 46
 MAX_LINES = 4  # thresholds; a job has one
 
 

@@ -12,7 +12,7 @@ from safeshard.manifests.report.axes import BOUND, LEFT, RIGHT, WIDTH, Axis, Mar
 from safeshard.manifests.report.markup import table
 from safeshard.manifests.schema import ModuleEntry
 
-HEIGHT, TOP, BOTTOM = 210, 30, 46
+HEIGHT, TOP, BOTTOM = 220, 40, 46
 MAX_DOTS = 4000  # of a picture; with more modules only the medians are drawn
 MAX_PICTURES = 12
 QUANTITIES: dict[str, Callable[[ModuleEntry], float | None]] = {

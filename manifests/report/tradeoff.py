@@ -11,7 +11,7 @@ from safeshard.manifests.evaluation import percent
 from safeshard.manifests.report.axes import LEFT, RIGHT, WIDTH, Axis, Mark, Picture
 from safeshard.manifests.report.markup import table
 
-HEIGHT, TOP, BOTTOM = 440, 30, 46
+HEIGHT, TOP, BOTTOM = 450, 40, 46
 MAX_POINTS = 200
 SHAPES = 8  # of marks: as many methods are told apart
 

@@ -138,7 +138,10 @@ def scores(results: Sequence[Result], color: bool = False) -> str:
     ]
     known = [_known(result) for result in results]
     figures: dict[str, Callable[[list[float]], float]] = {"lowest": min, "median": median, "highest": max}
-    rows += [[name, *(f"{figure(each):.4f}" if each else "-" for each in known)] for name, figure in figures.items()]
+    rows += [
+        [""],
+        *([name, *(f"{figure(each):.4f}" if each else "-" for each in known)] for name, figure in figures.items()),
+    ]
     if any(undefined := [len(r.cosines) - len(each) for r, each in zip(results, known, strict=True)]):
         rows.append(["undefined", *map(str, undefined)])
     changes = [[f"{t:g}", *(f"{_below(each, t)} of {len(each)}" for each in known)] for t in _thresholds(known)]

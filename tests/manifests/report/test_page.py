@@ -4,9 +4,9 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
+from report_pages import measured
 
 from safeshard.manifests import Fallback, Input, Manifest, Method, ModuleEntry, TensorEntry, printable
-from safeshard.manifests.evaluation import EvaluatedModel, Evaluation, Figure
 from safeshard.manifests.report import page
 from safeshard.manifests.schema import Caution
 
@@ -42,19 +42,6 @@ def named(example: Manifest, name: str) -> Manifest:
             "warnings": (Caution(kind=name, text=name, remedy=name),),
         }
     ).sealed()
-
-
-def measured(manifest: Manifest, name: str) -> Evaluation:
-    """Figures of a manifest's output and of a model that was there before, named by others throughout."""
-    facts = {"part": name, "low": 0.1, "high": 0.9, "prompts": 9, "ungraded": 1, "incoherent": 0.1, "source": name,
-             "grader": name, "sampling": name, "max_tokens": 9, "value": 0.5}  # fmt: skip
-    models = {name: manifest.blake3, f"before {name}": None}
-    figures = [Figure.model_validate(facts | {"model": model, "measure": measure})
-               for model in models for measure in ("attack_success", "utility")]  # fmt: skip
-    return Evaluation(
-        suite=name, engine=name, versions={name: name}, figures=tuple(figures),
-        models=tuple(EvaluatedModel(name=m, source=name, manifest_blake3=seal) for m, seal in models.items()),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("evil", EVIL)
