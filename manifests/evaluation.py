@@ -10,6 +10,7 @@ from safeshard.manifests.errors import Offence, RequestError
 
 EVALUATION_NAME = "evaluation.json"
 MAX_EVALUATION_BYTES = 64 << 20
+MEASURES = {"attack_success": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
 
 
 class _Record(BaseModel):

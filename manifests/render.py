@@ -17,19 +17,22 @@ from safeshard.manifests.grid import (
     prevailing,
     share_text,
 )
-from safeshard.manifests.schema import Caution, Decision, Manifest, ModuleEntry, Run
+from safeshard.manifests.schema import MANIFEST_NAME, Caution, Decision, Manifest, ModuleEntry, Run
 from safeshard.manifests.sizes import human
+from safeshard.manifests.terminal import Painted, Span, grid
 
 COLOURS: dict[Decision, str] = {
-    "kept": "2",
-    "merged": "33",
-    "projected": "36",
-    "selected": "32",
-    "shrunk": "92",
-    "scaled": "35",
-    "reverted": "34",
+    "kept": "dim",
+    "merged": "yellow",
+    "projected": "cyan",
+    "selected": "green",
+    "shrunk": "bright_green",
+    "scaled": "magenta",
+    "reverted": "blue",
 }
 GAP = "  "
+MAX_PLACES = 20_000  # of a table; 126 layers of 7 modules have about a thousand
+MAX_OTHERS = 1000  # modules outside of tables that are listed
 
 
 def render(manifest: Manifest, width: int | None = None, color: bool = False) -> str:
@@ -40,9 +43,13 @@ def render(manifest: Manifest, width: int | None = None, color: bool = False) ->
     """
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
     stacks, others = arrange(manifest.modules)
+    others += [m for s in stacks if _places(s) > MAX_PLACES for cell in s.cells.values() for m in cell]
+    stacks = [stack for stack in stacks if _places(stack) <= MAX_PLACES]
     blocks = [block for stack in stacks for block in _tables(stack, width, color, cell_text)]
     if others:
-        blocks.append("\n".join(_plain(module, color) for module in others))
+        blocks.append(grid([], map(_plain, others[:MAX_OTHERS]), color, left=3))
+    if len(others) > MAX_OTHERS:
+        blocks.append(f"and {len(others) - MAX_OTHERS} more modules, in {MANIFEST_NAME}")
     if manifest.modules:
         blocks.append(_legend(manifest.modules, color))
     if any(m.effect and share_text(m.effect.kept_norm or 0.0) != "100.0%" for m in manifest.modules):
@@ -86,24 +93,17 @@ def caution_text(caution: Caution) -> str:
 
 def _tables(stack: Stack, width: int, color: bool, show: Callable[[tuple[ModuleEntry, ...]], str]) -> Iterator[str]:
     """The stack's table of what `show` says, cut into as many as it takes to stay within `width`."""
-    texts = {place: printable(show(modules)) for place, modules in stack.cells.items()}
-    titles = {kind: printable(title) for kind, title in stack.titles.items()}
-    widths = {kind: len(title) for kind, title in titles.items()}
+    texts = {place: show(modules) for place, modules in stack.cells.items()}
+    widths = {kind: len(printable(title)) for kind, title in stack.titles.items()}
     for (_, kind), text in texts.items():
         widths[kind] = max(widths[kind], len(text))
     margin = max(len("layer"), len(str(stack.layers[-1])))
     for kinds in _fitting(widths, width - margin):
-        lines = [
-            printable(stack.prefix),
-            GAP.join(["layer".rjust(margin), *(titles[k].rjust(widths[k]) for k in kinds)]),
+        rows: list[list[str | Painted | Span]] = [
+            [str(layer), *(_painted(texts.get((layer, k), ""), stack.cells.get((layer, k), ())) for k in kinds)]
+            for layer in stack.layers
         ]
-        for layer in stack.layers:
-            cells = [
-                _painted(texts.get((layer, k), "").rjust(widths[k]), stack.cells.get((layer, k), ()), color)
-                for k in kinds
-            ]
-            lines.append(GAP.join([str(layer).rjust(margin), *cells]).rstrip())
-        yield "\n".join(lines)
+        yield f"{printable(stack.prefix)}\n{grid(['layer', *(stack.titles[k] for k in kinds)], rows, color, left=0)}"
 
 
 def _fitting(widths: dict[str, int], room: int) -> Iterator[list[str]]:
@@ -118,23 +118,26 @@ def _fitting(widths: dict[str, int], room: int) -> Iterator[list[str]]:
     yield row
 
 
-def _painted(text: str, modules: tuple[ModuleEntry, ...], color: bool) -> str:
-    if not color or not modules:
-        return text
-    return f"\x1b[{COLOURS[prevailing(modules)]}m{text}\x1b[0m"
+def _painted(text: str, modules: tuple[ModuleEntry, ...]) -> Painted:
+    return Painted(text, COLOURS[prevailing(modules)] if modules else "")
 
 
-def _plain(module: ModuleEntry, color: bool) -> str:
-    note = f"{GAP}{printable(module.note)}" if module.note else ""
-    return _painted(f"{printable(module.name)}{GAP}{cell_text((module,))}", (module,), color) + note
+def _plain(module: ModuleEntry) -> list[Painted | str]:
+    return [_painted(module.name, (module,)), cell_text((module,)), module.note or ""]
+
+
+def _places(stack: Stack) -> int:
+    return len(stack.layers) * len(stack.titles)
 
 
 def _legend(modules: tuple[ModuleEntry, ...], color: bool) -> str:
     used = {m.decision: m for m in reversed(modules)}
-    items = [_painted(f"{mark} {MEANINGS[d]}", (used[d],), color) for d, mark in MARKS.items() if d in used]
+    items: list[Painted | str] = [
+        _painted(f"{mark} {MEANINGS[d]}  ", (used[d],)) for d, mark in MARKS.items() if d in used
+    ]
     if any(m.near_threshold for m in modules):
         items.append(f"{NEAR} within 1e-5 of the threshold")
-    return (GAP * 2).join(items)
+    return grid([], [items], color, left=len(items))
 
 
 def _method(manifest: Manifest) -> str:

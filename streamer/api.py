@@ -7,13 +7,12 @@ made of this file by `python tests/stubs.py`, which `make fix` runs.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
-from safeshard.manifests.errors import Offence, RequestError, without_secrets
-from safeshard.manifests.schema import Manifest
+from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.disk import check_file, replace_file
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
@@ -43,6 +42,7 @@ __all__ = [
     "verify",
 ]
 F = TypeVar("F", bound=Callable[..., Any])
+P = TypeVar("P", str, "str | os.PathLike[str]")
 
 
 def _takes(*models: type[Options]) -> Callable[[F], F]:
@@ -146,6 +146,7 @@ def score(
     adapter: str | Sequence[str] = (),
     finetuned: str | Sequence[str] = (),
     output: str | os.PathLike[str] | None = None,
+    plot: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     **options: Any,
 ) -> list[Result]:
@@ -156,6 +157,8 @@ def score(
     Args:
         adapter, finetuned: one source or several of each.
         output: a .csv or .json file for the table.
+        plot: a .svg, .png or .pdf file for a picture of the cosines.
+        overwrite: replace existing files.
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
     from safeshard.streamer.run.runner import run
@@ -163,6 +166,11 @@ def score(
     table = local_path("--output", output) if output is not None else None
     if table is not None:
         check_file(table, (".csv", ".json"), overwrite)
+    picture = local_path("--plot", plot) if plot is not None else None
+    if picture is not None:
+        from safeshard.streamer.run.figures import check_plot, draw_values
+
+        check_plot(picture, overwrite)
     job_options, run_options = _split(options)
     sources = [{"adapter": s} for s in _listed(adapter)] + [{"finetuned": s} for s in _listed(finetuned)]
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
@@ -171,6 +179,8 @@ def score(
         from safeshard.streamer.run.score_table import score_table
 
         replace_file(table, score_table(results, table.suffix).encode(errors="backslashreplace"))
+    if picture is not None and not run_options.dry_run:
+        draw_values({r.plan.finetuned.source.spec: r.cosines for r in results}, "cosine", picture)
     return results
 
 
@@ -265,14 +275,34 @@ def finish(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
     return gather(read_jobs(Path(jobs)), build(RunOptions, options))
 
 
-def inspect(output: str | os.PathLike[str], *, width: int | None = None, color: bool = False) -> str:
+def inspect(
+    output: str | os.PathLike[str],
+    *,
+    width: int | None = None,
+    color: bool = False,
+    plot: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+) -> str:
     """Show the decisions of a finished output.
 
     A table of layers and modules, and a summary.
+
+    Args:
+        width: columns, from which on tables go on below. Default: the terminal's.
+        color: paint the decisions by ANSI codes.
+        plot: a .svg, .png or .pdf file for a picture of the values by layer.
+        overwrite: replace an existing picture.
     """
     from safeshard.manifests.render import render
 
-    return render(manifest_of(output), width=width, color=color)
+    manifest = manifest_of(output)
+    if plot is not None:
+        from safeshard.streamer.run.figures import check_plot, draw_output
+
+        picture = local_path("--plot", plot)
+        check_plot(picture, overwrite)
+        draw_output(manifest, Path(output).name, picture)
+    return render(manifest, width=width, color=color)
 
 
 def verify(
@@ -345,60 +375,25 @@ def _folder_bytes(folder: Path) -> int:
 def report(
     output: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
+    evaluation: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     file: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a page about finished outputs.
 
-    One HTML file that needs nothing else, whatever the number of outputs. Returns where it is.
+    One HTML file that needs nothing else; about several outputs it begins with a comparison. Returns where it is.
 
     Args:
-        output: a finished output, or several.
+        output: a finished output, or several; or a folder of them, as a batch leaves it.
+        evaluation: an evaluation.json, or the folder that `evaluate` wrote, or several, with figures of the outputs.
         file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output, in the
             current folder for one afar, and `report.html` there for several.
         overwrite: replace an existing file.
     """
-    from safeshard.manifests.report import page
+    from safeshard.streamer.recheck.report_file import write_report
 
-    outputs = [written_place(each) for each in _listed(output)]
-    if not outputs:
-        raise RequestError(Offence("report", expected="an output", got="none"))
-    place = local_path("--output", file) if file is not None else _report_file(outputs)
-    check_file(place, [".html"], overwrite)
-    _check_outside(place, outputs)
-    offences: list[Offence] = []
-
-    def readable() -> Iterator[tuple[str, Manifest]]:
-        for each in outputs:
-            try:
-                yield without_secrets(str(each)), manifest_of(each)
-            except RequestError as error:
-                offences.extend(error.offences)
-
-    text = page(readable())
-    if offences:
-        raise RequestError(offences)
-    replace_file(place, text.encode())
-    return place
-
-
-def _report_file(outputs: Sequence[Path | str]) -> Path:
-    if len(outputs) > 1:
-        return Path("report.html")
-    if isinstance(outputs[0], str):
-        return Path(f"{without_secrets(outputs[0]).rstrip('/').rpartition('/')[2]}.report.html")
-    folder = (outputs[0].parent if outputs[0].is_file() else outputs[0]).absolute()
-    return folder.parent / f"{folder.name}.report.html"
-
-
-def _check_outside(file: Path, outputs: Sequence[Path | str]) -> None:
-    """Refuse a place inside an output where `verify` would report a file that the manifest does not name."""
-    place = Path(os.path.realpath(file))
-    for output in (each for each in outputs if isinstance(each, Path)):
-        folder = Path(os.path.realpath(output.parent if output.is_file() else output))
-        if place.is_relative_to(folder) and place != folder / "report.html":
-            expected, got = "a file outside of the output, or its report.html", "a file that its manifest does not name"
-            raise RequestError(Offence("--output", str(file), expected, got, "choose another"))
+    outputs, evaluations = [written_place(each) for each in _listed(output)], [Path(e) for e in _listed(evaluation)]
+    return write_report(outputs, evaluations, file, overwrite)
 
 
 def _run_one(method: str, options: Mapping[str, Any]) -> Result:
@@ -414,5 +409,5 @@ def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], RunOptions]:
     return {key: value for key, value in options.items() if key not in ours}, run_options
 
 
-def _listed(value: str | Sequence[str]) -> list[str]:
+def _listed(value: P | Sequence[P]) -> list[P]:
     return [value] if isinstance(value, str | os.PathLike) else list(value)

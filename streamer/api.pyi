@@ -98,24 +98,34 @@ def inspect(
     *,
     width: int | None = None,
     color: bool = False,
+    plot: str | PathLike[str] | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Show the decisions of a finished output.
 
     A table of layers and modules, and a summary.
+
+    Args:
+        width: columns, from which on tables go on below. Default: the terminal's.
+        color: paint the decisions by ANSI codes.
+        plot: a .svg, .png or .pdf file for a picture of the values by layer.
+        overwrite: replace an existing picture.
     """
 
 def report(
     output: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
+    evaluation: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     file: str | PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a page about finished outputs.
 
-    One HTML file that needs nothing else, whatever the number of outputs. Returns where it is.
+    One HTML file that needs nothing else; about several outputs it begins with a comparison. Returns where it is.
 
     Args:
-        output: a finished output, or several.
+        output: a finished output, or several; or a folder of them, as a batch leaves it.
+        evaluation: an evaluation.json, or the folder that `evaluate` wrote, or several, with figures of the outputs.
         file: the .html file (the command's `--output`). Default: `OUT.report.html` beside a single output, in the
             current folder for one afar, and `report.html` there for several.
         overwrite: replace an existing file.
@@ -354,6 +364,7 @@ def score(
     overwrite: bool = False,
     quiet: bool = False,
     strict: bool = False,
+    plot: str | PathLike[str] | None = None,
 ) -> list[Result]:
     """Measure how far fine-tuned models strayed.
 
@@ -362,6 +373,8 @@ def score(
     Args:
         adapter, finetuned: one source or several of each.
         output: a .csv or .json file for the table.
+        plot: a .svg, .png or .pdf file for a picture of the cosines.
+        overwrite: replace existing files.
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
 

@@ -148,16 +148,16 @@ def sync_path(path: Path) -> None:
         os.close(fd)
 
 
-def check_file(file: Path, suffixes: Sequence[str], overwrite: bool) -> None:
+def check_file(file: Path, suffixes: Sequence[str], overwrite: bool, option: str = "--output") -> None:
     """Refuse a file that could not be written once all is computed."""
     if file.suffix not in suffixes:
         expected = f"a {' or '.join(suffixes)} file"
-        raise RequestError(Offence("--output", str(file), expected, file.suffix or "no suffix"))
+        raise RequestError(Offence(option, str(file), expected, file.suffix or "no suffix"))
     try:
         exists = file.exists()
         if exists and not overwrite and not file.is_dir():
             remedy = "choose another, or --overwrite"
-            raise RequestError(Offence("--output", str(file), "a file that does not exist", "it exists", remedy))
+            raise RequestError(Offence(option, str(file), "a file that does not exist", "it exists", remedy))
         place = file if exists else next(p for p in file.absolute().parents if p.exists())
         got = "" if os.access(place, os.W_OK) else f"no right to write to {place}"
         if exists == place.is_dir():  # a folder to replace, or a file to write below
@@ -165,4 +165,4 @@ def check_file(file: Path, suffixes: Sequence[str], overwrite: bool) -> None:
     except OSError as error:
         got = error.strerror or "an unreadable place"
     if got:
-        raise RequestError(Offence("--output", str(file), "a file that can be written", got, "choose another"))
+        raise RequestError(Offence(option, str(file), "a file that can be written", got, "choose another"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # Parts of decoder names in the order they run, for people who read lists; other names follow alphabetically.
 _RUNS = {
     part: place
@@ -19,6 +21,19 @@ _RUNS = {
 def layer_of(name: str) -> int | None:
     """The first number in a dotted name: the layer (`model.layers.3.mlp.up_proj` -> 3), None outside of layers."""
     return next((int(part) for part in name.split(".") if _is_number(part)), None)
+
+
+def by_layer(values: Mapping[str, float | None]) -> dict[str, list[float]]:
+    """The values of modules that have one, by their layers in order; "other" of those outside of layers, last."""
+    found: dict[int, list[float]] = {}
+    other = []
+    for name, value in values.items():
+        if value is not None and (layer := layer_of(name)) is not None:
+            found.setdefault(layer, []).append(value)
+        elif value is not None:
+            other.append(value)
+    layers = {str(layer): found[layer] for layer in sorted(found)}
+    return layers | ({"other": other} if other else {})
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:

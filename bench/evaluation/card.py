@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safeshard.bench.evaluation.figures import TITLES, markdown
-from safeshard.manifests.evaluation import Evaluation
+from safeshard.bench.evaluation.figures import markdown
+from safeshard.manifests.evaluation import MEASURES, Evaluation
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import MANIFEST_NAME, load
 from safeshard.streamer.disk import replace_file
@@ -43,7 +43,7 @@ def with_figures(text: str, evaluation: Evaluation, name: str) -> str:
     card.data.eval_results = [
         EvalResult(
             task_type="text-generation", dataset_type=figure.part, dataset_name=figure.source,
-            metric_type=figure.measure, metric_name=TITLES[figure.measure], metric_value=round(figure.value, 4),
+            metric_type=figure.measure, metric_name=MEASURES[figure.measure], metric_value=round(figure.value, 4),
             metric_args={
                 "low": round(figure.low, 4), "high": round(figure.high, 4), "prompts": figure.prompts,
                 "ungraded": figure.ungraded, "grader": figure.grader, "sampling": figure.sampling,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from safeshard.bench.evaluation import figures
 from safeshard.bench.evaluation.run import Evaluate, evaluate
 from safeshard.bench.evaluation.suite import known_suites
 from safeshard.manifests.errors import Offence, RequestError, printable
+from safeshard.manifests.terminal import has_colour
 from safeshard.streamer.cli.command import App
 from safeshard.streamer.cli.options import takes
 
@@ -39,7 +41,7 @@ def command(
     if json:
         print(json_module.dumps(evaluation.model_dump(mode="json", by_alias=True)))
     elif not options["quiet"]:
-        print(figures.text(evaluation))
+        print(figures.text(evaluation, has_colour(sys.stdout)))
         print(f"\nevery answer: {printable(options['output'])}/answers.jsonl")
 
 

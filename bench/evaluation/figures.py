@@ -11,9 +11,8 @@ from safeshard.bench.evaluation.graders.base import Verdict
 from safeshard.bench.evaluation.intervals import interval
 from safeshard.bench.evaluation.suite import Part, Suite
 from safeshard.manifests.errors import printable
-from safeshard.manifests.evaluation import Evaluation, Figure, percent
-
-TITLES = {"attack_success": "attack success", "over_refusal": "over-refusal", "utility": "utility"}
+from safeshard.manifests.evaluation import MEASURES, Evaluation, Figure, percent
+from safeshard.manifests.terminal import grid
 
 
 def figure(model: str, suite: Suite, part: Part, answers: Sequence[str], verdicts: Sequence[Verdict]) -> Figure:
@@ -40,7 +39,7 @@ HEADS = (
 def cells(figure: Figure) -> list[str]:
     """A row of a table for people."""
     return [
-        figure.model, figure.part, TITLES[figure.measure], percent(figure.value),
+        figure.model, figure.part, MEASURES[figure.measure], percent(figure.value),
         f"{percent(figure.low)} to {percent(figure.high)}", str(figure.prompts), str(figure.ungraded or ""),
         percent(figure.incoherent), figure.source, figure.grader, figure.sampling, str(figure.max_tokens or ""),
     ]  # fmt: skip
@@ -52,15 +51,12 @@ def markdown(evaluation: Evaluation) -> str:
     return "".join(f"| {' | '.join(printable(c).replace('|', '&#124;') for c in line)} |\n" for line in lines)
 
 
-def text(evaluation: Evaluation) -> str:
+def text(evaluation: Evaluation, color: bool = False) -> str:
     """All figures as a table for a terminal, the columns that say nothing left out."""
-    rows = [list(HEADS), *map(cells, evaluation.figures)]
-    kept = [n for n in range(len(HEADS)) if any(row[n] for row in rows[1:])]
-    widths = [max(len(printable(row[n], 60)) for row in rows) for n in kept]
-    return "\n".join(
-        "  ".join(printable(row[n], 60).ljust(width) for n, width in zip(kept, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    rows = [*map(cells, evaluation.figures)]
+    kept = [n for n in range(len(HEADS)) if any(row[n] for row in rows)]
+    shown = ([printable(row[n], 60) for n in kept] for row in rows)
+    return grid([HEADS[n] for n in kept], shown, color, left=len(kept))
 
 
 def csv_table(evaluation: Evaluation) -> str:

@@ -112,12 +112,14 @@ class Evaluating:
             evaluation = Evaluation(
                 suite=self.suite.name, engine=self.settings.engine,
                 versions=versions(["safeshard", "torch", "transformers", "peft", "vllm", "inspect_ai", "lm_eval"]),
-                models=tuple(self._model(name, model) for name, model in self.models.items()), figures=tuple(found),
+                models=(), figures=tuple(found),
             )  # fmt: skip
-            results.write(self.settings.output, evaluation, self.suite, self.prompts, answers, verdicts)
             if self.settings.write_card:
                 for name, model in self.models.items():
                     card.write(Path(model), evaluation, name)
+            models = tuple(self._model(name, model) for name, model in self.models.items())  # as cards left them
+            evaluation = evaluation.model_copy(update={"models": models})
+            results.write(self.settings.output, evaluation, self.suite, self.prompts, answers, verdicts)
         if self.failed:
             raise RunError(
                 f"{self.failed} verdicts failed, and count as not graded in {self.settings.output}",

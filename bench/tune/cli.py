@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from safeshard.bench.tune.run import DEFENDED, tune
 from safeshard.manifests.errors import printable
+from safeshard.manifests.terminal import has_colour
 from safeshard.streamer.cli.command import App
 
 app = App(
@@ -30,5 +32,5 @@ def command(
     if json:
         print(made.to_json().replace("\n", ""))
     elif not quiet:
-        print(made.text())
+        print(made.text(has_colour(sys.stdout)))
         print(f"\ndefended output: {printable(made.sweep.output / DEFENDED)}; report: README.md beside it")

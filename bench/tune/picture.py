@@ -9,6 +9,7 @@ from typing import Any
 
 from safeshard.bench.tune.rule import Choice, Point
 from safeshard.streamer.extras import require
+from safeshard.streamer.run.figures import write_figure
 
 COLOURS = (  # the first of Okabe and Ito, and darker ones
     "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",
@@ -72,5 +73,5 @@ def pyplot() -> Any:
 def save(plt: Any, figure: Any, file: Path) -> None:
     """Write the picture and forget it."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    write_figure(figure, file)
     plt.close(figure)

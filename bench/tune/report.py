@@ -11,6 +11,7 @@ from safeshard.bench.tune.rule import Choice, Point
 from safeshard.bench.tune.sweep import Sweep
 from safeshard.manifests.errors import printable
 from safeshard.manifests.evaluation import Evaluation, Figure, percent
+from safeshard.manifests.terminal import Painted, Span, grid
 
 GIVEN = (ALIGNED, TUNED) = ("aligned", "fine-tuned")  # how figures call the models that were there before
 
@@ -120,11 +121,21 @@ class Tuned:
         }  # fmt: skip
         return json.dumps(value, indent=1) + "\n"
 
-    def text(self) -> str:
-        """For a terminal."""
-        test = [f"  {f.model}, {f.part}: {percent(f.value)} % ({percent(f.low)} to {percent(f.high)})"
+    def text(self, color: bool = False) -> str:
+        """For a terminal: what was found, every setting with its trade-off as bars, the test prompts."""
+        test = [[f.model, f.part, f"{percent(f.value)} %", f"{percent(f.low)} to {percent(f.high)}"]
                 for f in self.test.figures]  # fmt: skip
-        return "\n".join([*self.sentences(), "", "test prompts:", *test])
+        curve = grid(["method", "setting", "attack %", "utility %", "attack success", "utility"],
+                     map(self._row, self.points), color, left=2)  # fmt: skip
+        tested = grid(["model", "part", "", "95 % interval"], test, color, left=2)
+        return "\n".join([*self.sentences(), "", "validation prompts:", curve, "", "test prompts:", tested])
+
+    def _row(self, point: Point) -> list[str | Painted | Span]:
+        style = "bold green" if point == self.choice.chosen else ""
+        safe = "red" if point.attack > self.choice.most else "green"
+        cells = (point.method, point.setting, f"{point.attack:.1f}", f"{point.utility:.1f}")
+        bars = (Span(0, point.attack / 100, safe), Span(0, point.utility / 100, "cyan"))
+        return [*(Painted(cell, style) for cell in cells), *bars]
 
 
 def _named(point: Point) -> str:

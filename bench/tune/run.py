@@ -36,7 +36,7 @@ def tune(sweep: str | Path, *, device: str = "auto", memory: str = "2GiB", quiet
         device, memory: of the defences, as for `batch`; the device also of what answers.
 
     Returns:
-        The choice, and the figures of validation and test. OUTPUT holds them as tune.json, README.md and tradeoff.png.
+        The choice, and the figures of validation and test. OUTPUT holds them: tune.json, README.md, tradeoff.png, .svg.
 
     Raises:
         RequestError: something is wrong with the request; all of it. Nothing was written.
@@ -89,7 +89,8 @@ class _Tuning:
         choice = decide([*points.values()], aligned, tuned, self.sweep.margin)
         self._publish(choice)
         test = self._confirm(choice)
-        picture.draw([*points.values()], {ALIGNED: aligned, TUNED: tuned}, choice, self.output / "tradeoff.png")
+        for name in ("tradeoff.png", "tradeoff.svg"):  # to look at, and for a paper
+            picture.draw([*points.values()], {ALIGNED: aligned, TUNED: tuned}, choice, self.output / name)
         made = Tuned(self.sweep, choice, [aligned, tuned, *points.values()], tuple(figures), test)
         replace_file(self.output / "README.md", made.markdown().encode(errors="backslashreplace"))
         replace_file(self.output / RESULT, made.to_json().encode())

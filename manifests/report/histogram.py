@@ -1,25 +1,27 @@
-"""The distribution of the cosines (of Safe Delta: of the shares of entries kept) with the threshold, as inline SVG."""
+"""The distribution of the cosines (of Safe Delta: of the shares of entries kept) with the threshold."""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from math import ceil
-from xml.etree.ElementTree import Element
 
 from safeshard.manifests.grid import number
-from safeshard.manifests.report.heatmap import value_name
-from safeshard.manifests.report.markup import tag
+from safeshard.manifests.report.axes import LEFT, RIGHT, WIDTH, Axis, Mark, Picture
+from safeshard.manifests.report.heatmap import bounded, value_name
+from safeshard.manifests.report.markup import table
 from safeshard.manifests.schema import ModuleEntry
 
 BINS = 24
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 210, 44, 16, 24, 44
+HEIGHT, TOP, BOTTOM = 280, 64, 46
 MAX_LINES = 4  # thresholds; a job has one
 
 
-def histogram(modules: tuple[ModuleEntry, ...]) -> Element | None:
+def histogram(modules: tuple[ModuleEntry, ...]) -> Picture | None:
     """Bars of equal width, those treated filled and those kept outlined above them; None where there are no values.
 
     A bin's edge lies on the (lowest) threshold, so that no bar lies across it.
     """
-    values = [(min(max(value, -1.0), 1.0), m.decision != "kept") for m in modules if (value := number(m)) is not None]
+    values = [(bounded(value), m.decision != "kept") for m in modules if (value := number(m)) is not None]
     if not values:
         return None
     thresholds = sorted({m.threshold for m in modules if m.threshold is not None and abs(m.threshold) <= 1})
@@ -28,15 +30,16 @@ def histogram(modules: tuple[ModuleEntry, ...]) -> Element | None:
     width = edges[1] - edges[0]
     for value, treated in values:
         counts[min(max(int((value - edges[0]) / width), 0), len(counts) - 1)][treated] += 1
-    top = max(map(sum, counts))
-    name = value_name(modules)
-    return tag(
-        "svg",
-        tag("title", f"Histogram of the {name} of {len(values)} modules"),
-        *_bars(edges, counts, top),
-        *_axes(edges, top, name),
-        *_lines(edges, thresholds[:MAX_LINES]),
-        class_="histogram", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img",
+    x = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
+    y = Axis(0, max(map(sum, counts)) * 1.02, HEIGHT - BOTTOM, TOP, whole=True)
+    name, changed = value_name(modules), sum(treated for _, treated in values)
+    rows = [(f"{low:.4f} to {high:.4f}", t, k) for (k, t), low, high in zip(counts, edges, edges[1:], strict=False)]
+    return Picture(
+        f"Histogram of the {name} of {len(values)} modules",
+        f"{changed} of {len(values)} modules are treated (filled), {len(values) - changed} kept (outlined).",
+        x, y, name, "modules", HEIGHT, [*_bars(x, y, edges, counts), *_lines(x, thresholds[:MAX_LINES])],
+        table(name, [name, "treated", "kept"], [row for row in rows if row[1] or row[2]], lambda row: row,
+              ["treated", "kept"]),
     )  # fmt: skip
 
 
@@ -52,38 +55,23 @@ def _edges(values: Sequence[float], thresholds: Sequence[float]) -> list[float]:
     return [start + i * width for i in range(ceil((high - start) / width - 1e-9) + 1)]
 
 
-def _x(edges: Sequence[float], value: float) -> float:
-    return LEFT + (value - edges[0]) / (edges[-1] - edges[0]) * (WIDTH - LEFT - RIGHT)
-
-
-def _bars(edges: Sequence[float], counts: Sequence[Sequence[int]], top: int) -> Iterator[Element]:
-    room = HEIGHT - TOP - BOTTOM
+def _bars(x: Axis, y: Axis, edges: Sequence[float], counts: Sequence[Sequence[int]]) -> Iterator[Mark]:
     for (kept, treated), left, right in zip(counts, edges, edges[1:], strict=False):
-        bottom = float(HEIGHT - BOTTOM)
+        bottom = 0
         for count, kind in ((treated, "treated"), (kept, "kept")):
-            height = count / top * room
-            bottom -= height
             if count:
-                x, width = _x(edges, left) + 1, _x(edges, right) - _x(edges, left) - 2
-                yield tag(
-                    "rect", tag("title", f"{count} {kind}, {left:.4f} to {right:.4f}"),
-                    x=f"{x:.1f}", y=f"{bottom:.1f}", width=f"{width:.1f}", height=f"{height:.1f}", class_=kind,
-                )  # fmt: skip
+                place = {
+                    "x": x.at(left) + 1, "width": round(x.at(right) - x.at(left) - 2, 1), "y": y.at(bottom + count),
+                    "height": round(y.at(bottom) - y.at(bottom + count), 1),
+                }  # fmt: skip
+                yield Mark("rect", place, kind, f"{count} {kind}, {left:.4f} to {right:.4f}")
+            bottom += count
 
 
-def _axes(edges: Sequence[float], top: int, name: str) -> Iterator[Element]:
-    base = HEIGHT - BOTTOM
-    yield tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=base, y2=base, class_="axis")
-    for i in range(7):
-        value = edges[0] + (edges[-1] - edges[0]) * i / 6
-        yield tag("text", f"{value:.3f}", x=f"{_x(edges, value):.1f}", y=base + 16, text_anchor="middle")
-    yield tag("text", f"{name}: filled bars were treated, outlined ones kept", x=LEFT, y=HEIGHT - 6)
-    yield tag("text", top, x=LEFT - 8, y=TOP + 8, text_anchor="end")
-    yield tag("text", 0, x=LEFT - 8, y=base, text_anchor="end")
-
-
-def _lines(edges: Sequence[float], thresholds: Sequence[float]) -> Iterator[Element]:
+def _lines(x: Axis, thresholds: Sequence[float]) -> Iterator[Mark]:
     for threshold in thresholds:
-        x = f"{_x(edges, threshold):.1f}"
-        yield tag("line", x1=x, x2=x, y1=TOP - 8, y2=HEIGHT - BOTTOM, class_="threshold")
-        yield tag("text", f"threshold {threshold:.6g}", x=x, y=TOP - 12, text_anchor="middle", class_="threshold")
+        at = x.at(threshold)
+        yield Mark("line", {"x1": at, "x2": at, "y1": TOP - 10, "y2": HEIGHT - BOTTOM}, "threshold")
+        yield Mark(
+            "text", {"x": at, "y": TOP - 15, "text-anchor": "middle"}, "threshold", text=f"threshold {threshold:.6g}"
+        )

@@ -1,62 +1,36 @@
-"""The whole page: head, index and a section for each output. It holds no script and refers to nothing outside."""
+"""The whole page: a comparison of several outputs, and a part for each. It holds no script, and all that it shows."""
 
-from collections.abc import Iterable
-from importlib.resources import files
-from xml.etree.ElementTree import Element, tostring
+from __future__ import annotations
 
-from safeshard.manifests.report.markup import Child, table, tag
-from safeshard.manifests.report.sections import counts_text, section
+from collections.abc import Iterable, Sequence
+
+from safeshard.manifests.evaluation import Evaluation
+from safeshard.manifests.report.compare import compared, row_of
+from safeshard.manifests.report.evaluations import grouped
+from safeshard.manifests.report.markup import rendered
+from safeshard.manifests.report.output import output_of
 from safeshard.manifests.schema import Manifest
-from safeshard.manifests.sizes import human
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(outputs: Iterable[tuple[str, Manifest]]) -> str:
-    """HTML about outputs, each given by a title and its manifest; of several, an index comes first.
+def page(outputs: Iterable[tuple[str, Manifest]], evaluations: Sequence[Evaluation] = ()) -> str:
+    """HTML about outputs, each given by a title and its manifest; of several, a comparison comes first.
 
-    Manifests are taken one at a time. Of each only so many rows and cells are shown, whatever its size.
+    Manifests are taken one at a time. Of each only so many rows and cells are shown, whatever its size. Figures of
+    `evaluations` are shown with the outputs whose manifests they name.
     """
-    sections: list[Element] = []
-    titles: list[str] = []
-    rows: list[list[Child]] = []
-    for title, manifest in outputs:
-        anchor = f"output-{len(sections) + 1}"
+    measured = grouped(evaluations)
+    rows, sections, titles = [], [], []
+    for number, (title, manifest) in enumerate(outputs, 1):
+        figures = [(each.suite, each.outputs.get(manifest.blake3 or "", [])) for each in measured]
+        found = output_of(title, manifest, figures)
         titles.append(title)
-        sections.append(section(title, manifest, anchor))
-        rows.append(_index_row(title, manifest, anchor))
-    name = titles[0] if len(titles) == 1 else f"{len(titles)} outputs"
-    index = [] if len(titles) == 1 else [tag("section", tag("h1", name), _index(rows))]
-    body = tag("body", tag("p", "safeshard report", class_="brand"), *index, *sections)
-    document = tag("html", _head(f"safeshard: {name}"), body, lang="en")
-    return f"<!DOCTYPE html>\n{tostring(document, encoding='unicode', method='html')}\n"
-
-
-def _head(title: str) -> Element:
-    style = Element("style")
-    style.text = files("safeshard.manifests.report").joinpath("style.css").read_text(encoding="utf-8")
-    return tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", title),
-        style,
-    )
-
-
-def _index_row(title: str, manifest: Manifest, anchor: str) -> list[Child]:
-    return [
-        tag("a", title, href=f"#{anchor}"),
-        manifest.method.name,
-        counts_text(manifest.modules),
-        len(manifest.fallbacks),
-        human(manifest.run.bytes_read),
-        f"{manifest.run.wall_s:.2f} s",
-    ]
-
-
-def _index(rows: list[list[Child]]) -> Element:
-    head = ["output", "method", "decisions", "fallbacks", "read", "time"]
-    return table(head, rows, lambda row: row, numeric=["fallbacks", "read", "time"])
+        rows.append(row_of(number, found))
+        sections.append(rendered("output.html", output=found, number=number))  # and the manifest is forgotten
+    several = len(rows) != 1
+    html = rendered(
+        "page.html", policy=POLICY, title=f"{len(rows)} outputs" if several else titles[0], sections=sections,
+        comparison=compared(rows, measured) if several else None,
+    )  # fmt: skip
+    return f"{html}\n"

@@ -13,14 +13,15 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import typer
 
 from safeshard.manifests.errors import Offence, RequestError, RunError, printable
+from safeshard.manifests.terminal import has_colour
 from safeshard.streamer import api
 from safeshard.streamer.cli import messages
-from safeshard.streamer.cli.command import PATH, App
+from safeshard.streamer.cli.command import ON_TERMINAL, PATH, PLOT, App
 from safeshard.streamer.cli.options import takes
 from safeshard.streamer.cli.process import fail_json, guarded, print_json
 from safeshard.streamer.methods import METHODS
@@ -40,6 +41,9 @@ Json = Annotated[
     bool, typer.Option("--json", help="print the outcome as one line of JSON, and nothing else", show_default=False)
 ]
 WRITTEN = "a folder that safeshard wrote, s3://, gs://, az:// or hf://org/name"
+Plot = Annotated[
+    str | None, typer.Option(metavar=PLOT, help="draw values by layer: on the terminal, or into a file for a paper")
+]
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -97,13 +101,18 @@ for _name in METHODS:
 def _score(
     *,
     suggest: Annotated[bool, typer.Option("--suggest", help="suggest a threshold for each fine-tuned model")] = False,
+    plot: Plot = None,
     json: Json = False,
     **options: Any,
 ) -> None:
-    results = api.score(**{key: value for key, value in options.items() if value is not None})
+    given = options | {"plot": None if plot == ON_TERMINAL else plot}
+    results = api.score(**{key: value for key, value in given.items() if value is not None})
     if not options["dry_run"]:
+        color = has_colour(sys.stderr if json else sys.stdout)
         if not options["quiet"]:
-            _say(messages.scores(results, color=_has_colour(sys.stdout)), json)
+            _say(messages.scores(results, color), json)
+        if plot == ON_TERMINAL:
+            _say(f"\n{messages.scores_by_layer(results, color)}\n", json)
         if suggest:
             _say(messages.suggestions(results), json)
     _done(results, options | {"quiet": True} if not options["dry_run"] else options, json)
@@ -187,16 +196,21 @@ def _finish(
 
 
 @app.command("inspect", help=_help(api.inspect))
-def _inspect(output: Annotated[str, typer.Argument(help=WRITTEN)], json: Json = False) -> None:
+def _inspect(
+    output: Annotated[str, typer.Argument(help=WRITTEN)],
+    plot: Plot = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing picture")] = False,
+    json: Json = False,
+) -> None:
+    color, width = has_colour(sys.stdout), shutil.get_terminal_size((100, 24)).columns
+    file = None if plot == ON_TERMINAL else plot
+    text = api.inspect(output, width=width, color=color, plot=file, overwrite=overwrite)
     if json:
         print_json(manifest_of(output).model_dump(mode="json", by_alias=True, exclude_none=True))
     else:
-        print(api.inspect(output, width=shutil.get_terminal_size((100, 24)).columns, color=_has_colour(sys.stdout)))
-
-
-def _has_colour(stream: TextIO) -> bool:
-    """Whether to paint: a terminal that can, and nobody who minds (https://no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        print(text)
+    if plot == ON_TERMINAL:
+        _say(messages.values_by_layer(manifest_of(output), color), json)
 
 
 @app.command("verify", help=_help(api.verify, "Says what differs from its manifest."))
@@ -234,7 +248,13 @@ def _sources(words: Sequence[str]) -> dict[str, str]:
 
 @app.command("report", help=_help(api.report, "One HTML file that needs nothing else: to read, print and pass on."))
 def _report(
-    outputs: Annotated[list[str], typer.Argument(metavar="OUT...", help=f"outputs: each {WRITTEN}")],
+    outputs: Annotated[
+        list[str], typer.Argument(metavar="OUT...", help=f"outputs, or folders of such: each {WRITTEN}")
+    ],
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(metavar=PATH, help="also show figures of the outputs: a folder of `evaluate`; may be repeated"),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -244,7 +264,7 @@ def _report(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing file")] = False,
     json: Json = False,
 ) -> None:
-    file = api.report(outputs, file=output, overwrite=overwrite)
+    file = api.report(outputs, evaluation=evaluation or [], file=output, overwrite=overwrite)
     _say(f"report: {printable(file)}", json)
     if json:
         print_json({"report": str(file)})

@@ -14,6 +14,8 @@ from safeshard.streamer.methods import METHODS
 
 F = TypeVar("F", bound=Callable[..., Any])
 PLACE, PATH = "PLACE", "PATH"  # the metavars of options that name a model or data, or what to write
+PLOT = "[FILE.svg|FILE.png]"  # the metavar of an option that draws into a file, or on the terminal without one
+ON_TERMINAL = "-"
 
 
 class App(typer.Typer):
@@ -51,11 +53,20 @@ def _read(options: list[Any], command: str, args: list[str]) -> list[str]:
     alone = all(option.param_type_name == "option" for option in options)  # else a word may be an argument
     repeatable = {name for name, option in named.items() if option.multiple and alone}
     counts = {name: option.nargs for name, option in named.items() if option.nargs > 1}
-    return _numbers(counts, _repeated(repeatable, args))
+    plots = {name for name, option in named.items() if option.metavar == PLOT}
+    return _numbers(counts, _repeated(repeatable, _drawn(plots, args)))
 
 
 def _is_one(option: Any) -> bool:
-    return option.metavar in (PLACE, PATH) and not option.multiple
+    return option.metavar in (PLACE, PATH, PLOT) and not option.multiple
+
+
+def _drawn(plots: set[str], args: list[str]) -> list[str]:
+    """Let an option that draws stand without a file: --plot is --plot -."""
+    spread = []
+    for arg, after in zip(args, [*args[1:], ""], strict=True):
+        spread += [arg, ON_TERMINAL] if arg in plots and not after.endswith((".svg", ".png", ".pdf")) else [arg]
+    return spread
 
 
 def _repeated(repeatable: set[str], args: list[str]) -> list[str]:

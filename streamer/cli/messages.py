@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from math import floor
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from safeshard.manifests.errors import SafeshardError, printable
-from safeshard.manifests.grid import effect_text
+from safeshard.manifests.grid import effect_text, number, number_name
 from safeshard.manifests.render import caution_text, leak_text
 from safeshard.manifests.schema import Manifest
 from safeshard.manifests.sizes import human
+from safeshard.manifests.terminal import grid, layer_bars
+from safeshard.streamer.tensor_names import by_layer
 
 if TYPE_CHECKING:
     from safeshard.streamer.methods.base import Job
@@ -152,28 +154,37 @@ def scores(results: Sequence[Result], color: bool = False) -> str:
     """A table of cosines: a row a module, a column a fine-tuned model; then what thresholds would change."""
     heads = _heads(results)
     modules = list(dict.fromkeys(module for r in results for module in r.cosines))
-    width = max([len("undefined"), *(len(printable(m, 60)) for m in modules)])
-
-    def row(first: str, cells: Sequence[str]) -> str:
-        return "  ".join([first.ljust(width), *(c.rjust(max(8, len(h))) for c, h in zip(cells, heads, strict=True))])
-
-    def bold(text: str) -> str:
-        return f"\x1b[1m{text}\x1b[0m" if color else text
-
-    lines = [bold(row("module", heads))]
-    for module in modules:
-        cosines = [result.cosines.get(module) for result in results]
-        lines.append(row(printable(module, 60), ["-" if c is None else f"{c:.4f}" for c in cosines]))
+    cosines = [[result.cosines.get(module) for result in results] for module in modules]
+    rows = [
+        [printable(module, 60), *("-" if c is None else f"{c:.4f}" for c in each)]
+        for module, each in zip(modules, cosines, strict=True)
+    ]
     known = [_known(result) for result in results]
-    lines.append("")
-    for name, figure in (("lowest", min), ("median", median), ("highest", max)):
-        lines.append(row(name, [f"{figure(each):.4f}" if each else "-" for each in known]))
+    figures: dict[str, Callable[[list[float]], float]] = {"lowest": min, "median": median, "highest": max}
+    rows += [
+        [""],
+        *([name, *(f"{figure(each):.4f}" if each else "-" for each in known)] for name, figure in figures.items()),
+    ]
     if any(undefined := [len(r.cosines) - len(each) for r, each in zip(results, known, strict=True)]):
-        lines.append(row("undefined", list(map(str, undefined))))
-    lines += ["", bold("a threshold of ... changes so many modules")]
-    for threshold in _thresholds(known):
-        lines.append(row(f"{threshold:g}", [f"{_below(each, threshold)} of {len(each)}" for each in known]))
-    return "\n".join(lines)
+        rows.append(["undefined", *map(str, undefined)])
+    changes = [[f"{t:g}", *(f"{_below(each, t)} of {len(each)}" for each in known)] for t in _thresholds(known)]
+    return "\n\n".join(
+        [grid(["module", *heads], rows, color), grid(["a threshold of ... changes so many", *heads], changes, color)]
+    )
+
+
+def scores_by_layer(results: Sequence[Result], color: bool = False) -> str:
+    """The cosines of each fine-tuned model as bars, a line a layer."""
+    return "\n\n".join(
+        f"{head}\n{layer_bars(by_layer(result.cosines), 'cosine', color)}"
+        for head, result in zip(_heads(results), results, strict=True)
+    )
+
+
+def values_by_layer(manifest: Manifest, color: bool = False) -> str:
+    """The values that an output's table shows as bars, a line a layer."""
+    values = {module.name: number(module) for module in manifest.modules}
+    return layer_bars(by_layer(values), number_name(manifest.modules), color)
 
 
 def _heads(results: Sequence[Result]) -> list[str]:

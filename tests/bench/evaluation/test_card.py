@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 from safeshard import streamer
 from safeshard.bench.evaluation import evaluate
 from safeshard.bench.evaluation.suite import Suite
+from safeshard.manifests import load
 
 SUITE = Suite.model_validate(
     {
@@ -33,6 +34,7 @@ def test_the_card_of_an_output(tmp_path: Path, tiny: dict[str, str]) -> None:
     evaluate(str(out), **request)
     assert (out / "README.md").read_text() == before
     made = evaluate(str(out), write_card=True, **request)
+    assert made.models[0].manifest_blake3 == load(out).blake3  # by which `report` finds the figures
     assert streamer.verify(out) == []
     text = (out / "README.md").read_text()
     card: Any = ModelCard(text)

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 Attributes = dict[str, str | None]
-VOID = {"meta"}
+VOID = {"meta", "br"}
 
 
 class Read(HTMLParser):

@@ -41,7 +41,7 @@ def test_every_expert_has_a_cell_and_those_with_few_tokens_are_marked(example: M
 
 def test_nothing_is_shown_of_models_without_experts(example: Manifest, read: Reader) -> None:
     found = shown(example, read, [ModuleEntry(name="model.layers.0.mlp.up_proj", decision="shrunk")])
-    assert not any("expert" in text for _, text in found.named("h2"))
+    assert not any("expert" in text for _, text in found.named("h3"))
 
 
 def test_too_many_cells_leave_the_line_alone(example: Manifest, read: Reader) -> None:

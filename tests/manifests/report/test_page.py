@@ -1,11 +1,14 @@
 import re
 from collections.abc import Callable
+from importlib.resources import files
 from typing import Any
 
 import pytest
+from report_pages import measured
 
 from safeshard.manifests import Fallback, Input, Manifest, Method, ModuleEntry, TensorEntry, printable
 from safeshard.manifests.report import page
+from safeshard.manifests.schema import Caution
 
 Reader = Callable[[str], Any]
 EVIL = [
@@ -36,20 +39,25 @@ def named(example: Manifest, name: str) -> Manifest:
             ),
             "fallbacks": (Fallback(asked=name, done=name, why=name, subject=name),),
             "run": example.run.model_copy(update={"seconds": {name: 1.0}}),
+            "warnings": (Caution(kind=name, text=name, remedy=name),),
         }
-    )
+    ).sealed()
 
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_no_element_and_no_attribute_comes_from_a_name(example: Manifest, read: Reader, evil: str) -> None:
-    text = page([(evil, named(example, evil)), ("other", example)])
-    hostile, plain = read(text), read(page([("plain", named(example, "plain")), ("other", example)]))
+    texts = []
+    for name in (evil, "plain"):
+        manifest = named(example, name)
+        texts.append(page([(name, manifest), ("other", example)], [measured(manifest, name)]))
+    text = texts[0]
+    hostile, plain = map(read, texts)
     assert hostile.shape == plain.shape
-    assert {a["href"] for a, _ in hostile.named("a")} == {"#output-1", "#output-2", example.method.paper}
+    assert {a["href"] for a, _ in hostile.named("a")} == {"#content", "#output-1", "#output-2", example.method.paper}
     styled = [a.get("class") for _, a, _ in hostile.elements]
     assert styled == [a.get("class") for _, a, _ in plain.elements]
     assert text.replace("\n", "").isprintable()
-    for tag, count in {"h1": 1, "b": 1, "td": 15}.items():
+    for tag, count in {"h2": 1, "h4": 1, "b": 1, "td": 14, "th": 8, "option": 2, "figcaption": 0}.items():
         assert sum(printable(evil) in shown for _, shown in hostile.named(tag)) >= count
 
 
@@ -70,12 +78,25 @@ def test_it_refers_to_nothing_outside_and_holds_no_script(example: Manifest, rea
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
 
 
+def test_templates_mark_nothing_as_safe_and_quote_every_attribute() -> None:
+    templates = [f.read_text() for f in files("safeshard.manifests.report").joinpath("templates").iterdir()
+                 if f.name.endswith(".html")]  # fmt: skip
+    assert len(templates) == 5
+    for text in templates:
+        assert "safe" not in re.sub(r"[^{%]*({[{%].*?[}%]})[^{%]*", r"\1", text).replace(
+            "output.manifest.tool.safeshard", ""
+        )
+        assert not re.search(r"=\{\{|autoescape|script|javascript", text)
+
+
 def test_what_the_manifest_says_is_there(example: Manifest, read: Reader) -> None:
     found = read(page([("out", example.sealed())]))
     cells = [text for _, text in found.named("td")]
+    nodes = " ".join(text for a, text in found.named("li") if a.get("class") == "node")
+    for expected in ("aligned hf://org/chat@0123abc", "model.safetensors, 4.10 kB header 1111111111111111",
+                     "adapter adapter", "adapter_config.json, 512 B BLAKE3 2222222222222222"):  # fmt: skip
+        assert expected in " ".join(nodes.split())
     for expected in (
-        "hf://org/chat",
-        "0123abc",
         "no CUDA device",
         "0.35",
         "[0.8, 0.2]",
@@ -84,7 +105,7 @@ def test_what_the_manifest_says_is_there(example: Manifest, read: Reader) -> Non
         "16 x 64",
     ):
         assert expected in cells
-    assert "/home/someone" not in "".join(cells)
+    assert "/home/someone" not in nodes + "".join(cells)
     assert "the delta is zero" in cells
     assert [text for _, text in found.named("dd")] == ["3 of 7", "0.331", "0.35", "1 ~", "1", "3.5 s", "700.00 MB"]
     assert "edited after it was written" not in cells
@@ -96,13 +117,13 @@ def test_an_edited_manifest_is_called_so(example: Manifest, read: Reader) -> Non
 
 
 @pytest.mark.parametrize("count", [0, 2, 3])
-def test_several_outputs_have_an_index(example: Manifest, read: Reader, count: int) -> None:
+def test_several_outputs_have_a_row_each(example: Manifest, read: Reader, count: int) -> None:
     found = read(page([(f"out/{i}", example) for i in range(count)]))
-    targets = [a["href"] for a, text in found.named("a") if text.startswith("out/")]
+    targets = [a["href"] for a, text in found.named("a") if re.match(r"\d+ out/", text)]
     sections = [a["id"] for a, _ in found.named("section") if "id" in a]
     assert targets == [f"#{anchor}" for anchor in sections]
     assert len(sections) == count
-    assert f"{count} outputs" in [text for _, text in found.named("h1")]
+    assert [text for _, text in found.named("h1")] == [f"safeshard report: {count} outputs"]
 
 
 @pytest.mark.parametrize("empty", ["modules", "tensors", "fallbacks", "inputs"])
@@ -139,4 +160,5 @@ def test_a_page_is_bounded(example: Manifest, read: Reader, name: str) -> None:
     )
     text = page([("out", many)])
     assert len(text) < 4_000_000
-    assert text.count(f"and {count - 1000} more, in manifest.json") >= 5
+    assert text.count(f"and {count - 1000} more, in manifest.json") >= 4
+    assert f"and {count - 40} more, in manifest.json" in text  # inputs

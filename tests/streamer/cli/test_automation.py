@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -15,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 from safeshard.streamer import progress, score
-from safeshard.streamer.cli import app
 from safeshard.streamer.cli.app import main
 from safeshard.streamer.methods.safemerge import SafeMerge
 from safeshard.streamer.progress import Progress, duration
@@ -182,16 +180,3 @@ def test_log_level_stands_anywhere(run: Any, world: Any, trio: dict[str, Path]) 
     status, _, err = run("inspect", out, "--log-level", "loud")
     assert status == 2
     assert "--log-level: expected one of debug, info, warning, error, got loud" in err
-
-
-@pytest.mark.parametrize(("variable", "painted"), [("NO_COLOR=1", False), ("TERM=dumb", False), ("TERM=xterm", True)])
-def test_no_colour_where_it_is_not_wanted(monkeypatch: pytest.MonkeyPatch, variable: str, painted: bool) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv(*variable.split("="))
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    assert app._has_colour(Terminal()) == painted
-    assert not app._has_colour(io.StringIO())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from safeshard.manifests import RequestError
+from safeshard.manifests import RequestError, load
+from safeshard.manifests.evaluation import EvaluatedModel, Evaluation, Figure
 from safeshard.streamer import report, safelora, safemerge, scale, verify
 from safeshard.streamer.cli.app import main
 
@@ -56,8 +58,53 @@ def test_one_page_on_several(outputs: list[Path], world: Any, monkeypatch: pytes
     monkeypatch.chdir(world.root)
     assert report([output.name for output in outputs]) == Path("report.html")
     text = Path("report.html").read_text(encoding="utf-8")
-    assert [text.count(f'<a href="#output-{i}">{o.name}</a>') for i, o in enumerate(outputs, 1)] == [1] * 4
+    links = [f'<a href="#output-{i}" rel="noreferrer">{i} {o.name}</a>' for i, o in enumerate(outputs, 1)]
+    assert [text.count(link) for link in links] == [1] * 4
     assert [p.name for p in world.root.iterdir() if p.name.startswith(".")] == []
+
+
+def evaluation(folder: Path, outputs: list[Path]) -> Path:
+    """An evaluation of outputs: attack success and utility, a tenth more each."""
+    facts = {"part": "p", "prompts": 20, "ungraded": 0, "incoherent": 0.0, "source": "f", "grader": "g",
+             "sampling": "greedy", "max_tokens": 9, "low": 0.0, "high": 1.0}  # fmt: skip
+    models = [EvaluatedModel(name=o.name, source=o.name, manifest_blake3=load(o).blake3) for o in outputs]
+    figures = [
+        Figure.model_validate(facts | {"model": model.name, "measure": measure, "value": n / 10 + shift})
+        for n, model in enumerate(models) for measure, shift in (("attack_success", 0.1), ("utility", 0.2))
+    ]  # fmt: skip
+    folder.mkdir()
+    made = Evaluation(suite="s", engine="e", versions={}, models=tuple(models), figures=tuple(figures))
+    (folder / "evaluation.json").write_text(made.to_json())
+    return folder
+
+
+def test_a_folder_of_outputs_with_their_evaluation(outputs: list[Path], world: Any) -> None:
+    folder = world.root / "batch"
+    for output in outputs[:3]:
+        shutil.copytree(output, folder / "deep" / output.name)
+    shutil.copytree(outputs[3], folder / ".hidden")
+    shutil.copytree(outputs[3], folder / "unfinished.partial")
+    (folder / "link").symlink_to(outputs[3])
+    page = report(folder, evaluation=evaluation(world.root / "results", outputs[:2]))
+    assert page == world.root / "batch.report.html"
+    text = page.read_text(encoding="utf-8")
+    assert text.count('<section class="output"') == 3
+    assert text.count("10.0 <small>0.0 to 100.0</small>") == 1
+    assert "1 merged" not in text  # titles are paths as they were given
+    titles = re.findall(r"<title>([^<]*): ([\d.]+) % attack success, ([\d.]+) % utility</title>", text)
+    assert [(Path(t).name, a, u) for t, a, u in titles] == [("merged", "10.0", "20.0"), ("numbered", "20.0", "30.0")]
+
+
+def test_an_evaluation_of_none_of_the_outputs_is_refused(outputs: list[Path], world: Any) -> None:
+    results = evaluation(world.root / "results", outputs[:1])
+    with pytest.raises(
+        RequestError, match=r"--evaluation: expected figures of one of the outputs, got figures of merged"
+    ):
+        report(outputs[1], evaluation=[results])
+    with pytest.raises(RequestError) as refused:
+        report([outputs[1], world.root / "missing"], evaluation=[world.root / "none"], file=world.root / "page.html")
+    assert {Path(o.where).name for o in refused.value.offences} == {"missing", "none"}
+    assert not list(world.root.glob("*.html"))
 
 
 def test_an_existing_page_is_replaced_only_on_demand(outputs: list[Path]) -> None:
