@@ -237,9 +237,12 @@ def _picture(document: Path, name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """The text between two markers: a table of a file's rows, of whole jobs in short, of the toy, or of support."""
+    """The text between two markers: a table of a file's rows, of whole or large jobs, of the toy, or of support."""
     if name == "support":
         return support.markdown()
+    if name == "large":
+        found = [row for row in by_size(read("pipeline")) if row["stages"] and "70b" in row["shape"]]
+        return markdown(found, left_out=("rank", "adapters", "spread"))
     if name == "jobs":
         return markdown(whole_jobs(read("pipeline")), left_out=("rank", "adapters", "spread"))
     if name not in ("toy", "toy_findings", "toy_tuned", "real"):
