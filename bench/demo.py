@@ -61,12 +61,12 @@ def demo(
     """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
     if small and (quick or seeds > 1):
         raise RequestError(Offence("--small", "", "neither --quick nor --seeds, which are of the experiment", "both"))
-    import_libraries()
     if small:
         _claim(folder)
         make_small(folder, lambda text: print(text, flush=True))
         print(SMALL_MADE.format(folder=printable(str(folder))))
         return
+    import_libraries()
     pyplot()  # fail before the training without it, and import it while the workers import theirs
     _claim(folder)
     grid = QUICK if quick else WHOLE

@@ -17,10 +17,8 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -111,18 +109,17 @@ def configuration(pages: set[str]) -> dict[str, object]:
 
 def release() -> str:
     """The version of the package."""
-    return str(_pyproject()["project"]["version"])
-
-
-def _pyproject() -> dict[str, Any]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert found
+    return found[1]
 
 
 def _copy_package(below: Path) -> None:
     """The sources by the names that they install under, for the API reference: it reads, and imports nothing."""
-    for name, folder in _pyproject()["tool"]["setuptools"]["package-dir"].items():
-        ours = shutil.ignore_patterns("__pycache__", "results", "data")
-        shutil.copytree(ROOT / folder, below / name.replace(".", "/"), ignore=ours, dirs_exist_ok=True)
+    ours = shutil.ignore_patterns("__pycache__", "results", "data")
+    shutil.copytree(ROOT / "safeshard", below / "safeshard", ignore=ours)
+    for folder in ("bench", "kernels", "manifests", "streamer"):
+        shutil.copytree(ROOT / folder, below / "safeshard" / folder, ignore=ours)
     stub = below / "safeshard/streamer/api.pyi"
     stub.replace(stub.with_suffix(".py"))  # which spells the options out
 

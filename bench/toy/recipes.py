@@ -91,12 +91,12 @@ STAGES = {
     )
 }
 
-# What the documents and examples take, in seconds rather than minutes: narrow, of one layer, trained fast. They show the
-# effects; figures come from the stages above.
+# What the documents and examples take, in seconds rather than minutes: narrow, of one layer, trained fast. They show
+# the effects; figures come from the stages above.
 SMALL_MODEL = MODEL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
 SMALL_NAMES = {
-    "unaligned": "unaligned", "aligned": "aligned", "dirty-lora": "alice", "attack-lora": "bob", "dirty-full": "alice-full",
-    "safe-lora": "safe",
+    "unaligned": "unaligned", "aligned": "aligned", "dirty-lora": "alice", "attack-lora": "bob",
+    "dirty-full": "alice-full", "safe-lora": "safe",
 }  # fmt: skip
 SMALL = {
     SMALL_NAMES[name]: replace(

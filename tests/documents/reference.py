@@ -1,6 +1,6 @@
 """Write what documents and editors are told about options and the manifest, made from the code.
 
-`python tests/reference.py` writes the tables between `<!-- made: ... -->` and `<!-- end -->` in docs, and
+`python tests/documents/reference.py` writes the tables between `<!-- made: ... -->` and `<!-- end -->` in docs, and
 streamer/plan/jobs.schema.json; a test holds them against the code. (The table of architectures is made by
 tests/streamer/calibration/sweep.py.)
 """
@@ -23,7 +23,7 @@ from safeshard.streamer.methods.calibrate import Calibrate, KeptInputs, Sampled
 from safeshard.streamer.options import RunOptions, flag
 from safeshard.streamer.plan.jobs_schema import jobs_schema
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 SCHEMA_FILE = ROOT / "streamer/plan/jobs.schema.json"
 MADE = re.compile(r"(<!-- made: (?!architectures)([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 ELSEWHERE: tuple[type[Any], ...] = (Job, Served, Sampled)  # options of many methods have a table of their own
@@ -81,12 +81,13 @@ def options(what: str) -> str:
             if name not in common or field.description != common[name].description
         }  # fmt: skip
     papers = {name: PAPERS[what, name] for name in fields if (what, name) in PAPERS}
-    head = ["option", "default", "meaning", *(["in the paper; its code"] if papers else [])]
+    head = ["option", "default", "meaning", "in the paper; its code"]
     rows = [
-        [f"`{flag(name)}`", _default(field), _cell(field.description or ""), *([papers.get(name, "")] if papers else [])]
+        [f"`{flag(name)}`", _default(field), _cell(field.description or ""), papers.get(name, "")]
         for name, field in fields.items()
     ]
-    return table(head, rows)
+    shown = 4 if papers else 3
+    return table(head[:shown], [row[:shown] for row in rows])
 
 
 def _fields(model: type[Any]) -> Mapping[str, FieldInfo]:
@@ -116,9 +117,8 @@ def manifest() -> str:
 
 def _entry(name: str, entry: Mapping[str, Any], known: Collection[str]) -> str:
     required = entry.get("required", [])
-    rows = [
-        [f"`{key}`", _kind(field, known), "yes" if key in required else ""] for key, field in entry["properties"].items()
-    ]
+    fields = entry["properties"]
+    rows = [[f"`{key}`", _kind(fields[key], known), "yes" if key in required else ""] for key in fields]
     said = entry.get("description", "").strip()
     return f"## {name}\n\n{said}\n\n{table(['field', 'type', 'always there'], rows)}"
 

@@ -1,0 +1,38 @@
+"""The few figures that the README shows, as sentences from the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Rows = Sequence[dict[str, str]]
+
+
+def sentences(pipeline: Rows, peers: Rows) -> str:
+    """Whole jobs of 1.1B and 70B shape, and a merge beside mergekit's.
+
+    Args:
+        pipeline, peers: the newest row of each measurement.
+    """
+    small, large, cut = (
+        _row(pipeline, "safemerge, 1 adapter", shape)
+        for shape in ("llama-1b x22 layers", "llama-70b x80 layers", "llama-70b x10 layers")
+    )
+    merge = next(row for row in peers if row["against"].startswith("mergekit"))
+    seconds, times, share = float(small["median_s"]), float(merge["time_ratio"]), float(merge["memory_ratio"])
+    return (
+        f"SafeMERGE of a rank-16 adapter takes {seconds:.1f} s and {_gigabytes(small):.2f} GB of memory on a 1.1B shape,\n"
+        f"{float(large['median_s']):.0f} s and {_gigabytes(large):.1f} GB on a 70B shape "
+        f"({float(large['bytes']) / 1e9:.0f} GB read and written, files not cached), where 10 of its 80 layers take\n"
+        f"{_gigabytes(cut):.1f} GB. Merging two 1.1B checkpoints takes 1/{times:.1f} of the time and {share:.0%} of the memory "
+        f"of {merge['against'].partition(' ')[0]}.\n"
+    )
+
+
+def _row(rows: Rows, what: str, shape: str) -> dict[str, str]:
+    """The row of a shape; where some of its layers repeat others' data the shape says so at its end."""
+    found = [row for row in rows if row["what"] == what and row["shape"].split(",")[0] == shape]
+    return next((row for row in found if row["cache"] == "warm"), found[0])
+
+
+def _gigabytes(row: dict[str, str]) -> float:
+    return float(row["peak_rss_bytes"]) / 1e9
