@@ -18,14 +18,13 @@ def sentences(pipeline: Rows, peers: Rows) -> str:
         for shape in ("llama-1b x22 layers", "llama-70b x80 layers", "llama-70b x10 layers")
     )
     merge = next(row for row in peers if row["against"].startswith("mergekit"))
-    took, whole = float(small["median_s"]), float(large["bytes"]) / 1e9
-    times, share = float(merge["time_ratio"]), float(merge["memory_ratio"])
+    whole, peer = float(large["bytes"]) / 1e9, merge["against"].partition(" ")[0]
+    times, share = float(merge["time_ratio"]), 100 * float(merge["memory_ratio"])
     return (
-        f"SafeMERGE of a rank-16 adapter takes {took:.1f} s and {_gigabytes(small):.2f} GB of memory on a 1.1B shape;\n"
-        f"{float(large['median_s']):.0f} s and {_gigabytes(large):.1f} GB on a 70B shape ({whole:.0f} GB read and written, "
-        f"files not cached), where 10 of its 80 layers take\n"
-        f"{_gigabytes(cut):.1f} GB. Merging two 1.1B checkpoints takes 1/{times:.1f} of the time and {share:.0%} of the "
-        f"memory of {merge['against'].partition(' ')[0]}.\n"
+        f"SafeMERGE of a rank-16 adapter takes {_seconds(small):.1f} s and {_gigabytes(small):.2f} GB of memory on a 1.1B\n"
+        f"shape; {_seconds(large):.0f} s and {_gigabytes(large):.1f} GB on a 70B shape ({whole:.0f} GB read and written,\n"
+        f"files not cached), where 10 of its 80 layers take {_gigabytes(cut):.1f} GB. Merging two 1.1B checkpoints\n"
+        f"takes 1/{times:.1f} of {peer}'s time and {share:.0f} % of its memory.\n"
     )
 
 
@@ -37,3 +36,7 @@ def _row(rows: Rows, what: str, shape: str) -> dict[str, str]:
 
 def _gigabytes(row: dict[str, str]) -> float:
     return float(row["peak_rss_bytes"]) / 1e9
+
+
+def _seconds(row: dict[str, str]) -> float:
+    return float(row["median_s"])
