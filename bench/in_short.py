@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 Rows = Sequence[dict[str, str]]
@@ -20,12 +21,13 @@ def sentences(pipeline: Rows, peers: Rows) -> str:
     merge = next(row for row in peers if row["against"].startswith("mergekit"))
     whole, peer = float(large["bytes"]) / 1e9, merge["against"].partition(" ")[0]
     times, share = float(merge["time_ratio"]), 100 * float(merge["memory_ratio"])
-    return (
-        f"SafeMERGE of a rank-16 adapter takes {_seconds(small):.1f} s and {_gigabytes(small):.2f} GB of memory on a 1.1B\n"
-        f"shape; {_seconds(large):.0f} s and {_gigabytes(large):.1f} GB on a 70B shape ({whole:.0f} GB read and written,\n"
-        f"files not cached), where 10 of its 80 layers take {_gigabytes(cut):.1f} GB. Merging two 1.1B checkpoints\n"
-        f"takes 1/{times:.1f} of {peer}'s time and {share:.0f} % of its memory.\n"
-    )
+    said = [
+        f"SafeMERGE of a rank-16 adapter takes {_seconds(small):.1f} s and {_gigabytes(small):.2f} GB on a 1.1B shape;",
+        f"{_seconds(large):.0f} s and {_gigabytes(large):.1f} GB on a 70B shape ({whole:.0f} GB read and written,",
+        f"not cached), where 10 of its 80 layers take {_gigabytes(cut):.1f} GB.",
+        f"Merging two 1.1B checkpoints takes 1/{times:.1f} of {peer}'s time and {share:.0f} % of its memory.",
+    ]
+    return textwrap.fill(" ".join(said), 120) + "\n"
 
 
 def _row(rows: Rows, what: str, shape: str) -> dict[str, str]:
