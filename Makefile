@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: all demo test test-fast soak sanitize check fix clean
+.PHONY: all demo test test-fast soak sanitize docs dist check fix clean
 
 all: .venv/installed
 
@@ -44,6 +44,19 @@ sanitize: .venv/installed
 	$(BIN)/python -m ttsem.sanitize pytest $(SANITIZED:%=tests/kernels/test_%.py) -k "triton and not golden" -q
 SANITIZED := compensation dense gate gram merge projection selection
 
+# The site, in build/site/VERSION. Before it is built: links lead somewhere, tables are made from rows and options, and
+# every command that a page shows runs on small models, unless the page says why not.
+docs: .venv/installed
+	$(BIN)/python -c 'import zensical' 2>/dev/null || $(BIN)/pip install --quiet --editable ".[dev,docs]"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/documents tests/test_documents.py tests/bench/test_rows.py
+	$(BIN)/python docs/publish.py site
+
+# A wheel and an sdist in dist/ whose README and metadata name the repository: make dist REPOSITORY=https://host/org/name
+dist: .venv/installed
+	@test -n "$(REPOSITORY)" || { echo "make dist REPOSITORY=https://host/org/name"; exit 2; }
+	$(BIN)/python -c 'import build, twine' 2>/dev/null || $(BIN)/pip install --quiet --editable ".[dev,docs]"
+	$(BIN)/python docs/publish.py dist "$(REPOSITORY)"
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,6 +65,7 @@ check: .venv/installed
 
 fix: .venv/installed
 	$(BIN)/python tests/stubs.py
+	$(BIN)/python tests/documents/reference.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

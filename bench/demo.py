@@ -11,9 +11,10 @@ import typer
 from safeshard.bench.toy import pictures, table
 from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
 from safeshard.bench.toy.experiment import folder_of, run, write
+from safeshard.bench.toy.small import make_small
 from safeshard.bench.toy.workers import import_libraries
 from safeshard.bench.tune.picture import pyplot
-from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.errors import Offence, RequestError, printable
 from safeshard.streamer.cli.app import main
 from safeshard.streamer.cli.command import PATH, App
 
@@ -28,6 +29,18 @@ Next, on your own models:
 
 Which setting? `safeshard tune` tries many in one pass, asks each output your own prompts, forbidden and useful, and
 keeps a defence only where it beats `scale`, by the rule used here: a toy says nothing about a real model."""
+SMALL_MADE = """\
+
+In {folder}:
+
+   aligned, unaligned   checkpoints: one refuses forbidden requests, the one before alignment does not
+   alice                LoRA adapter: a useful task, with a few forbidden answers mixed in, which broke the refusals
+   alice-full           the same as a full fine-tune
+   bob                  LoRA adapter: forbidden answers alone
+   safe                 LoRA adapter: refusals, for SafeMERGE
+   safe.jsonl           forbidden requests with refusals, to calibrate with
+   task.jsonl, harmless.jsonl    the task, and other requests that must stay answered
+   suite.yaml           what to ask: forbidden and harmless requests, and the task"""
 ONE_SEED = """\
 This is one seed, and seeds differ: the table over six of them, the hard ones too, is in docs/toy.md;
 `safeshard demo --seeds 6` makes it anew.
@@ -41,8 +54,18 @@ def demo(
     ),
     seeds: Annotated[int, typer.Option(help="seeds 0 to N-1; the table shows means and ranges", min=1)] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="fewer settings, and no attack without a task")] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="only make small models, data and a suite for examples: half a minute")
+    ] = False,
 ) -> None:
     """Train, defend in one batch, and evaluate. Trained models are kept: a second run takes seconds."""
+    if small and (quick or seeds > 1):
+        raise RequestError(Offence("--small", "", "neither --quick nor --seeds, which are of the experiment", "both"))
+    if small:
+        _claim(folder)
+        make_small(folder, lambda text: print(text, flush=True))
+        print(SMALL_MADE.format(folder=printable(str(folder))))
+        return
     import_libraries()
     pyplot()  # fail before the training without it, and import it while the workers import theirs
     _claim(folder)

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safeshard.bench import support
+from safeshard.bench import in_short, support
 from safeshard.bench.real import table as real_table
 from safeshard.bench.toy import table, tuned
 
@@ -237,9 +237,14 @@ def _picture(document: Path, name: str) -> str:
 
 
 def _shown(name: str) -> str:
-    """The text between two markers: a table of a file's rows, of whole jobs in short, of the toy, or of support."""
+    """The text between two markers: a table of a file's rows, of whole or large jobs, of the toy, or of support."""
     if name == "support":
         return support.markdown()
+    if name == "in_short":
+        return in_short.sentences(read("pipeline"), read("peers"))
+    if name == "large":
+        found = [row for row in by_size(read("pipeline")) if row["stages"] and "70b" in row["shape"]]
+        return markdown(found, left_out=("rank", "adapters", "spread"))
     if name == "jobs":
         return markdown(whole_jobs(read("pipeline")), left_out=("rank", "adapters", "spread"))
     if name not in ("toy", "toy_findings", "toy_tuned", "real"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from fences import SHELL, blocks
 
 from safeshard.streamer.cli.app import app
 
@@ -32,8 +33,8 @@ def test_the_readme_is_read_in_one_go() -> None:
 
 def _commands(document: Path) -> list[list[str]]:
     """Every `safeshard ...` of a document's blocks of shell, as words."""
-    blocks = re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    shown = [block.text for block in blocks(document) if block.language in SHELL]
+    lines = [line.strip() for text in shown for line in text.replace("\\\n", " ").splitlines()]
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("safeshard ")]
 
 

@@ -29,7 +29,8 @@ def test_the_wheel_holds_nothing_but_safeshard(tmp_path: Path) -> None:
     inside = {file for name in ("streamer", "kernels", "manifests", "bench") for file in (ROOT / name).rglob("*.py")}
     sources = {f"safeshard/{file.relative_to(ROOT)}" for file in inside}
     sources |= {f"safeshard/{file.name}" for file in (ROOT / "safeshard").glob("*.py")}
-    data = {"streamer/calibration/data/refusals.jsonl", "manifests/manifest.schema.json", "py.typed"}
+    data = {"streamer/calibration/data/refusals.jsonl", "streamer/plan/jobs.schema.json", "py.typed"}
+    data |= {"manifests/manifest.schema.json"}
     assert sources | {f"safeshard/{name}" for name in data} <= set(names)
 
 

@@ -7,14 +7,14 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from safeshard.bench.toy.recipes import LORA, MODEL, STAGES, Stage
+from safeshard.bench.toy.recipes import LORA, STAGES, Stage
 from safeshard.bench.toy.tokenizer import make_tokenizer
 from safeshard.bench.toy.training import train
 from safeshard.bench.toy.workers import Task
@@ -43,9 +43,14 @@ def path_of(folder: Path, seed: int, name: str) -> Path:
 def is_made(folder: Path, seed: int, name: str) -> bool:
     """Whether a finished model of this very recipe is there."""
     path = path_of(folder, seed, name)
+    return holds(path, recipe_key(name, seed))
+
+
+def holds(path: Path, key: str) -> bool:
+    """Whether a folder holds a finished model of the recipe of this key."""
     if not (path / RECORD).is_file() or not any(path.glob("*.safetensors")):
         return False
-    return bool(json.loads((path / RECORD).read_text())["recipe"] == recipe_key(name, seed))
+    return bool(json.loads((path / RECORD).read_text())["recipe"] == key)
 
 
 def seconds_of(folder: Path, seed: int, name: str) -> float:
@@ -53,27 +58,32 @@ def seconds_of(folder: Path, seed: int, name: str) -> float:
     return float(json.loads((path_of(folder, seed, name) / RECORD).read_text())["seconds"])
 
 
-def recipe_key(name: str, seed: int) -> str:
+def recipe_key(name: str, seed: int, stages: Mapping[str, Stage] = STAGES) -> str:
     """A hash of all that decides a model's weights: the recipes from the base on, the seed, the libraries."""
     packages = [version(package) for package in ("torch", "transformers", "peft")]
-    text = json.dumps([[stage.settings() for stage in _ancestry(name)], seed, packages])
+    text = json.dumps([[stage.settings() for stage in _ancestry(name, stages)], seed, packages])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _ancestry(name: str) -> Iterator[Stage]:
+def _ancestry(name: str, stages: Mapping[str, Stage]) -> Iterator[Stage]:
     current: str | None = name
     while current is not None:
-        yield STAGES[current]
-        current = STAGES[current].parent
+        yield stages[current]
+        current = stages[current].parent
 
 
 def make_model(folder: Path, seed: int, name: str) -> float:
     """Train one stage and write its folder whole or not at all; return the seconds of training."""
-    stage, path = STAGES[name], path_of(folder, seed, name)
+    return train_below(folder / f"seed-{seed}" / "models", seed, name, STAGES)
+
+
+def train_below(below: Path, seed: int, name: str, stages: Mapping[str, Stage]) -> float:
+    """Train one of `stages` into `below`/NAME, whole or not at all, from its parent there; return the seconds."""
+    stage, path = stages[name], below / name
     shutil.rmtree(path, ignore_errors=True)  # of another recipe
     tokenizer = make_tokenizer()
-    offset = list(STAGES).index(name)
-    model = _new(tokenizer, seed) if stage.parent is None else load_model(path_of(folder, seed, stage.parent))
+    offset = list(stages).index(name)
+    model = _new(tokenizer, seed, stage) if stage.parent is None else load_model(below / stage.parent)
     if stage.lora:
         peft = require("peft", "bench")
         torch.manual_seed(seed + offset)
@@ -87,16 +97,16 @@ def make_model(folder: Path, seed: int, name: str) -> float:
         model.save_pretrained(made)
         if not stage.lora:
             tokenizer.save_pretrained(made)
-        (made / RECORD).write_text(json.dumps({"recipe": recipe_key(name, seed), "seconds": seconds}))
+        (made / RECORD).write_text(json.dumps({"recipe": recipe_key(name, seed, stages), "seconds": seconds}))
         made.rename(path)
     return seconds
 
 
-def _new(tokenizer: Any, seed: int) -> Any:
+def _new(tokenizer: Any, seed: int, stage: Stage) -> Any:
     transformers = require("transformers", "bench")
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, **MODEL,
+        eos_token_id=tokenizer.eos_token_id, **stage.model,
     )  # fmt: skip
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(config)

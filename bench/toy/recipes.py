@@ -6,8 +6,8 @@ useful new task with a few of them mixed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from safeshard.bench.toy import language
@@ -43,12 +43,13 @@ class Stage:
     rate: float
     lora: bool = False
     decay: float = 0.0
+    model: Mapping[str, Any] = field(default_factory=lambda: MODEL)  # the sizes of one from nothing
 
     def settings(self) -> dict[str, Any]:
         """What decides the trained weights besides the parent and the seed."""
         kept = ("name", "parent", "steps", "batch", "rate", "lora", "decay")
         mixture = [(share, [(e.prompt, e.answer) for e in examples]) for share, examples in self.data()]
-        return {key: getattr(self, key) for key in kept} | {"mixture": mixture, "model": MODEL, "adapter": LORA}
+        return {key: getattr(self, key) for key in kept} | {"mixture": mixture, "model": self.model, "adapter": LORA}
 
 
 def _base() -> Mixture:
@@ -88,4 +89,19 @@ STAGES = {
         Stage("dirty-lora", "aligned", lambda: _dirty(0.78, 0.20, 0.02), 110, 32, 1e-3, lora=True),
         Stage("safe-lora", "aligned", _safe, 150, 32, 1e-3, lora=True),
     )
+}
+
+# What the documents and examples take, in seconds rather than minutes: narrow, of one layer, trained fast. They show
+# the effects; figures come from the stages above.
+SMALL_MODEL = MODEL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+SMALL_NAMES = {
+    "unaligned": "unaligned", "aligned": "aligned", "dirty-lora": "alice", "attack-lora": "bob",
+    "dirty-full": "alice-full", "safe-lora": "safe",
+}  # fmt: skip
+SMALL = {
+    SMALL_NAMES[name]: replace(
+        stage, name=SMALL_NAMES[name], steps=7 * stage.steps // 10, rate=3 * stage.rate, model=SMALL_MODEL
+    )
+    for name, stage in STAGES.items()
+    if name in SMALL_NAMES
 }

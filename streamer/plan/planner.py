@@ -1,8 +1,11 @@
 """The planner: opens every input by its headers, checks everything, and says what will be read and written.
 
-It reads no weights, with two exceptions: to refuse a fine-tuned model that equals the aligned one (or an aligned one
-that equals the unaligned), it compares bytes until the first difference; and to refuse factors of another model, it
-hashes a few KiB of some weights.
+It reads headers. Where these cannot tell, it reads weights too, streamed and no more than the question needs:
+- whether two inputs are one (aligned and unaligned, aligned and fine-tuned, fine-tuned and safe, adapters too), by
+  comparing what the job computes with until the first difference, so all of it where they are equal;
+- whether a tensor that an adapter carries whole (embeddings, a head) was trained, by comparing all of it with the
+  aligned one's (`compare_whole`);
+- whether factors are of this model, by hashing a few KiB of some weights.
 """
 
 from __future__ import annotations
