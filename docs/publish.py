@@ -29,7 +29,6 @@ FILES = (
     "LICENSE", "CITATION.cff", "bench/results/*", "docs/**/*.png", "docs/**/*.yaml", "examples/**/*",
     "manifests/manifest.schema.json", "streamer/plan/jobs.schema.json",
 )  # fmt: skip
-OPTIONAL = {"cluster.md"}  # may be missing from docs
 LINK = re.compile(r"(\]\()([^)\s#]*)(#[^)\s]*)?(?=\))")
 NOT_RUN = re.compile(r"^( *)```(\w+) not run: (.*)$", re.MULTILINE)
 
@@ -96,7 +95,7 @@ def configuration(pages: set[str]) -> dict[str, object]:
                 shown.append({title: ["design/README.md", *design]})
             elif isinstance(value, list):
                 shown.append({title: kept(value)})
-            elif value not in OPTIONAL - pages:
+            else:
                 shown.append(entry)
         return shown
 

@@ -19,6 +19,7 @@ from fences import PAGES, ROOT, blocks
 from safeshard.bench.tune.sweep import read_sweep
 from safeshard.manifests.errors import RequestError
 from safeshard.streamer.methods import METHODS
+from safeshard.streamer.plan import jobs_file
 from safeshard.streamer.plan.jobs_file import jobs_of, read_jobs
 from safeshard.streamer.plan.jobs_schema import jobs_schema
 
@@ -51,7 +52,8 @@ def test_the_examples_use_every_method_that_writes_adapters_and_the_sweep_is_rea
     read_sweep(EXAMPLES / "sweep.yaml")
 
 
-def test_jobs_files_in_the_documents_fit_the_schema() -> None:
+def test_jobs_files_in_the_documents_fit_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs_file, "matching", lambda pattern: [pattern.replace("*", "alice")])  # of buckets afar
     shown = [yaml.safe_load(block.text) for page in PAGES for block in blocks(page) if block.language == "yaml"]
     jobs = [document for document in shown if "jobs" in document]
     jobs += [yaml.safe_load(file.read_text()) for file in sorted((ROOT / "docs/reproduce").glob("safe*.yaml"))]
