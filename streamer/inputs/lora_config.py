@@ -164,7 +164,7 @@ def read_config(where: str, raw: Any) -> LoraConfig:
     if raw.get("peft_type") != "LORA":
         kind = raw.get("peft_type")
         remedy = _REMEDY if isinstance(kind, str) else "name the folder of a PEFT adapter"
-        remedy = _NO_WEIGHTS if kind in _PROMPTS else remedy
+        remedy = _NO_WEIGHTS if isinstance(kind, str) and kind in _PROMPTS else remedy
         raise RequestError(Offence(where, "peft_type", "LORA", repr(kind), remedy))
     offences = [Offence(where, key, *facts) for key, *facts in _unsupported(raw)]
     malformed = list(_malformed(raw))

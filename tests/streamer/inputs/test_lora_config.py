@@ -146,7 +146,14 @@ def test_the_config_of_another_initialisation_is_ignored_as_peft_does() -> None:
     assert config(**unused).scaling("q_proj") == 2.0
 
 
-@pytest.mark.parametrize("kind", ["VERA", "IA3", "ADALORA", "LOHA", "lora", None, 3])
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING"])
+def test_what_learns_a_prompt_has_nothing_to_merge(kind: str) -> None:
+    (offence,) = refused({"peft_type": kind})
+    assert "merge" not in offence.remedy
+    assert "there is no delta" in offence.remedy
+
+
+@pytest.mark.parametrize("kind", ["VERA", "IA3", "ADALORA", "LOHA", "lora", None, 3, [], {}])
 def test_other_peft_types_are_refused(kind: Any) -> None:
     (offence,) = refused({"peft_type": kind, "r": None, "d_initial": 0.1})
     assert (offence.what, offence.expected, offence.got) == ("peft_type", "LORA", repr(kind))

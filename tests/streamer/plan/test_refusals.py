@@ -263,7 +263,7 @@ def spoil_header(file: Path) -> str:
 
 def spoil_html(file: Path) -> str:
     file.write_text("<!DOCTYPE html><title>404</title>" * 9)
-    return "header"
+    return "a web page"
 
 
 @pytest.mark.parametrize("spoil", [spoil_truncate, spoil_empty, spoil_header, spoil_html])

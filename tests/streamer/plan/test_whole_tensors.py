@@ -108,6 +108,24 @@ def test_a_trained_head_that_is_carried_over_is_said(
     assert "trained: 1 of 32 rows differ from the aligned one's by up to 1" in why
 
 
+def test_a_trained_embedding_in_a_checkpoint_is_said_and_what_shares_it(
+    world: Any, aligned: Tensors, load_tensors: Any
+) -> None:
+    tied = {name: tensor for name, tensor in aligned.items() if name != HEAD}
+    places = {
+        False: world.places["aligned"], True: world.checkpoint("tied", tied, tie_word_embeddings=True),
+    }  # fmt: skip
+    given = adapter(world, "a", aligned, {EMBEDDING: aligned[EMBEDDING].float() + 1}, modules_to_save=["embed_tokens"])
+    for shares, place in places.items():
+        out = world.root / f"out{shares}"
+        result = scale(aligned=place, adapter=given, factor=0.5, output=out, output_format="checkpoint", quiet=True)
+        [(done, why)] = notes(result, result.job.title).values()
+        assert done == "the adapter's own"
+        assert "trained: 32 of 32 rows differ" in why
+        assert ("the output head shares it" in why) == shares
+        assert torch.equal(load_tensors(out)[EMBEDDING], (aligned[EMBEDDING].float() + 1).bfloat16())
+
+
 @pytest.mark.parametrize(("shape", "allowed"), [((10, 7), False), ((30, 24), True), ((40, 24), True), ((24,), False)])
 def test_a_saved_tensor_has_the_shape_of_the_one_it_replaces(
     world: Any, aligned: Tensors, shape: tuple[int, ...], allowed: bool
