@@ -54,7 +54,7 @@ docs: .venv/installed
 # A wheel and an sdist in dist/ whose README and metadata name the repository: make dist REPOSITORY=https://host/org/name
 dist: .venv/installed
 	@test -n "$(REPOSITORY)" || { echo "make dist REPOSITORY=https://host/org/name"; exit 2; }
-	$(BIN)/python -c 'import build, twine' 2>/dev/null || $(BIN)/pip install --quiet --editable ".[dev,docs]"
+	$(BIN)/python -c 'import build.env, twine' 2>/dev/null || $(BIN)/pip install --quiet --editable ".[dev,docs]"
 	$(BIN)/python docs/publish.py dist "$(REPOSITORY)"
 
 check: .venv/installed

@@ -14,11 +14,11 @@ def sentences(pipeline: Rows, peers: Rows) -> str:
     Args:
         pipeline, peers: the newest row of each measurement.
     """
-    small, large, cut = (
-        _row(pipeline, "safemerge, 1 adapter", shape)
-        for shape in ("llama-1b x22 layers", "llama-70b x80 layers", "llama-70b x10 layers")
-    )
-    merge = next(row for row in peers if row["against"].startswith("mergekit"))
+    shapes = ("llama-1b x22 layers", "llama-70b x80 layers", "llama-70b x10 layers")
+    small, large, cut = (_row(pipeline, "safemerge, 1 adapter", shape) for shape in shapes)
+    merge = next((row for row in peers if row["against"].startswith("mergekit")), None)
+    if small is None or large is None or cut is None or merge is None:
+        return "Not all of these were measured yet.\n"
     whole, peer = float(large["bytes"]) / 1e9, merge["against"].partition(" ")[0]
     times, share = float(merge["time_ratio"]), 100 * float(merge["memory_ratio"])
     said = [
@@ -30,10 +30,10 @@ def sentences(pipeline: Rows, peers: Rows) -> str:
     return textwrap.fill(" ".join(said), 120) + "\n"
 
 
-def _row(rows: Rows, what: str, shape: str) -> dict[str, str]:
+def _row(rows: Rows, what: str, shape: str) -> dict[str, str] | None:
     """The row of a shape; where some of its layers repeat others' data the shape says so at its end."""
     found = [row for row in rows if row["what"] == what and row["shape"].split(",")[0] == shape]
-    return next((row for row in found if row["cache"] == "warm"), found[0])
+    return next((row for row in found if row["cache"] == "warm"), found[0] if found else None)
 
 
 def _gigabytes(row: dict[str, str]) -> float:

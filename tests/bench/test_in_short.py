@@ -30,3 +30,4 @@ def test_each_figure_is_of_its_row() -> None:
     assert "100 s and 3.0 GB on a 70B shape (2 GB read and written, not cached)" in text
     assert "10 of its 80 layers take 2.5 GB" in text
     assert "1/4.0 of mergekit's time and 10 % of its memory" in text
+    assert sentences(pipeline[:3], peers) == sentences(pipeline, peers[:1]) == "Not all of these were measured yet.\n"
