@@ -410,6 +410,9 @@ class TestFaults:
         with pytest.raises(RunError, match=words):
             resta(**full, output=OUT)
         assert "manifest.json" not in bucket.names("out/x")
+        bucket.writing = lambda asked: None
+        resta(**full, output=OUT)
+        assert not verify(OUT)
 
     def test_another_run_that_begins_later_goes_on(
         self, bucket: StandinBucket, full: dict[str, Any], world: Any, work: Path, monkeypatch: pytest.MonkeyPatch
