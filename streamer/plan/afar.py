@@ -88,7 +88,7 @@ class There:
         if self.journal is not None:
             known |= ours.files_of_journal(self.journal, REPLACED_KIND)
         marks = _ALWAYS if self.marked else {".gitattributes"}
-        return sorted(self.names.keys() - known - marks)
+        return sorted(n for n in self.names.keys() - known - marks if not (self.marked and ours.USUAL.fullmatch(n)))
 
     def offences(self, overwrite: bool) -> Iterator[Offence]:
         """What keeps a job from writing there."""

@@ -31,8 +31,8 @@ _LINE_BYTES = 64 << 20  # of a journal's first line
 _SCHEMA = re.compile(rb'\{\s*"schema":\s*"%s"' % SCHEMA.encode())  # how an index of factors begins
 _MARKS = (MANIFEST_NAME, INDEX, JOURNAL_NAME)
 _ALWAYS = {JOURNAL_NAME, MANIFEST_NAME, REPLACED, INDEX, PART_RECORD, NUMBERS, "README.md", "report.html", ".DS_Store"}
-# What version 0.1 wrote, whose journals do not name their files.
-_EARLIER = re.compile(
+# What outputs consist of: version 0.1's journals do not name their files, and none names those written last.
+USUAL = re.compile(
     rf"(adapter_)?model[\w-]*\.safetensors(\.part)?|{FILE}|model\.safetensors\.index\.json|(adapter_)?config\.json"
     r"|(generation|tokenizer|(pre)?processor)_config\.json|tokenizer\.(json|model)|special_tokens_map\.json"
     r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|tiktoken\.model|chat_template\.(jinja|json)"
@@ -137,7 +137,7 @@ def _is_ours(folder: Path, name: str, known: set[str]) -> bool:
     return (
         name in _ALWAYS
         or {name, name.removesuffix(PART)} & known != set()
-        or bool(is_state(name) or _EARLIER.fullmatch(name))
+        or bool(is_state(name) or USUAL.fullmatch(name))
     )
 
 

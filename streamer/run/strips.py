@@ -21,7 +21,7 @@ from safeshard.streamer.plan.job_plan import Weight
 from safeshard.streamer.run.effects import effect, measured_tiles
 from safeshard.streamer.run.steps import STRIP_BYTES, CopyTask, ModuleTask
 from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
-from safeshard.streamer.write.writer import TensorWrite
+from safeshard.streamer.write.tensor_write import TensorWrite
 
 NEAR_BYTES = 1 << 22  # of a strip of each tensor
 MEASURED = 512  # of so many pieces one, for what is left: strips pass fast, and one factor leaves the same of each
