@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ def run_on_ray(jobs: Sequence[Job], options: RunOptions, count: int | None = Non
     if options.dry_run:
         return run(jobs, options, skip_finished=True)
     Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)  # refuse before a task starts
-    with _cluster(ray):
+    with contextlib.redirect_stdout(sys.stderr), _cluster(ray):  # Ray's own words, where stdout is for JSON
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needs, slots = resources_of_a_part(nodes, options)
         there = {part.count for job in jobs for part in parts_there(job.output)}

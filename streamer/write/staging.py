@@ -21,7 +21,7 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import sync_path, write_file
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.ours import NUMBERS, PART, REPLACED
-from safeshard.streamer.plan.places import is_half_copied, listed, unfinished_offences
+from safeshard.streamer.plan.places import is_half_copied, listed, staging_of, unfinished_offences
 from safeshard.streamer.write.journal import HeldError, Journal
 
 NO_RENAME = (errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -39,8 +39,8 @@ def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overw
     if offences := list(unfinished_offences(staging)):  # it would be published, or removed
         raise RequestError(offences)
     path = staging / JOURNAL_NAME
-    if staging.exists() and not path.exists():
-        remove(staging, output)
+    if staging == staging_of(output) and staging.exists() and not path.exists():
+        remove(staging, output)  # not of a part, where another worker may be about to begin
     _make_folder(staging)
     try:
         return Journal.open(path, fingerprint)
