@@ -418,7 +418,9 @@ def test_finish_that_is_interrupted_goes_on(checkpoints: Cluster, monkeypatch: p
     checkpoints.compare()
 
 
-def test_an_output_that_is_there_is_replaced_at_the_end_only(adapters: Cluster) -> None:
+def test_an_output_that_is_there_is_replaced_at_the_end_only(
+    adapters: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch(adapters.file, quiet=True)
     kept = (adapters.root / "scale/adapter_model.safetensors").stat().st_ino
     for part in Part.all(2):
@@ -426,7 +428,11 @@ def test_an_output_that_is_there_is_replaced_at_the_end_only(adapters: Cluster) 
     for part in Part.all(2):
         adapters.part(str(part), overwrite=True)
     assert (adapters.root / "scale/adapter_model.safetensors").stat().st_ino == kept
-    adapters.finish(overwrite=True)
+    monkeypatch.setattr(parts_of_a_batch, "_remove_parts", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        adapters.finish(overwrite=True)
+    monkeypatch.undo()
+    adapters.finish(overwrite=True)  # which was interrupted when its parts had become outputs
     assert (adapters.root / "scale/adapter_model.safetensors").stat().st_ino != kept
     adapters.compare()
 
