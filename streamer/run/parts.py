@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
+from safeshard.manifests.schema import Manifest
 from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
@@ -77,8 +78,7 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
     if offences := [afar_offence(plan) for plan in plans if plan.job.afar is not None]:
         raise RequestError(offences)
     for plan in plans:
-        if not plan.finished and not parts_there(plan.folder):
-            plan.finished = finished(plan)  # with --overwrite: gathered before
+        plan.finished = plan.finished or _gathered_before(plan)
     if options.strict:
         refuse_cautions(plans)
     left = [plan for plan in plans if not plan.finished]
@@ -101,6 +101,14 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
                 settle(staging_of(plan.folder), plan.folder)
         _remove_parts(plan.folder)
     return [r if isinstance(r := results.get(id(plan)), Result) else earlier(plan) for plan in plans]
+
+
+def _gathered_before(plan: JobPlan) -> Manifest | None:
+    """The manifest of an output that was made of these very parts, or of parts that are gone: with --overwrite, too."""
+    manifest, parts = finished(plan), parts_there(plan.folder)
+    records = [read_record(part.folder(plan.folder)) for part in parts]
+    same = manifest and any(record and record.run.start == manifest.run.start for record in records)
+    return manifest if same or not parts else None
 
 
 def _parts(plans: Sequence[JobPlan]) -> list[Part]:

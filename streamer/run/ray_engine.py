@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ def run_on_ray(jobs: Sequence[Job], options: RunOptions, count: int | None = Non
     plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)
     if offences := [afar_offence(plan) for plan in plans if plan.job.afar is not None]:
         raise RequestError(offences)  # before a task starts
-    with _cluster(ray):
+    with contextlib.redirect_stdout(sys.stderr), _cluster(ray):  # Ray's own words, where stdout is for JSON
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needs, slots = resources_of_a_part(nodes, options)
         there = {part.count for plan in plans for part in parts_there(plan.folder)}

@@ -21,7 +21,7 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import sync_path, write_file
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.ours import NUMBERS, PART, REPLACED
-from safeshard.streamer.plan.places import is_half_copied, unfinished_offences
+from safeshard.streamer.plan.places import is_half_copied, staging_of, unfinished_offences
 from safeshard.streamer.write.journal import HeldError, Journal
 
 NO_RENAME = (errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -39,7 +39,8 @@ def open_journal(staging: Path, output: Path, fingerprint: dict[str, Any], overw
     if offences := list(unfinished_offences(staging)):  # it would be published, or removed
         raise RequestError(offences)
     path = staging / JOURNAL_NAME
-    if staging.exists() and not path.exists():
+    own = staging in (output, staging_of(output))  # not a part's, where another worker may be about to begin
+    if own and staging.exists() and not path.exists():
         remove(staging, output)
     make_folder(staging)
     try:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from safeshard.manifests.errors import RequestError
 from safeshard.streamer import batch
 from safeshard.streamer.options import RunOptions
-from safeshard.streamer.run.ray_engine import PROCESS_BYTES, resources_of_a_part
+from safeshard.streamer.run.ray_engine import PROCESS_BYTES, _Board, _Relay, resources_of_a_part
 
 GIB = 1 << 30
 NOT_STARTED = 77  # exit status of the program below where Ray itself does not come up
@@ -50,7 +51,7 @@ def strike():
 
 threading.Thread(target=strike, daemon=True).start()
 batch(jobs, engine="ray", parts=4, memory="256MiB", quiet=True)
-print(len(underway), sum(node["Alive"] for node in ray.nodes()))
+print(json.dumps([len(underway), sum(node["Alive"] for node in ray.nodes())]))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -82,6 +83,19 @@ def test_a_cluster_that_cannot_take_a_part_is_refused() -> None:
         resources_of_a_part([node(8, memory=10e9)], RunOptions(memory=60 * GIB))
     with pytest.raises(RequestError, match="--device: expected a GPU in the cluster, got none"):
         resources_of_a_part([node(8)], RunOptions(device="cuda"))
+
+
+def test_the_progress_of_all_parts_is_one() -> None:
+    board = _Board()
+    actor = SimpleNamespace(tell=SimpleNamespace(remote=board.tell))
+    with _Relay(actor, 1, 100, True) as one, _Relay(actor, 2, 50, True) as other:
+        assert board.read() == (150, 0, "")
+        one.done("model.layers.3.x", 30)
+        other.extend(10)
+        other.done("model.layers.4.x", 60)
+    assert board.read()[:2] == (160, 90)
+    with _Relay(actor, 2, 20, True):  # started again elsewhere, with less to do
+        assert board.read()[:2] == (120, 30)
 
 
 def test_without_ray_the_extra_is_named(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +136,5 @@ def test_a_node_that_is_killed_underway_costs_no_byte(world: Any, tmp_path: Path
     if done.returncode == NOT_STARTED:
         pytest.skip(f"Ray does not start here: {done.stderr[-300:]}")
     assert done.returncode == 0, done.stderr
-    underway, alive = map(int, done.stdout.split())
-    assert underway == 2
-    assert alive == 1
+    assert json.loads(done.stdout) == [2, 1], done.stderr  # parts underway, and nodes left; nothing else on stdout
     assert contents(tmp_path / "out") == whole
