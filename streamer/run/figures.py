@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from safeshard.manifests.errors import printable
 from safeshard.manifests.grid import number, number_name
 from safeshard.manifests.schema import Manifest
 from safeshard.streamer.disk import check_file, replace_file
@@ -28,21 +30,30 @@ def draw_values(models: Mapping[str, Mapping[str, float | None]], name: str, fil
     """Draw values of modules by model: how they are distributed, and by layer, medians joined, ranges shaded."""
     figure = require("matplotlib.figure", "report").Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
+    every = [value for values in models.values() for value in values.values() if value is not None]
+    bounds = (min(every), max(every)) if every else None
     for n, (model, values) in enumerate(models.items()):
         known = [value for value in values.values() if value is not None]
         layers = {int(k): sorted(v) for k, v in by_layer(values).items() if k != "other"}
-        style = {"color": COLOURS[n % len(COLOURS)], "label": model}
-        left.hist(known, BINS, histtype="step", **style)
-        right.plot(list(layers), [v[len(v) // 2] for v in layers.values()], "o-", markersize=3, **style)
+        style = {"color": COLOURS[n % len(COLOURS)], "label": _plain(model)}
+        left.hist(known, BINS, range=bounds, histtype="step", **style)
+        right.plot(list(layers), [*map(median, layers.values())], "o-", markersize=3, **style)
         low, high = [v[0] for v in layers.values()], [v[-1] for v in layers.values()]
         right.fill_between(list(layers), low, high, alpha=0.15, color=style["color"])
     left.set(xlabel=name, ylabel="modules")
     right.set(xlabel="layer", ylabel=name)
+    left.locator_params(axis="y", integer=True)
+    right.locator_params(axis="x", integer=True)
     for panel in (left, right):
         panel.grid(alpha=0.3)
     if len(models) > 1:
         right.legend(fontsize=8)
     write_figure(figure, file)
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib takes for no formula."""
+    return printable(name).replace("$", r"\$")
 
 
 def draw_output(manifest: Manifest, title: str, file: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from safeshard.manifests import RequestError
 from safeshard.streamer import inspect, scale, score
 from safeshard.streamer.cli.app import main
+from safeshard.streamer.run.figures import draw_values
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
@@ -62,6 +63,13 @@ def test_an_output_as_bars_and_as_a_picture(capsys: pytest.CaptureFixture[str], 
     assert run(capsys, "inspect", out, "--plot")[1].startswith(plain)
     assert inspect(out, plot=world.root / "out.svg") == plain
     assert (world.root / "out.svg").read_bytes()[:5] == b"<?xml"
+
+
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    names = [r"$\frac{", "a$b$", "\x1b[2J"]
+    draw_values({name: {"layers.0.q": 0.5} for name in names}, "cosine", tmp_path / "x.svg")
+    texts = {element.text for element in ET.parse(tmp_path / "x.svg").iter("{http://www.w3.org/2000/svg}text")}
+    assert {r"$\frac{", "a$b$", r"\x1b[2J"} <= texts
 
 
 def test_what_it_refuses(world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
