@@ -13,8 +13,7 @@ be saved (`HiddenStates`), and an interrupted run goes on from those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -32,6 +31,14 @@ from safeshard.streamer.calibration.expert_stage import BUFFERS, ExpertStage
 from safeshard.streamer.calibration.experts import Experts
 from safeshard.streamer.calibration.gram_collector import GramCollector
 from safeshard.streamer.calibration.hidden_states import HiddenStates
+from safeshard.streamer.calibration.running import (
+    arriving,
+    computing,
+    filled_on_device,
+    one_by_one,
+    one_thread,
+    side_by_side,
+)
 from safeshard.streamer.calibration.skeleton import LayerCall, Skeleton
 from safeshard.streamer.calibration.weights import Weights
 from safeshard.streamer.device import memory_errors, own_stream, wait
@@ -138,61 +145,29 @@ def _run_on_device(
             wanted = index >= saved.first
             layer, given = skeleton.layers[path], [batch_calls[index] for batch_calls in calls]
             collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
-            with _filled_on_device(skeleton, path, ahead, device, remedy):
+            with filled_on_device(skeleton, path, ahead, device, remedy):
                 experts = skeleton.experts.get(path)
                 if stage is not None and experts is not None:
 
                     def alone(number: int, layer: nn.Module = layer, given: list[LayerCall] = given) -> None:
                         given[number].run(layer, hidden[number].to(device))
 
-                    inside = partial(_computing, device, path, remedy)
-                    for portion in stage.portions(experts, alone, _one_by_one, inside, wanted):
+                    inside = partial(computing, device, path, remedy)
+                    for portion in stage.portions(experts, alone, one_by_one, inside, wanted):
                         yield LayerGrams(index, path, portion.grams, rows, portion.seen)
-                with _computing(device, path, remedy), collector, _replaying(stage, experts) as tell:
+                with computing(device, path, remedy), collector, _replaying(stage, experts) as tell:
                     ahead.announce(skeleton.stored(following[1]) if following else ())
-                    for number, (states, arrived) in enumerate(zip(hidden, _arriving(hidden, device), strict=True)):
+                    for number, (states, arrived) in enumerate(zip(hidden, arriving(hidden, device), strict=True)):
                         tell(number)
                         with collector.batch(number):
                             states.copy_(given[number].run(layer, arrived), non_blocking=True)
                     wait(device)  # before the weights go, and before another stream takes the Grams
-            with _computing(device, path, remedy):
+            with computing(device, path, remedy):
                 grams = collector.finish()
                 wait(device)
             if wanted:
                 yield LayerGrams(index, path, grams, rows)
                 del grams
-
-
-@contextmanager
-def _computing(device: torch.device, path: str, remedy: str) -> Iterator[None]:
-    """Inside, this thread has a stream of its own, and a device without memory is refused with what to do."""
-    with own_stream(device), memory_errors(path, remedy):
-        yield
-
-
-@contextmanager
-def _filled_on_device(skeleton: Skeleton, path: str, load: Load, device: torch.device, remedy: str) -> Iterator[None]:
-    """Inside, a layer has its weights on the device, whichever stream computes."""
-    filled = skeleton.filled(path, load, device)
-    with _computing(device, path, remedy):
-        filled.__enter__()
-        wait(device)
-    try:
-        yield
-    finally:
-        filled.__exit__(None, None, None)
-
-
-def _one_by_one(run: Callable[[int], None], numbers: Iterable[int]) -> None:
-    for number in numbers:
-        run(number)
-
-
-def _side_by_side(workers: int, run: Callable[[int], None], numbers: Iterable[int]) -> None:
-    """Run batches at once, each on one thread of the CPU."""
-    with ThreadPoolExecutor(workers, "batch", initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for _ in pool.map(run, numbers):
-            pass
 
 
 @contextmanager
@@ -203,24 +178,6 @@ def _replaying(stage: ExpertStage | None, experts: Experts | None) -> Iterator[C
         return
     with stage.replaying(experts) as tell:
         yield tell
-
-
-def _arriving(hidden: Sequence[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
-    """Each batch's hidden states on the device; those of the next are copied while one is computed."""
-    computing = torch.cuda.current_stream(device)
-    with own_stream(device):
-        copying = torch.cuda.current_stream(device)
-    coming: list[tuple[torch.Tensor, torch.cuda.Event]] = []
-    for states in [*hidden, None]:
-        if states is not None:
-            with torch.cuda.stream(copying):
-                arrived = states.to(device, non_blocking=True)
-                arrived.record_stream(computing)
-                coming.append((arrived, copying.record_event()))
-        if states is None or len(coming) == 2:
-            arrived, event = coming.pop(0)
-            computing.wait_event(event)
-            yield arrived
 
 
 @torch.no_grad()
@@ -236,7 +193,7 @@ def _run(
     stage: ExpertStage | None,
 ) -> Iterator[LayerGrams]:
     rows = sum(len(batch.rows) for batch in batches)
-    with _one_thread():
+    with one_thread():
         buffer, hidden, calls = _embed(skeleton, load, batches, device, allocate)
     start, shared = saved.load(key, buffer), _shared(calls)
     for index, path in list(enumerate(skeleton.layers))[start:]:
@@ -247,12 +204,12 @@ def _run(
         collector = GramCollector(skeleton.linears(path) if wanted else {}, batches)
         with skeleton.filled(path, load, device):
             experts = skeleton.experts.get(path)
-            each = partial(_side_by_side, workers)
+            each = partial(side_by_side, workers)
             if stage is not None and experts is not None:
                 alone = partial(_run_alone, layer, given, hidden)
-                for portion in stage.portions(experts, alone, each, _one_thread, wanted):
+                for portion in stage.portions(experts, alone, each, one_thread, wanted):
                     yield LayerGrams(index, path, portion.grams, rows, portion.seen)
-            with _one_thread(), collector, _replaying(stage, experts) as tell:
+            with one_thread(), collector, _replaying(stage, experts) as tell:
                 each(partial(_run_batch, layer, collector, tell, given, hidden), range(len(batches)))
         if wanted:
             grams = collector.finish()
@@ -278,17 +235,6 @@ def _run_batch(
     tell(number)
     with collector.batch(number):
         hidden[number].copy_(given[number].run(layer, hidden[number]))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Inside, torch computes on one thread of the CPU: how it cuts work into pieces changes the last bits of a Gram."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _embed(

@@ -31,7 +31,7 @@ from safeshard.streamer.calibration.ahead import Load
 from safeshard.streamer.calibration.experts import COUNTS as EXPERT_COUNTS
 from safeshard.streamer.calibration.experts import WEIGHTS as FUSED_WEIGHTS
 from safeshard.streamer.calibration.experts import find_experts
-from safeshard.streamer.calibration.renamed import renamed
+from safeshard.streamer.calibration.spelling import renamed, spelling
 from safeshard.streamer.extras import require_transformers
 from safeshard.streamer.inputs.codecs import MAX_EXPERTS
 from safeshard.streamer.inputs.layouts import routes
@@ -109,14 +109,14 @@ class Skeleton:
         prefix = model.base_model_prefix + "."
         self._stored_as: dict[str, str] = {}  # a tensor's name once it is renamed as transformers does -> its own
         try:
-            self._strip, self._add = _spelling(folder, self._needed, present, base, prefix)
+            self._strip, self._add = spelling(folder, self._needed, present, base, prefix)
         except RequestError as error:
             self._stored_as = {theirs: name for name, theirs in renamed(model, present) if theirs != name}
             if not self._stored_as:
                 raise
             again = (present - set(self._stored_as.values())) | self._stored_as.keys()
             try:
-                self._strip, self._add = _spelling(folder, self._needed, again, base, prefix)
+                self._strip, self._add = spelling(folder, self._needed, again, base, prefix)
             except RequestError:
                 raise error from None
         self._model_paths = {self._spell(base + path): base + path for path in layers}
@@ -412,44 +412,6 @@ def _find_layers(folder: Path, body: nn.Module, config: Any) -> dict[str, nn.Mod
         raise _refuse(folder, f"one list of {count} decoder layers", f"{len(found)} in {config.model_type}")
     ((prefix, layers),) = found.items()
     return {f"{prefix}{index}": layer for index, layer in enumerate(layers)}
-
-
-def _spelling(folder: Path, needed: set[str], present: set[str], base: str, prefix: str) -> tuple[str, str]:
-    """(prefix to strip, prefix to add) that turn the model's tensor names into the checkpoint's.
-
-    `base` is what the model's own names begin with, `prefix` what they may begin with. Where neither finds all, the
-    language model stands inside another, and its path is where the tensors of the first layer are.
-    """
-    spellings = [("", ""), (prefix, ""), ("", prefix)]
-    missing = _missing(spellings, needed, present)
-    if all(missing.values()):
-        inside = {(base, path) for path in _paths(needed, present, base)}
-        missing |= _missing(inside, needed, present)
-    fewest = min(map(len, missing.values()))
-    best = [spelling for spelling, names in missing.items() if len(names) == fewest]
-    if fewest:
-        names, remedy = sorted(missing[best[0]]), "use the checkpoint that belongs to this config.json"
-        raise RequestError([Offence(str(folder), name, "a tensor", "none", remedy) for name in names])
-    if len(best) > 1 and best[0] not in spellings:
-        paths = " or ".join(repr(path) for _, path in sorted(best))
-        raise RequestError(Offence(str(folder), "", "one language model", f"tensors of it under {paths}"))
-    return best[0]
-
-
-def _missing(
-    spellings: Collection[tuple[str, str]], needed: set[str], present: set[str]
-) -> dict[tuple[str, str], list[str]]:
-    return {
-        (strip, add): [name for n in needed if (name := add + n.removeprefix(strip)) not in present]
-        for strip, add in spellings
-    }
-
-
-def _paths(needed: set[str], present: set[str], base: str) -> set[str]:
-    """What stands in the checkpoint before the names of the language model's first layer."""
-    first = [name.removeprefix(base) for name in needed if layer_of(name) == 0]
-    ends = [(name, name.removesuffix(tail)) for tail in first[:1] for name in present if name.endswith("." + tail)]
-    return {path for name, path in ends if not part_of(name)}
 
 
 def _refuse(folder: Path, expected: str, got: str, remedy: str = "calibration takes no such model") -> RequestError:
