@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import typer
@@ -64,7 +65,7 @@ def _is_one(option: Any) -> bool:
 def _drawn(plots: set[str], args: list[str]) -> list[str]:
     """Let an option that draws stand without a file: --plot is --plot -."""
     spread = []
-    for arg, after in zip(args, [*args[1:], ""], strict=True):
+    for arg, after in zip_longest(args, args[1:], fillvalue=""):
         spread += [arg, ON_TERMINAL] if arg in plots and not after.endswith((".svg", ".png", ".pdf")) else [arg]
     return spread
 
