@@ -184,7 +184,7 @@ def empty_group(index: dict[str, Any]) -> None:
 
 
 def other_schema(index: dict[str, Any]) -> None:
-    index["schema"] = "safeshard.factors/3"
+    index["schema"] = "safeshard.factors/4"
 
 
 @pytest.mark.parametrize(
