@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from safeshard.bench.toy.models import _new
+from safeshard.bench.toy.recipes import STAGES
 from safeshard.bench.toy.tokenizer import make_tokenizer
 
 
@@ -15,7 +16,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Folders `aligned` and `adapter`, of random weights."""
     folder = tmp_path_factory.mktemp("tiny")
     tokenizer = make_tokenizer()
-    model = _new(tokenizer, 0)
+    [first] = [stage for stage in STAGES.values() if stage.parent is None]
+    model = _new(tokenizer, 0, first)
     model.save_pretrained(folder / "aligned")
     tokenizer.save_pretrained(folder / "aligned")
     torch.manual_seed(1)
