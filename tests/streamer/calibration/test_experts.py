@@ -18,7 +18,7 @@ from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer.calibration import expert_grams
 from safeshard.streamer.calibration.expert_grams import portions
 from safeshard.streamer.calibration.forward import LayerGrams, calibrate
-from safeshard.streamer.calibration.hidden_states import HiddenStates
+from safeshard.streamer.calibration.hidden_states import SAVED, HiddenStates, UnsavedStates
 from safeshard.streamer.calibration.weights import Weights
 from safeshard.streamer.inputs.checkpoint import open_checkpoint
 from safeshard.streamer.sources import open_source
@@ -41,7 +41,7 @@ def make(kind: str, folder: Path) -> nn.Module:
 
 def run(folder: Path, samples: list[list[int]], **options: Any) -> list[LayerGrams]:
     weights = Weights(open_checkpoint(open_source(str(folder))))
-    options = {"budget_bytes": 1 << 30, "key": "a", "saved": HiddenStates([folder]), "batch_tokens": 64} | options
+    options = {"budget_bytes": 1 << 30, "key": "a", "saved": UnsavedStates([folder]), "batch_tokens": 64} | options
     layers = calibrate(
         folder, weights.load, weights.shapes.keys(), samples, device=torch.device("cpu"), dtype=torch.float32,
         experts=weights, **options,
@@ -164,7 +164,8 @@ def test_an_interrupted_run_goes_on_from_a_layer_s_hidden_states(
 ) -> None:
     make("mixtral", tmp_path / "m")
     monkeypatch.setattr("safeshard.streamer.calibration.hidden_states.INTERVAL", 0.0)
-    whole = by_place(run(tmp_path / "m", tokens()))
+    whole = by_place(run(tmp_path / "m", tokens(), saved=HiddenStates([tmp_path / "m"])))
+    assert (tmp_path / "m" / SAVED).exists()
     rest = by_place(run(tmp_path / "m", tokens(), saved=HiddenStates([tmp_path / "m"], first=1)))
     assert rest.keys() == {place for place in whole if place[0] == 1}
     assert all(torch.equal(gram, whole[place][1]) for place, (_, gram) in rest.items())
