@@ -219,7 +219,7 @@ def measure_real(
 ) -> None:
     """Align, fine-tune, defend, tune and judge a small real chat model; append its rows.
 
-    About 20 minutes a seed on two cores; every trained model and every answer is kept, so that a rerun goes on.
+    About an hour a seed on two cores; every trained model and every answer is kept, so that a rerun goes on.
     """
     for each in seed or (0, 1, 2):
         found = real.run_seed(folder, each, real.SLICE if small else real.WHOLE, lambda text: print(text, flush=True))

@@ -1,8 +1,8 @@
 """The planner: opens every input by its headers, checks everything, and says what will be read and written.
 
-It reads no weights, with two exceptions: to refuse a fine-tuned model that equals the aligned one (or an aligned one
-that equals the unaligned), it compares bytes until the first difference; and to refuse factors of another model, it
-hashes a few KiB of some weights.
+It reads few weights: to refuse inputs that are given as two and are one, it compares bytes until the first difference;
+to tell which tensors an adapter carries whole were trained, it compares those with the aligned model's; and to refuse
+factors of another model, it hashes a few KiB of some weights.
 """
 
 from __future__ import annotations
