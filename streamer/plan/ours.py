@@ -45,9 +45,19 @@ def strangers(folder: Path, marked: bool = False) -> list[str] | None:
     An empty folder, and one with nothing but an empty journal, was begun and left: nothing in it is anybody's. With
     `marked` the folder lies in one of ours and needs no mark of its own.
     """
-    if not _is_folder(folder):
-        return [] if marked and not os.path.lexists(folder) else None
-    names = _names(folder)
+    before: tuple[list[str], list[str] | None] | None = None
+    while _is_folder(folder):
+        look = None
+        with contextlib.suppress(FileNotFoundError):
+            names = _names(folder)
+            look = names, _strangers(folder, names, marked)
+            if look[1] == [] or look == before:  # else another run may be at work there, whose files come and go
+                return look[1]
+        before = look
+    return [] if marked and not os.path.lexists(folder) else None
+
+
+def _strangers(folder: Path, names: list[str], marked: bool) -> list[str] | None:
     known = _known(folder)
     if known is None and not marked:
         begun = names == [JOURNAL_NAME] and _is_begun(folder / JOURNAL_NAME)

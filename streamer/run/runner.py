@@ -244,6 +244,8 @@ def _start(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun]) ->
             runs.append(_begin(plan, options))
         except RequestError as error:
             refused.append(error)
+            if isinstance(error, HeldError):  # whoever holds the first holds the rest soon
+                break
     if refused:
         offences = [offence for error in refused for offence in error.offences]
         raise (HeldError if all(isinstance(error, HeldError) for error in refused) else RequestError)(offences)

@@ -75,14 +75,14 @@ def in_parallel(source: Source, work: Callable[[S], T], items: Iterable[S]) -> I
     """`work` of each item, in order; side by side where each takes a round trip."""
     if not source.far:
         return map(work, items)
-    try:
-        with ThreadPoolExecutor(FAR_READERS, "far") as pool:
+    with ThreadPoolExecutor(FAR_READERS, "far") as pool:
+        try:
             return list(pool.map(work, items))
-    except Exception:
-        raise
-    except BaseException:  # a signal: nothing is to be waited for
-        source.stop()
-        raise
+        except Exception:
+            raise
+        except BaseException:  # a signal: the pool's end waits for what is under way, which may be stalled
+            source.stop()
+            raise
 
 
 def read_json(source: Source, name: str) -> Any:

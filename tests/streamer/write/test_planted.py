@@ -253,3 +253,30 @@ def test_a_journal_names_the_files_of_its_output(partial: Path) -> None:
     assert ours.strangers(partial) == []
     assert ours.remove(partial) == []
     assert not partial.exists()
+
+
+def test_a_run_at_work_there_is_no_stranger(partial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another worker's folder may change between two looks at it: its journal gets a first line, its files go."""
+    journal = partial / "journal.jsonl"
+    whole = journal.read_bytes()
+    (partial / "adapter_model.safetensors.part").unlink()
+    journal.write_bytes(b"")
+    known, is_ours = ours._known, ours._is_ours
+
+    def known_before_it_was_written(folder: Path) -> set[str] | None:
+        found = known(folder)
+        journal.write_bytes(whole)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "_known", known_before_it_was_written)
+        assert ours.strangers(partial) == []
+    (partial / "adapter_model.safetensors.part").write_bytes(b"")
+
+    def gone(folder: Path, name: str, names: set[str]) -> bool:
+        (partial / "adapter_model.safetensors.part").unlink(missing_ok=True)
+        return is_ours(folder, name, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "_is_ours", gone)
+        assert ours.strangers(partial) == []
