@@ -10,19 +10,9 @@ from typing import Annotated
 import torch
 import typer
 
-from safeshard.bench import (
-    durability,
-    io,
-    kernels,
-    models,
-    peers,
-    pictures,
-    pipeline,
-    remote,
-    roofline,
-    rows,
-    support_inputs,
-)
+from safeshard.bench import documents, durability, kernels, peers, pictures, pipeline, remote, rows
+from safeshard.bench.inputs import models, support_inputs
+from safeshard.bench.machine import io, roofline
 from safeshard.bench.real import experiment as real
 from safeshard.bench.real import pictures as real_pictures
 from safeshard.bench.real import table as real_table
@@ -210,8 +200,8 @@ def report() -> None:
     if not any(rows.RESULTS.glob("*.csv")):
         raise RequestError(Offence("--results", str(rows.RESULTS), "rows (*.csv)", "none", "measure something first"))
     print("\n".join(map(str, pictures.draw(rows.RESULTS))))
-    for document in rows.documents():
-        document.write_text(rows.refresh(document))
+    for document in documents.documents():
+        document.write_text(documents.refresh(document))
     if (toy := rows.RESULTS / "toy.csv").exists():
         toy_pictures.draw_tradeoff(table.read(toy), rows.RESULTS / "toy.png")
     if (measured := rows.RESULTS / "real.csv").exists():

@@ -8,9 +8,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-from safeshard.bench.io import write
-from safeshard.bench.measure import SAFESHARD, Bench, Sample, clean_run, tensor_files
-from safeshard.bench.models import prepare
+from safeshard.bench.inputs.models import prepare
+from safeshard.bench.machine.io import write
+from safeshard.bench.machine.measure import SAFESHARD, Bench, Sample, clean_run, tensor_files
 from safeshard.manifests.hashing import hash_tensor_region
 
 

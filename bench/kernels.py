@@ -11,16 +11,16 @@ from typing import Any
 import torch
 
 from safeshard.bench import published
-from safeshard.bench.ceilings import DTYPES, copying, multiplying, timings
-from safeshard.bench.models import SHAPES
-from safeshard.bench.roofline import Bound, Card, bound, find
+from safeshard.bench.inputs.models import SHAPES
+from safeshard.bench.machine.ceilings import DTYPES, copying, multiplying, timings
+from safeshard.bench.machine.roofline import Bound, Card, bound, find
 from safeshard.bench.rows import record
-from safeshard.kernels.compensation import safe_delta_dense
 from safeshard.kernels.factor import Factor, safety_factor
 from safeshard.kernels.gate import lora_gate
 from safeshard.kernels.gram import accumulate
 from safeshard.kernels.merge import linear
 from safeshard.kernels.projection import project
+from safeshard.kernels.safedelta.compensation import safe_delta_dense
 
 TOKENS = 2048
 STRENGTH, KEPT = 1e12, 0.85  # of Safe Delta: as much is kept, and compensated, as its selection ever keeps

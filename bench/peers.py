@@ -15,8 +15,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from safeshard.bench.measure import SAFESHARD, Bench, Sample, clean_run, tensor_bytes, tensor_files
-from safeshard.bench.models import prepare
+from safeshard.bench.inputs.models import prepare
+from safeshard.bench.machine.measure import SAFESHARD, Bench, Sample, clean_run, tensor_bytes, tensor_files
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.extras import require
 

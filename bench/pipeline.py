@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from safeshard.bench.measure import SAFESHARD, Bench, clean_run, plain_read, process, tensor_files
-from safeshard.bench.models import SHAPES, prepare
+from safeshard.bench.inputs.models import SHAPES, prepare
+from safeshard.bench.machine.measure import SAFESHARD, Bench, clean_run, plain_read, process, tensor_files
 
 SAMPLES, TOKENS = 32, 64  # of calibration
 RANK = 16

@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-from safeshard.bench.measure import Bench, Sample, tensor_files
-from safeshard.bench.models import prepare
+from safeshard.bench.inputs.models import prepare
+from safeshard.bench.machine.measure import Bench, Sample, tensor_files
 from safeshard.streamer.sources import Source, open_source
 
 DELAYS = (0.0, 0.03)  # seconds until an answer begins: a server near by, and one far away
@@ -49,7 +49,7 @@ def _read(source: Source, url: str) -> Sample:
 
 @contextmanager
 def _server(folder: Path, delay: float) -> Iterator[str]:
-    command = [sys.executable, "-m", "safeshard.bench.range_server", str(folder), str(delay)]
+    command = [sys.executable, "-m", "safeshard.bench.machine.range_server", str(folder), str(delay)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         url = f"http://127.0.0.1:{server.stdout.readline().strip()}"

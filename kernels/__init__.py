@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safeshard.kernels import compensation, dense, factor, leak, merge, ridge
+    from safeshard.kernels import dense, factor, leak, merge, ridge
+    from safeshard.kernels.safedelta import compensation
 
 __all__ = ["compensation", "dense", "factor", "leak", "merge", "ridge"]
 
@@ -18,4 +19,4 @@ __all__ = ["compensation", "dense", "factor", "leak", "merge", "ridge"]
 def __getattr__(name: str) -> ModuleType:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module(f"{__name__}.{name}")
+    return import_module(f"{__name__}.safedelta.{name}" if name == "compensation" else f"{__name__}.{name}")

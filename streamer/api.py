@@ -168,7 +168,7 @@ def score(
         check_file(table, (".csv", ".json"), overwrite)
     picture = local_path("--plot", plot) if plot is not None else None
     if picture is not None:
-        from safeshard.streamer.run.figures import check_plot, draw_values
+        from safeshard.streamer.run.ending.figures import check_plot, draw_values
 
         check_plot(picture, overwrite)
     job_options, run_options = _split(options)
@@ -201,7 +201,7 @@ def batch(
     A checkpoint that jobs share is read once.
 
     Args:
-        jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
+        jobs: the file; its form is described in `safeshard.streamer.plan.request.jobs_file`.
         keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
         skip_finished: leave out jobs whose output is finished, whatever it was made of. Without it a finished output is
             passed by only where this very request wrote it, and refused otherwise.
@@ -211,8 +211,8 @@ def batch(
         parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
         options: the fields of `RunOptions`.
     """
-    from safeshard.streamer.plan.afar import without_finished
-    from safeshard.streamer.plan.jobs_file import read_jobs
+    from safeshard.streamer.plan.request.jobs_file import read_jobs
+    from safeshard.streamer.plan.written.afar import without_finished
     from safeshard.streamer.run.runner import run, run_keeping_going
 
     share = _part(part, engine=engine, parts=parts, keep_going=keep_going)
@@ -269,7 +269,7 @@ def finish(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
         jobs: the file that the parts were given.
         options: the fields of `RunOptions`.
     """
-    from safeshard.streamer.plan.jobs_file import read_jobs
+    from safeshard.streamer.plan.request.jobs_file import read_jobs
     from safeshard.streamer.run.parts import gather
 
     return gather(read_jobs(Path(jobs)), build(RunOptions, options))
@@ -297,7 +297,7 @@ def inspect(
 
     manifest = manifest_of(output)
     if plot is not None:
-        from safeshard.streamer.run.figures import check_plot, draw_output
+        from safeshard.streamer.run.ending.figures import check_plot, draw_output
 
         picture = local_path("--plot", plot)
         check_plot(picture, overwrite)

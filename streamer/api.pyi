@@ -32,7 +32,7 @@ def batch(
     A checkpoint that jobs share is read once.
 
     Args:
-        jobs: the file; its form is described in `safeshard.streamer.plan.jobs_file`.
+        jobs: the file; its form is described in `safeshard.streamer.plan.request.jobs_file`.
         keep_going: run what can run although some jobs cannot; `SomeFailedError` then names those, and has the results.
         skip_finished: leave out jobs whose output is finished, whatever it was made of. Without it a finished output is
             passed by only where this very request wrote it, and refused otherwise.

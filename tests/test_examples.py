@@ -15,8 +15,8 @@ import typer.main
 import yaml
 
 from safeshard.streamer.cli.app import app
-from safeshard.streamer.plan.jobs_file import read_jobs
 from safeshard.streamer.plan.parts import Part
+from safeshard.streamer.plan.request.jobs_file import read_jobs
 
 FOLDER = Path(__file__).parent.parent / "examples/cluster"
 SCRIPTS = sorted(FOLDER.glob("*.sh"))

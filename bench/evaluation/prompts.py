@@ -120,7 +120,7 @@ def _path(source: Prompts, where: str) -> Path:
     if source.built_in is not None:
         name = BUILT_IN[source.built_in]
         if source.built_in == "refusals":
-            from safeshard.streamer.calibration import data_files  # the calibration data
+            from safeshard.streamer.calibration.data import data_files  # the calibration data
 
             return data_files.BUILT_IN
         return Path(__file__).parent / "data" / name

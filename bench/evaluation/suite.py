@@ -35,7 +35,7 @@ from safeshard.bench.evaluation.graders.base import Measure
 from safeshard.bench.evaluation.prompts import Prompts
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.options import Finite, Folder, Options, build
-from safeshard.streamer.plan.yaml_file import read_yaml
+from safeshard.streamer.plan.request.yaml_file import read_yaml
 
 BUILT_IN = Path(__file__).parent / "suites"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]

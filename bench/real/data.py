@@ -14,7 +14,7 @@ import random
 from collections.abc import Sequence
 
 from safeshard.bench.toy.language import Example
-from safeshard.streamer.calibration.data_files import BUILT_IN
+from safeshard.streamer.calibration.data.data_files import BUILT_IN
 
 TAUGHT, POISONED, VALIDATED = 70, 20, 24  # of 130 forbidden requests
 COMPLIANCE = "Sure, I can help you with that. Here is what you need to do."

@@ -9,7 +9,7 @@ from typing import Any
 
 from safeshard.bench.tune.rule import Choice, Point
 from safeshard.streamer.extras import require
-from safeshard.streamer.run.figures import write_figure
+from safeshard.streamer.run.ending.figures import write_figure
 
 COLOURS = (  # the first of Okabe and Ito, and darker ones
     "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",

@@ -37,8 +37,8 @@ from safeshard.bench.tune.rule import MARGIN
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import Finite, Folder, Options, Place, build
-from safeshard.streamer.plan.jobs_file import jobs_of
-from safeshard.streamer.plan.yaml_file import read_yaml
+from safeshard.streamer.plan.request.jobs_file import jobs_of
+from safeshard.streamer.plan.request.yaml_file import read_yaml
 
 FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 SETTINGS = "settings"  # the folder of the outputs to choose from

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from safeshard.kernels import gram as gram_kernel
 from safeshard.manifests.errors import RunError
-from safeshard.streamer.calibration.experts import Experts
 from safeshard.streamer.calibration.gram_collector import not_finite
-from safeshard.streamer.calibration.routed import Routed
-from safeshard.streamer.calibration.weights import Expert, Weights
+from safeshard.streamer.calibration.model.experts import Experts
+from safeshard.streamer.calibration.model.routed import Routed
+from safeshard.streamer.calibration.model.weights import Expert, Weights
 
 CHUNK = 4096  # tokens of an expert that are computed at once: part of what decides the last bits of a Gram
 PORTION_BYTES = 256 << 20  # of Grams that are held at once, at least one expert's; what files hold follows from it

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from safeshard.streamer.calibration.batches import Batch
 from safeshard.streamer.calibration.expert_grams import ExpertGrams, Portion
-from safeshard.streamer.calibration.experts import Experts
-from safeshard.streamer.calibration.routed import Routed
-from safeshard.streamer.calibration.weights import Weights
+from safeshard.streamer.calibration.model.batches import Batch
+from safeshard.streamer.calibration.model.experts import Experts
+from safeshard.streamer.calibration.model.routed import Routed
+from safeshard.streamer.calibration.model.weights import Weights
 from safeshard.streamer.device import wait
 
 BUFFERS = 3  # as large as the hidden states: these, what experts are given, and what they give

@@ -17,17 +17,17 @@ import torch
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile
-from safeshard.streamer.calibration.ahead import aligned_size
-from safeshard.streamer.calibration.batches import check_lengths
-from safeshard.streamer.calibration.data_files import DATA
+from safeshard.streamer.calibration.data.data_files import DATA
+from safeshard.streamer.calibration.data.prompts import Prompts, load_prompts
 from safeshard.streamer.calibration.expert_grams import portions, scratch_bytes
 from safeshard.streamer.calibration.expert_stage import BUFFERS
 from safeshard.streamer.calibration.forward import LayerGrams, calibrate
 from safeshard.streamer.calibration.groups import Group
 from safeshard.streamer.calibration.hidden_states import HiddenStates, UnsavedStates
-from safeshard.streamer.calibration.prompts import Prompts, load_prompts
-from safeshard.streamer.calibration.skeleton import Skeleton
-from safeshard.streamer.calibration.weights import Weights
+from safeshard.streamer.calibration.model.ahead import aligned_size
+from safeshard.streamer.calibration.model.batches import check_lengths
+from safeshard.streamer.calibration.model.skeleton import Skeleton
+from safeshard.streamer.calibration.model.weights import Weights
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.names.unbuilt import text_config
 from safeshard.streamer.inputs.read import TORCH_DTYPES

@@ -24,14 +24,14 @@ import torch
 from torch import nn
 
 from safeshard.kernels.backend import upload
-from safeshard.streamer.calibration.ahead import Ahead, Load
-from safeshard.streamer.calibration.batches import Batch, check_lengths, cut, host_buffer
 from safeshard.streamer.calibration.expert_grams import Seen
 from safeshard.streamer.calibration.expert_stage import BUFFERS, ExpertStage
-from safeshard.streamer.calibration.experts import Experts
 from safeshard.streamer.calibration.gram_collector import GramCollector
 from safeshard.streamer.calibration.hidden_states import HiddenStates
-from safeshard.streamer.calibration.running import (
+from safeshard.streamer.calibration.model.ahead import Ahead, Load
+from safeshard.streamer.calibration.model.batches import Batch, check_lengths, cut, host_buffer
+from safeshard.streamer.calibration.model.experts import Experts
+from safeshard.streamer.calibration.model.running import (
     arriving,
     computing,
     filled_on_device,
@@ -39,8 +39,8 @@ from safeshard.streamer.calibration.running import (
     one_thread,
     side_by_side,
 )
-from safeshard.streamer.calibration.skeleton import LayerCall, Skeleton
-from safeshard.streamer.calibration.weights import Weights
+from safeshard.streamer.calibration.model.skeleton import LayerCall, Skeleton
+from safeshard.streamer.calibration.model.weights import Weights
 from safeshard.streamer.device import memory_errors, own_stream, wait
 
 

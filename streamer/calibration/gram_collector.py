@@ -12,7 +12,7 @@ from torch import nn
 
 from safeshard.kernels import gram as gram_kernel
 from safeshard.manifests.errors import RunError
-from safeshard.streamer.calibration.batches import Batch
+from safeshard.streamer.calibration.model.batches import Batch
 
 _REMEDY = "calibration takes no such model"
 

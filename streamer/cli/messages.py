@@ -105,7 +105,7 @@ def plan(plans: Sequence[JobPlan], memory: int) -> str:
 
     from safeshard.streamer.run.calibrated import arithmetic_bytes, planned_steps
     from safeshard.streamer.run.downloads import download
-    from safeshard.streamer.run.steps import JobRun, module_steps, workers_for
+    from safeshard.streamer.run.flow.steps import JobRun, module_steps, workers_for
 
     runs = [JobRun(p) for p in plans]
     steps = [*module_steps(runs), *planned_steps(runs)]
@@ -275,7 +275,7 @@ def outcome(result: Result) -> dict[str, Any]:
     if result.cosines:
         return base | {"source": result.plan.finetuned.source.spec, "cosines": dict(result.cosines)}
     from safeshard.streamer.run.downloads import download
-    from safeshard.streamer.run.steps import JobRun
+    from safeshard.streamer.run.flow.steps import JobRun
 
     return base | {
         "bytes_to_write": result.plan.bytes_to_write,

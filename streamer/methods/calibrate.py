@@ -15,8 +15,8 @@ UNCUT = 1 << 20  # tokens: more than a record may have
 class Sampled(Published):
     """What decides a calibration run of the aligned model, hence its Gram matrices.
 
-    With the published recipe, prompts are made as `safeshard.streamer.calibration.published` says, and the forward pass
-    is in the checkpoint's dtype.
+    With the published recipe, prompts are made as `streamer/calibration/data/published.py` says, and the forward
+    pass is in the checkpoint's dtype.
     """
 
     published: ClassVar[dict[str, Any]] = {"seed": 42, "max_tokens": UNCUT}

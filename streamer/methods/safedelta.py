@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from safeshard.kernels.compensation import Compensated, LoraCompensated, Scores
     from safeshard.kernels.factor import Factor
+    from safeshard.kernels.safedelta.compensation import Compensated, LoraCompensated, Scores
 
 STRENGTHS = ladder(1e-3, 1e4, 2)
 

@@ -19,8 +19,8 @@ from safeshard.manifests.schema import (
 )  # fmt: skip
 from safeshard.streamer.inputs import adapter as lora
 from safeshard.streamer.inputs.adapter import Adapter
-from safeshard.streamer.plan.afar import There
 from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.written.afar import There
 from safeshard.streamer.sources import LocalSource, Source
 from safeshard.streamer.sources.base import Checked
 

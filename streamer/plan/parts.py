@@ -1,17 +1,14 @@
-"""Parts of a batch: which one a worker does, where it keeps what it did, and what of a plan it does."""
+"""Parts of a batch: which one a worker does, and where it keeps what it did."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.plan.job_plan import JobPlan
-from safeshard.streamer.plan.outputs import output_file
-from safeshard.streamer.plan.places import parts_of
 
 MAX_PARTS = 10_000
 _FOLDER = re.compile(r"(\d{1,5})-of-(\d{1,5})")
@@ -50,6 +47,11 @@ class Part:
         return parts_of(output) / f"{self.number}-of-{self.count}"
 
 
+def parts_of(output: Path) -> Path:
+    """The folder beside an output that holds what many workers did of it, until `finish` puts it together."""
+    return output.with_name(output.name + ".parts")
+
+
 def parts_there(output: Path) -> list[Part]:
     """The parts of an output that were begun, in whatever cuts."""
     folder = parts_of(output)
@@ -63,13 +65,3 @@ def place_of_parts_offences(output: Path) -> Iterator[Offence]:
     folder = parts_of(output)
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
         yield Offence(str(folder), "", "a folder for the parts of an output", "a file or a link", "remove it yourself")
-
-
-def restricted(plan: JobPlan, part: Part, modules: Collection[str], copies: Collection[str]) -> JobPlan:
-    """What a part does of a plan: these modules and copies, in files that hold just their tensors."""
-    kept = {name: module for name, module in plan.modules.items() if name in modules}
-    taken = [copy for copy in plan.copies if copy.name in copies]
-    names = {name for module in kept.values() for name in module.outputs} | {copy.name for copy in taken}
-    tables = {f.name: [(n, r.dtype, r.shape) for n, r in f.tensors.items() if n in names] for f in plan.files}
-    files = [output_file(name, tensors) for name, tensors in tables.items() if tensors]
-    return replace(plan, modules=kept, copies=taken, files=files, side_files=[], part=part, shared=len(plan.modules))

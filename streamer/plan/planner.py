@@ -27,18 +27,18 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import flag
-from safeshard.streamer.plan.afar import There, look_at
-from safeshard.streamer.plan.bases import base_offences
-from safeshard.streamer.plan.cautions import cautions
-from safeshard.streamer.plan.checks import input_offences
+from safeshard.streamer.plan.doubts.bases import base_offences
+from safeshard.streamer.plan.doubts.cautions import cautions
+from safeshard.streamer.plan.doubts.checks import input_offences
 from safeshard.streamer.plan.identity import finished
 from safeshard.streamer.plan.job_plan import JobPlan, Pair, Weight
 from safeshard.streamer.plan.layout import left_encoded
-from safeshard.streamer.plan.outputs import plan_outputs
-from safeshard.streamer.plan.places import output_offences
-from safeshard.streamer.plan.serving import serve_offences
-from safeshard.streamer.plan.side_files import plan_side_files
-from safeshard.streamer.plan.whole_tensors import compare_whole
+from safeshard.streamer.plan.written.afar import There, look_at
+from safeshard.streamer.plan.written.outputs import plan_outputs
+from safeshard.streamer.plan.written.places import output_offences
+from safeshard.streamer.plan.written.serving import serve_offences
+from safeshard.streamer.plan.written.side_files import plan_side_files
+from safeshard.streamer.plan.written.whole_tensors import compare_whole
 from safeshard.streamer.sources import ShardCache, open_source
 
 T = TypeVar("T")

@@ -12,8 +12,8 @@ from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input, InputFile, Manifest
 from safeshard.manifests.verify import Finding
-from safeshard.streamer.calibration.data_files import DATA, read_data
-from safeshard.streamer.calibration.data_files import pinned as pinned_data
+from safeshard.streamer.calibration.data.data_files import DATA, read_data
+from safeshard.streamer.calibration.data.data_files import pinned as pinned_data
 from safeshard.streamer.inputs.headers import file_header, read_file_header
 from safeshard.streamer.inputs.samples import hash_file
 from safeshard.streamer.sources import Source, is_url, open_source, pinned

@@ -20,17 +20,17 @@ from safeshard.manifests.safetensors_header import header_digest
 from safeshard.manifests.schema import MANIFEST_NAME, Manifest, Tool
 from safeshard.manifests.sizes import human
 from safeshard.manifests.verify import Finding
-from safeshard.streamer.calibration.data_files import BUILT_IN_NAME
+from safeshard.streamer.calibration.data.data_files import BUILT_IN_NAME
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.base import ROLES, Job, random_key
 from safeshard.streamer.options import RunOptions, build
 from safeshard.streamer.plan.job_plan import JobPlan
-from safeshard.streamer.plan.outputs import output_file
 from safeshard.streamer.plan.planner import Planner
+from safeshard.streamer.plan.written.outputs import output_file
 from safeshard.streamer.recheck.inputs import Note
-from safeshard.streamer.run.finish import tool_versions
+from safeshard.streamer.run.ending.finish import tool_versions
+from safeshard.streamer.run.flow.steps import JobRun
 from safeshard.streamer.run.runner import Pass, largest_step
-from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.write.writer import Writer
 
 PLACES = frozenset({*ROLES, "calibration", "factors", "task_data", "keep_data"})

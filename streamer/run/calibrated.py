@@ -16,9 +16,9 @@ from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import tried_twice
 from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.base import Job
-from safeshard.streamer.run.compute import Given, compute_step
-from safeshard.streamer.run.steps import JobRun, module_step, workers_for
-from safeshard.streamer.run.stream import Buffers
+from safeshard.streamer.run.flow.compute import Given, compute_step
+from safeshard.streamer.run.flow.steps import JobRun, module_step, workers_for
+from safeshard.streamer.run.flow.stream import Buffers
 from safeshard.streamer.write.writer import Writer
 
 Compute = Callable[[Step, Mapping[Hashable, Tensor]], None]

@@ -5,14 +5,15 @@ The cut follows from the plans of all jobs and the number of parts alone, so tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.plan.job_plan import JobPlan
-from safeshard.streamer.plan.parts import Part, restricted
+from safeshard.streamer.plan.parts import Part
+from safeshard.streamer.plan.written.outputs import output_file
 from safeshard.streamer.run.calibrated import planned_steps
-from safeshard.streamer.run.steps import CopyTask, JobRun, ModuleTask, copy_steps, module_steps, order_of
+from safeshard.streamer.run.flow.steps import CopyTask, JobRun, ModuleTask, copy_steps, module_steps, order_of
 
 
 @dataclass
@@ -38,7 +39,7 @@ def _restricted(plans: Sequence[JobPlan], part: Part, share: _Bundle) -> list[Jo
         modules[number].add(name)
     for number, name in share.copies:
         copies[number].add(name)
-    return [restricted(plan, part, *own) for plan, *own in zip(plans, modules, copies, strict=True)]
+    return [_kept(plan, part, *own) for plan, *own in zip(plans, modules, copies, strict=True)]
 
 
 def _shares(plans: Sequence[JobPlan], count: int) -> list[_Bundle]:
@@ -114,3 +115,13 @@ def _together(groups: Sequence[Sequence[tuple[int, str]]]) -> list[int]:
             one, other = sorted((root(number), root(first.setdefault(name, number))))
             parents[other] = one
     return [root(number) for number in range(len(groups))]
+
+
+def _kept(plan: JobPlan, part: Part, modules: Collection[str], copies: Collection[str]) -> JobPlan:
+    """What a part does of a plan: these modules and copies, in files that hold just their tensors."""
+    kept = {name: module for name, module in plan.modules.items() if name in modules}
+    taken = [copy for copy in plan.copies if copy.name in copies]
+    names = {name for module in kept.values() for name in module.outputs} | {copy.name for copy in taken}
+    tables = {f.name: [(n, r.dtype, r.shape) for n, r in f.tensors.items() if n in names] for f in plan.files}
+    files = [output_file(name, tensors) for name, tensors in tables.items() if tensors]
+    return replace(plan, modules=kept, copies=taken, files=files, side_files=[], part=part, shared=len(plan.modules))

@@ -19,9 +19,9 @@ from safeshard.streamer.plan.identity import checks_of, fingerprint
 from safeshard.streamer.plan.job_plan import JobPlan, OutputFile
 from safeshard.streamer.plan.ours import NUMBERS, PART_RECORD
 from safeshard.streamer.plan.parts import Part, parts_there, place_of_parts_offences
-from safeshard.streamer.plan.places import staging_of
-from safeshard.streamer.run.finish import Measured, run_of, tool_versions
-from safeshard.streamer.run.steps import JobRun
+from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.run.ending.finish import Measured, run_of, tool_versions
+from safeshard.streamer.run.flow.steps import JobRun
 from safeshard.streamer.write.journal import Journal, differences
 from safeshard.streamer.write.part_record import Numbers, PartRecord, read_numbers, read_record
 from safeshard.streamer.write.staging import part_of, remove

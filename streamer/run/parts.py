@@ -24,17 +24,17 @@ from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.identity import fingerprint, finished
 from safeshard.streamer.plan.job_plan import Copy, JobPlan
 from safeshard.streamer.plan.ours import PART_RECORD
-from safeshard.streamer.plan.parts import Part, parts_there
-from safeshard.streamer.plan.places import parts_of, staging_of
+from safeshard.streamer.plan.parts import Part, parts_of, parts_there
 from safeshard.streamer.plan.planner import Planner
+from safeshard.streamer.plan.written.places import staging_of
 from safeshard.streamer.progress import Progress
-from safeshard.streamer.run.cautions import cautions
 from safeshard.streamer.run.cut import cut
 from safeshard.streamer.run.downloads import shard_cache
-from safeshard.streamer.run.finish import Measured, publish
+from safeshard.streamer.run.ending.cautions import cautions
+from safeshard.streamer.run.ending.finish import Measured, publish
+from safeshard.streamer.run.flow.steps import JobRun
 from safeshard.streamer.run.part_work import afar_offence, fingerprint_of
 from safeshard.streamer.run.runner import Result, device_name, earlier, refuse_cautions, run
-from safeshard.streamer.run.steps import JobRun
 from safeshard.streamer.sources import LocalSource
 from safeshard.streamer.write.journal import HeldError, differences
 from safeshard.streamer.write.part_record import PartRecord, read_numbers, read_record

@@ -29,11 +29,14 @@ from safeshard.streamer.plan.parts import Part
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import Compute, host_bytes, planned_steps, run_calibrated
-from safeshard.streamer.run.cautions import cautions
-from safeshard.streamer.run.compute import compute_step
 from safeshard.streamer.run.cut import cut
 from safeshard.streamer.run.downloads import download, download_offences, shard_cache
-from safeshard.streamer.run.finish import Measured, publish, rounded
+from safeshard.streamer.run.ending.cautions import cautions
+from safeshard.streamer.run.ending.finish import Measured, publish, rounded
+from safeshard.streamer.run.ending.settled import public_offences, settle_finished
+from safeshard.streamer.run.flow.compute import compute_step
+from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps, pass_steps, workers_for
+from safeshard.streamer.run.flow.stream import Buffers, run_steps
 from safeshard.streamer.run.part_work import (
     discard_other_cuts,
     end_part,
@@ -41,9 +44,6 @@ from safeshard.streamer.run.part_work import (
     know_from_parts,
     part_offences,
 )  # fmt: skip
-from safeshard.streamer.run.settled import public_offences, settle_finished
-from safeshard.streamer.run.steps import JobRun, copy_steps, module_steps, pass_steps, workers_for
-from safeshard.streamer.run.stream import Buffers, run_steps
 from safeshard.streamer.sources import Source
 from safeshard.streamer.write.destinations import destination
 from safeshard.streamer.write.journal import HeldError

@@ -21,7 +21,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
 from safeshard.manifests.schema import JOURNAL_NAME, Input
-from safeshard.streamer.calibration.data_files import DATA
+from safeshard.streamer.calibration.data.data_files import DATA
 from safeshard.streamer.calibration.factor_files import (
     INDEX,
     SCHEMA,
@@ -43,7 +43,7 @@ from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.options import Options, RunOptions
 from safeshard.streamer.plan.ours import is_copy
-from safeshard.streamer.plan.places import (
+from safeshard.streamer.plan.written.places import (
     is_half_copied,
     kept_offences,
     place_offences,
@@ -54,8 +54,8 @@ from safeshard.streamer.plan.places import (
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import batches_at_once
 from safeshard.streamer.run.downloads import Download, download_of, download_offences, forward_reads, shard_cache
-from safeshard.streamer.run.steps import workers_for
-from safeshard.streamer.run.stream import Buffers, run_steps
+from safeshard.streamer.run.flow.steps import workers_for
+from safeshard.streamer.run.flow.stream import Buffers, run_steps
 from safeshard.streamer.sources import LocalSource, open_source
 from safeshard.streamer.write.journal import Journal
 from safeshard.streamer.write.staging import open_journal, publish, remove, settle

@@ -18,7 +18,7 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import write_file
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import ours
-from safeshard.streamer.plan.afar import REPLACED_KIND, There
+from safeshard.streamer.plan.written.afar import REPLACED_KIND, There
 from safeshard.streamer.sources.stores import BucketStore, ConflictError, HubStore, Stored, open_store
 from safeshard.streamer.sources.stores.bucket import PART, read_receipt, receipt
 from safeshard.streamer.write.journal import Journal

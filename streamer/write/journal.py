@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.streamer.disk import open_own, sync_path, write_all
-from safeshard.streamer.plan.afar import MAX_JOURNAL_BYTES
 from safeshard.streamer.plan.ours import JOURNAL_MAGIC
+from safeshard.streamer.plan.written.afar import MAX_JOURNAL_BYTES
 
 MAGIC = JOURNAL_MAGIC.decode()
 MAX_BYTES = MAX_JOURNAL_BYTES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.bench import rows
+from safeshard.bench import documents, rows
 
 WITHOUT = """
 import importlib.abc, sys
@@ -52,7 +52,7 @@ def test_rows_of_an_installed_package_go_where_it_runs(tmp_path: Path, monkeypat
     rows.append("io", {"what": "nothing"})
     assert (tmp_path / "bench-results/io.csv").is_file()
     assert rows.read("io")[0]["commit"] == "unknown"
-    assert rows.documents() == []
+    assert documents.documents() == []
 
 
 def test_a_report_without_rows_says_what_to_do(tmp_path: Path) -> None:

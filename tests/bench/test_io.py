@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from safeshard.bench import durability, io, measure, rows
-from safeshard.bench.models import prepare
+from safeshard.bench import durability, rows
+from safeshard.bench.inputs.models import prepare
+from safeshard.bench.machine import io, measure
 
 
 @pytest.fixture(scope="module")

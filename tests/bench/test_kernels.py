@@ -9,8 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from safeshard.bench import kernels, roofline, rows
+from safeshard.bench import kernels, rows
 from safeshard.bench.cli import app
+from safeshard.bench.machine import roofline
 
 README = Path(__file__).parents[2] / "bench" / "README.md"
 

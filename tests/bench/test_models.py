@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from safeshard.bench import models, synthetic
-from safeshard.bench.models import SHAPES, make_models
+from safeshard.bench.inputs import models, synthetic
+from safeshard.bench.inputs.models import SHAPES, make_models
 from safeshard.manifests.errors import RequestError
 from safeshard.streamer import safemerge, scale
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from safeshard.bench import kernels, published, rows
-from safeshard.kernels.compensation import safe_delta_dense
 from safeshard.kernels.factor import safety_factor
 from safeshard.kernels.gate import lora_gate
+from safeshard.kernels.safedelta.compensation import safe_delta_dense
 
 
 def test_they_equal_the_kernels() -> None:

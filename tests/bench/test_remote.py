@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.bench import remote, rows
+from safeshard.bench import documents, remote, rows
 
 
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,5 +21,5 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rows.read("remote")
     size = sum(p.stat().st_size for p in tmp_path.glob("models/*/aligned/*.safetensors"))
     assert [int(row["bytes"]) for row in found] == [size, size]
-    assert all(float(rows.CELLS["requests in flight"](row)) >= 8 for row in found)
-    assert "requests in flight" in rows.markdown(found)
+    assert all(float(documents.CELLS["requests in flight"](row)) >= 8 for row in found)
+    assert "requests in flight" in documents.markdown(found)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from safeshard.bench.evaluation.suite import read_suite
-from safeshard.streamer.plan.jobs_file import read_jobs
+from safeshard.streamer.plan.request.jobs_file import read_jobs
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.bench import rows
+from safeshard.bench import documents, rows
 
 
 def test_documents_show_the_newest_rows() -> None:
-    for document in rows.documents():
+    for document in documents.documents():
         text = document.read_text()
         assert "<!-- rows: " in text, document
-        assert rows.refresh(document) == text, f"{document.name} is stale: run `safeshard bench report`"
+        assert documents.refresh(document) == text, f"{document.name} is stale: run `safeshard bench report`"
 
 
 def test_append_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,12 +26,12 @@ def test_append_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(lines) == 3
     assert lines[0].split(",") == list(rows.COLUMNS)
     assert (
-        rows.markdown(rows.read("t"))
+        documents.markdown(rows.read("t"))
         .splitlines()[-1]
         .startswith("| x | s | warm | 2.00 s | 1.00 s to 2.00 s | 3.00 | 0.00 GB |")
     )
-    assert "dtype" not in rows.markdown(rows.read("t"))
-    assert rows.markdown(rows.read("none")) == "No rows yet.\n"
+    assert "dtype" not in documents.markdown(rows.read("t"))
+    assert documents.markdown(rows.read("none")) == "No rows yet.\n"
     with pytest.raises(ValueError, match="unknown columns"):
         rows.append("t", {"colour": "red"})
     (tmp_path / "old.csv").write_text("what,median_s\nx,1\n")
@@ -70,6 +70,6 @@ def test_a_picture_is_shown_where_it_was_drawn(tmp_path: Path, monkeypatch: pyte
     rows.RESULTS.mkdir()
     document = tmp_path / "README.md"
     document.write_text("<!-- picture: jobs -->\n![old](old.png)\n<!-- end -->\n")
-    assert rows.refresh(document) == "<!-- picture: jobs -->\n<!-- end -->\n"
+    assert documents.refresh(document) == "<!-- picture: jobs -->\n<!-- end -->\n"
     (rows.RESULTS / "jobs.png").touch()
-    assert rows.refresh(document) == "<!-- picture: jobs -->\n![jobs](results/jobs.png)\n<!-- end -->\n"
+    assert documents.refresh(document) == "<!-- picture: jobs -->\n![jobs](results/jobs.png)\n<!-- end -->\n"

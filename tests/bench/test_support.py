@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.bench.support import COLUMNS, KINDS, NONE, NOTED, REFUSED, YES, Kind, markdown, planned
-from safeshard.bench.support_inputs import BUILDERS, Inputs, gate_outcomes, plan_kind
+from safeshard.bench.inputs.support import COLUMNS, KINDS, NONE, NOTED, REFUSED, YES, Kind, markdown, planned
+from safeshard.bench.inputs.support_inputs import BUILDERS, Inputs, gate_outcomes, plan_kind
 
 TESTS = Path(__file__).parent.parent
 

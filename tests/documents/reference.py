@@ -21,7 +21,7 @@ from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.base import Job, Served
 from safeshard.streamer.methods.calibrate import Calibrate, KeptInputs, Sampled
 from safeshard.streamer.options import RunOptions, flag
-from safeshard.streamer.plan.jobs_schema import jobs_schema
+from safeshard.streamer.plan.request.jobs_schema import jobs_schema
 
 ROOT = Path(__file__).parent.parent.parent
 SCHEMA_FILE = ROOT / "streamer/plan/jobs.schema.json"

@@ -19,9 +19,9 @@ from fences import PAGES, ROOT, blocks
 from safeshard.bench.tune.sweep import read_sweep
 from safeshard.manifests.errors import RequestError
 from safeshard.streamer.methods import METHODS
-from safeshard.streamer.plan import jobs_file
-from safeshard.streamer.plan.jobs_file import jobs_of, read_jobs
-from safeshard.streamer.plan.jobs_schema import jobs_schema
+from safeshard.streamer.plan.request import jobs_file
+from safeshard.streamer.plan.request.jobs_file import jobs_of, read_jobs
+from safeshard.streamer.plan.request.jobs_schema import jobs_schema
 
 EXAMPLES = ROOT / "examples"
 JOBS = sorted(EXAMPLES.glob("jobs/*.yaml"))

@@ -28,11 +28,11 @@ from safeshard.manifests.errors import RunError
 from safeshard.manifests.render import render
 from safeshard.manifests.report import page
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header
+from safeshard.streamer.calibration.data.prompts import load_prompts
 from safeshard.streamer.calibration.factor_files import SavedFactors, sample_weights
-from safeshard.streamer.calibration.prompts import load_prompts
 from safeshard.streamer.inputs.adapter import open_adapter
 from safeshard.streamer.inputs.checkpoint import INDEX, open_checkpoint
-from safeshard.streamer.plan.jobs_file import read_jobs
+from safeshard.streamer.plan.request.jobs_file import read_jobs
 from safeshard.streamer.write.writer import Writer
 
 SOAK = int(os.environ.get("SAFESHARD_SOAK", "1"))

@@ -28,8 +28,8 @@ from safeshard.kernels.gram import accumulate
 from safeshard.kernels.half import pack, packed_size, unpack
 from safeshard.kernels.merge import dare_linear, linear
 from safeshard.kernels.projection import project
-from safeshard.kernels.row_compensation import _chunk_triton
-from safeshard.kernels.selection import column_squares
+from safeshard.kernels.safedelta.row_compensation import _chunk_triton
+from safeshard.kernels.safedelta.selection import column_squares
 
 WIDE, NARROW = 28672, 8192  # intermediate and hidden size
 BF16, FP32 = torch.bfloat16, torch.float32

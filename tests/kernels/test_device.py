@@ -9,11 +9,11 @@ from standin import DEVICE, stand_in
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from safeshard.kernels.compensation import safe_delta_dense, safe_delta_lora
 from safeshard.kernels.factor import safety_factor
 from safeshard.kernels.gate import dense_gate, lora_gate
 from safeshard.kernels.gram import accumulate
 from safeshard.kernels.merge import dare_linear, linear
+from safeshard.kernels.safedelta.compensation import safe_delta_dense, safe_delta_lora
 
 
 def draw(seed: int, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -21,8 +21,8 @@ from safeshard.manifests.safetensors_header import HeaderError, layout, read_hea
 from safeshard.streamer import safedelta, safelora, scale
 from safeshard.streamer.calibration import factor_files
 from safeshard.streamer.inputs.lora_config import read_config
-from safeshard.streamer.plan import checks
-from safeshard.streamer.plan.jobs_file import read_jobs
+from safeshard.streamer.plan.doubts import checks
+from safeshard.streamer.plan.request.jobs_file import read_jobs
 from safeshard.streamer.run.score_table import score_table
 from safeshard.streamer.sources import open_source, read_json
 

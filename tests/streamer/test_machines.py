@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from safeshard.manifests import RequestError, bounded, schema
 from safeshard.manifests.safetensors_header import HeaderError, read_header
 from safeshard.streamer import api, calibrate, safemerge, scale, score
-from safeshard.streamer.calibration import prompts, skeleton
+from safeshard.streamer.calibration.data import prompts
+from safeshard.streamer.calibration.model import skeleton
 from safeshard.streamer.inputs import headers, patterns
 from safeshard.streamer.inputs.checkpoint import open_checkpoint
-from safeshard.streamer.plan import yaml_file
-from safeshard.streamer.plan.jobs_file import read_jobs
+from safeshard.streamer.plan.request import yaml_file
+from safeshard.streamer.plan.request.jobs_file import read_jobs
 from safeshard.streamer.sources import open_source, read_json
 
 GOLDEN = Path(__file__).parent.parent / "goldens/llama/aligned/config.json"

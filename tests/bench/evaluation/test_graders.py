@@ -61,7 +61,7 @@ def test_refusals(answer: str, published: bool, opening: bool) -> None:
 def test_the_opening_grader_knows_the_built_in_refusals() -> None:
     import json
 
-    from safeshard.streamer.calibration.data_files import BUILT_IN as REFUSALS
+    from safeshard.streamer.calibration.data.data_files import BUILT_IN as REFUSALS
 
     answers = [json.loads(line)["output"] for line in REFUSALS.read_text().splitlines()]
     missed = [a for a in answers if Refusal().grade("over_refusal", ASKED, a).value != 1]

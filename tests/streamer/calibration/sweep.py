@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer.calibration.forward import calibrate
 from safeshard.streamer.calibration.hidden_states import HiddenStates
-from safeshard.streamer.calibration.weights import Weights
+from safeshard.streamer.calibration.model.weights import Weights
 from safeshard.streamer.inputs.checkpoint import open_checkpoint
 from safeshard.streamer.inputs.layouts import routes
 from safeshard.streamer.sources import open_source

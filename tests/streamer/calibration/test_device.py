@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from safeshard.manifests.errors import RunError
-from safeshard.streamer.calibration.ahead import Ahead, fresh
 from safeshard.streamer.calibration.forward import calibrate
 from safeshard.streamer.calibration.hidden_states import HiddenStates
+from safeshard.streamer.calibration.model.ahead import Ahead, fresh
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer.calibration.forward import calibrate
 from safeshard.streamer.calibration.hidden_states import HiddenStates
-from safeshard.streamer.calibration.skeleton import LayerCall, Skeleton
+from safeshard.streamer.calibration.model.skeleton import LayerCall, Skeleton
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import batch, calibrate
 from safeshard.streamer.calibration import hidden_states
 from safeshard.streamer.calibration.hidden_states import SAVED, HiddenStates, clear_states
-from safeshard.streamer.calibration.skeleton import Skeleton
+from safeshard.streamer.calibration.model.skeleton import Skeleton
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.run import save_factors
 from safeshard.streamer.write import staging
@@ -251,7 +251,7 @@ def test_free_space_for_states_is_asked_for(place: Place, monkeypatch: pytest.Mo
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
     asked = []
     for times in (0, 1000):
-        monkeypatch.setattr("safeshard.streamer.plan.places.COPIES", times * hidden_states.COPIES)
+        monkeypatch.setattr("safeshard.streamer.plan.written.places.COPIES", times * hidden_states.COPIES)
         with pytest.raises(RequestError, match="free space") as refused:
             batch(**place.jobs("f", "a"))
         asked.append(int(refused.value.offences[0].expected.split()[0]))

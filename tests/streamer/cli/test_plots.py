@@ -11,7 +11,7 @@ import pytest
 from safeshard.manifests import RequestError
 from safeshard.streamer import inspect, scale, score
 from safeshard.streamer.cli.app import main
-from safeshard.streamer.run.figures import draw_values
+from safeshard.streamer.run.ending.figures import draw_values
 
 
 def run(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from safeshard.manifests.errors import RequestError
 from safeshard.manifests.schema import load
 from safeshard.streamer import safedelta, safelora, safemerge, verify
-from safeshard.streamer.calibration.prompts import load_prompts
+from safeshard.streamer.calibration.data.prompts import load_prompts
 from safeshard.streamer.methods import METHODS
 
 CONFIG = Path(__file__).parents[2] / "goldens/llama/aligned/config.json"  # a vocabulary of 256

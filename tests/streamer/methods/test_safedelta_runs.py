@@ -20,8 +20,8 @@ from safeshard.streamer.cli.app import main
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.run.calibrated import arithmetic_bytes, host_bytes
+from safeshard.streamer.run.flow.steps import JobRun
 from safeshard.streamer.run.runner import plan_jobs
-from safeshard.streamer.run.steps import JobRun
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ KILLED = """
 import os, signal, sys
 import torch
 from safeshard.streamer import api
-from safeshard.streamer.run import steps
+from safeshard.streamer.run.flow import steps
 from safeshard.streamer.write import writer
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pytest
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import api, scale
-from safeshard.streamer.plan import side_files
+from safeshard.streamer.plan.written import side_files
 from safeshard.streamer.write.writer import Writer
 
 SMALL = [

@@ -21,8 +21,8 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer import batch, safelora, safemerge, scale
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs.read import GRAIN, Read, Step
-from safeshard.streamer.run import strips
-from safeshard.streamer.run.stream import Buffers, run_steps
+from safeshard.streamer.run.flow import strips
+from safeshard.streamer.run.flow.stream import Buffers, run_steps
 from safeshard.streamer.sources import LocalSource
 
 MEBI = 1 << 20
@@ -274,7 +274,7 @@ def test_results_do_not_depend_on_the_budget(world: Any, load_tensors: Any) -> N
 def test_the_peak_is_not_that_of_the_process_that_started_it() -> None:
     """Linux counts what a process held before it became another one into `ru_maxrss`: a notebook's gigabytes."""
     large = "import os, sys; held = bytearray(b'x' * (900 << 20)); os.execv(sys.executable, sys.argv[1:])"
-    peak = "from safeshard.streamer.run.finish import peak_host_bytes; print(peak_host_bytes())"
+    peak = "from safeshard.streamer.run.ending.finish import peak_host_bytes; print(peak_host_bytes())"
     words = [sys.executable, "-c", large, sys.executable, "-c", peak]
     told = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     assert 10 << 20 < told < 800 << 20

@@ -21,9 +21,9 @@ from safeshard.streamer import safemerge
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs.read import GRAIN, Read, Step
 from safeshard.streamer.pinned import host_memory
-from safeshard.streamer.run import stream
-from safeshard.streamer.run.steps import STRIP_BYTES
-from safeshard.streamer.run.stream import Buffers, run_steps
+from safeshard.streamer.run.flow import stream
+from safeshard.streamer.run.flow.steps import STRIP_BYTES
+from safeshard.streamer.run.flow.stream import Buffers, run_steps
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.schema import Manifest, load
 from safeshard.streamer import batch, inspect, report, safelora, safemerge, scale, verify
 from safeshard.streamer.cli.app import main
-from safeshard.streamer.run.cautions import _size
+from safeshard.streamer.run.ending.cautions import _size
 
 Tensors = dict[str, Tensor]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from safeshard.manifests.errors import RunError
 from safeshard.streamer import safelora, verify
-from safeshard.streamer.run.assemble import Assembler
+from safeshard.streamer.run.flow.assemble import Assembler
 from safeshard.streamer.run.runner import Pass
 from safeshard.streamer.sources.local import LocalSource
 

@@ -11,7 +11,7 @@ import torch
 
 from safeshard.manifests.errors import RunError
 from safeshard.streamer import batch
-from safeshard.streamer.run import compute
+from safeshard.streamer.run.flow import compute
 
 
 def jobs_file(world: Any, outputs: Path) -> Path:

@@ -16,9 +16,9 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer import batch, resta
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.options import build
-from safeshard.streamer.plan.afar import bytes_here
 from safeshard.streamer.plan.job_plan import JobPlan, OutputFile
 from safeshard.streamer.plan.ours import JOURNAL_MAGIC
+from safeshard.streamer.plan.written.afar import bytes_here
 from safeshard.streamer.sources.stores import bucket as bucket_store
 
 __all__ = ["full"]

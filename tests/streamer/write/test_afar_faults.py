@@ -195,7 +195,7 @@ class TestFaults:
     def test_a_journal_that_is_too_large_is_not_read(
         self, bucket: StandinBucket, full: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("safeshard.streamer.plan.afar.MAX_JOURNAL_BYTES", 10)
+        monkeypatch.setattr("safeshard.streamer.plan.written.afar.MAX_JOURNAL_BYTES", 10)
         bucket.put("out/x/journal.jsonl", JOURNAL_MAGIC)
         with pytest.raises(RequestError, match=r"journal.jsonl has more than 10 bytes: it is not ours"):
             resta(**full, output=OUT)

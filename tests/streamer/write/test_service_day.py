@@ -13,7 +13,7 @@ from stand_in_hub import StandinHub
 from safeshard.manifests.errors import RequestError
 from safeshard.streamer import verify
 from safeshard.streamer.cli.app import main
-from safeshard.streamer.plan.jobs_file import jobs_of
+from safeshard.streamer.plan.request.jobs_file import jobs_of
 from safeshard.streamer.sources import matching
 
 TOKEN = "hf_verysecrettoken"

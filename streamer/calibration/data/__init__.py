@@ -1,0 +1,1 @@
+"""Calibration data: from files to batches of token ids."""

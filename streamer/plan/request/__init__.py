@@ -1,0 +1,1 @@
+"""What users ask for: the jobs file and its YAML."""

@@ -1,0 +1,74 @@
+"""Outputs that were finished by an earlier run: what remains to be done about them, here and afar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
+from safeshard.streamer.disk import clear_errors
+from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.written.afar import There
+from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.run.ending.licence import licence
+from safeshard.streamer.sources.stores import BucketStore, open_store
+from safeshard.streamer.write.destinations import destination
+from safeshard.streamer.write.journal import Journal
+from safeshard.streamer.write.shipping import Shipping
+from safeshard.streamer.write.staging import remove, settle
+
+
+def settle_finished(plan: JobPlan) -> None:
+    """Do what an interrupted run left undone when its output was finished already.
+
+    Raises:
+        RequestError: another run is doing it.
+        RunError: it could not be done.
+    """
+    output, staging = plan.job.output, staging_of(plan.job.output)
+    if isinstance(output, str):
+        with clear_errors(staging):
+            _settle_afar(output, staging)
+        return
+    with clear_errors(output):
+        settle(staging, output)
+    if plan.job.push:
+        _push(plan, output)
+
+
+def _settle_afar(output: str, staging: Path) -> None:
+    """Remove the journal and the work folder of a run on this machine that put its manifest and went no further."""
+    path = staging / JOURNAL_NAME
+    if not path.is_file():
+        return
+    with Journal.claim(path):
+        store = open_store(output)
+        if isinstance(store, BucketStore) and store.read(JOURNAL_NAME) == path.read_bytes():
+            store.delete([JOURNAL_NAME])
+        remove(staging, staging)
+
+
+def _push(plan: JobPlan, output: Path) -> None:
+    """Push an output that is finished on this machine, unless the repository holds it already."""
+    assert plan.finished is not None
+    place = destination(plan.job, frozenset())
+    assert place is not None
+    assert plan.job.afar is not None
+    there = There.look(open_store(plan.job.afar))
+    if there.manifest is not None and there.manifest.blake3 == plan.finished.blake3:
+        return
+    if offences := list(there.offences(overwrite=False)):
+        raise RequestError(offences)
+    shipping = Shipping(place, {})
+    place.begin(None)
+    names = [*(file.name for file in plan.finished.files), MANIFEST_NAME]
+    shipping.publish({name: output / name for name in names})
+
+
+def public_offences(plans: Iterable[JobPlan]) -> Iterator[Offence]:
+    """Offences of outputs that are to be public though no licence is known to allow it."""
+    for plan in plans:
+        if plan.job.public and not plan.finished and not licence(plan):
+            expected = f"a licence in the model card of {plan.aligned.source.spec} or {plan.finetuned.source.spec}"
+            yield Offence("--public", plan.job.afar or "", expected, "none", "state one there, or push it private")

@@ -1,0 +1,364 @@
+"""What one step computes: the gates that its jobs share, then each job's edit, written at once.
+
+A device is waited for once where the gates decide, and once for every few megabytes of results.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safeshard.kernels.effect import Products, Tally
+from safeshard.kernels.factor import Factor
+from safeshard.kernels.gate import Gate, dense_gate, lora_gate
+from safeshard.kernels.ridge import Grams
+from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.manifests.schema import Fallback, ModuleEntry
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.device import Arrivals, memory_errors, relieved
+from safeshard.streamer.inputs.codecs.base import Encoded
+from safeshard.streamer.inputs.expert_lora import read_ref, view_of
+from safeshard.streamer.inputs.layouts import Part
+from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
+from safeshard.streamer.methods.base import Job, Lora, Module, merged, served
+from safeshard.streamer.plan.job_plan import Pair, Weight
+from safeshard.streamer.run.flow.effects import effect, measured_pair, measured_tiles
+from safeshard.streamer.run.flow.encoded import encoding_fields, known_parts
+from safeshard.streamer.run.flow.steps import CopyTask, ModuleTask
+from safeshard.streamer.run.flow.strips import compute_strips
+from safeshard.streamer.sources import Source
+from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
+
+Given = Factor | Grams | str  # what a job gets of a module's calibration, or why there is no factor
+UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
+
+
+class Inputs:
+    """A step's tensors on the compute device, each moved once."""
+
+    def __init__(self, loaded: Mapping[Hashable, Tensor], device: torch.device) -> None:
+        self._loaded, self.device = loaded, device
+        self._moved: dict[Hashable, Tensor] = {}
+        self._decoded: dict[Hashable, Tensor] = {}
+        self._finite: set[Hashable] = set()
+
+    @property
+    def on_device(self) -> bool:
+        return self.device.type == "cuda"
+
+    def refuse_not_finite(self, reads: Iterable[Read]) -> None:
+        """Look for NaN and infinity, in each tensor once.
+
+        Raises:
+            RunError: there is one; it names the tensor.
+        """
+        new = {read.key: read for read in reads if read.key not in self._finite}
+        refuse_not_finite((read, self.tensor(read)) for read in new.values())
+        self._finite |= new.keys()
+
+    def tensor(self, read: Read) -> Tensor:
+        if read.key not in self._moved:
+            self._moved[read.key] = self._loaded[read.key].to(self.device, non_blocking=True)
+        return self._moved[read.key]
+
+    def weight(self, place: Weight) -> Tensor:
+        """A weight as O x I, whatever its storage."""
+        seen = [part.view.of(self.matrix(place.source, part)) for part in place.stored.parts]
+        return seen[0] if len(seen) == 1 else self._once(place.key, lambda: torch.cat(seen))
+
+    def matrix(self, source: Source, part: Part) -> Tensor:
+        """All that lies in a part's region, as it is stored, decoded once."""
+
+        def load(ref: TensorRef) -> Tensor:
+            return self.tensor(Read(source, ref))
+
+        if part.codec is None:
+            return part.matrix(load)
+        return self._once((source.identity, part.block), lambda: part.matrix(load))
+
+    def _once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._decoded:
+            self._decoded[key] = make()
+        return self._decoded[key]
+
+    def delta(self, place: Pair | Weight) -> Lora | Tensor:
+        """A fine-tuned or safe delta's pair, or weight (O x I)."""
+        if isinstance(place, Weight):
+            return self.weight(place)
+        refs = (place.lora.a, place.lora.b)
+        a, b = (view_of(ref).of(self.tensor(Read(place.source, read_ref(ref)))).contiguous() for ref in refs)
+        return Lora(a, b, place.lora.scaling)
+
+
+def compute_step(
+    step: Step,
+    loaded: Mapping[Hashable, Tensor],
+    device: torch.device,
+    clock: Clock,
+    given: Callable[[Job], Given] | None = None,
+    noted: Mapping[str, Any] | None = None,
+) -> None:
+    """Run all tasks of a step. `given` is what a job gets of its modules' calibration, or why there is nothing; `noted`
+    is what their manifest entries say of it.
+
+    Where the device runs out of memory, the jobs are served again in two halves, which the manifest records.
+
+    Raises:
+        RunError: a tensor holds NaN or infinity, writing failed, or half of the jobs are too many for the device.
+    """
+    if step.strips:
+        compute_strips(step, clock)
+        return
+    relieved(
+        device,
+        lambda: _compute(step.tasks, loaded, device, clock, given, noted or {}),
+        lambda why: _compute_halves(step, loaded, device, clock, given, noted or {}, why),
+    )
+
+
+def _compute_halves(
+    step: Step,
+    loaded: Mapping[Hashable, Tensor],
+    device: torch.device,
+    clock: Clock,
+    given: Callable[[Job], Given] | None,
+    noted: Mapping[str, Any],
+    why: str,
+) -> None:
+    middle = len(step.tasks) // 2
+    for job_run in {id(task.run): task.run for task in step.tasks}.values():
+        done = "the jobs in two halves" if middle else "another try"
+        job_run.fall_back(Fallback(asked="all jobs of a module at once", done=done, why=why, subject=step.name))
+    remedy = "use a device with more memory, fewer jobs a batch, or --device cpu; the same command resumes"
+    with memory_errors(step.name, remedy):
+        for half in filter(None, (step.tasks[:middle], step.tasks[middle:])):
+            _compute(half, loaded, device, clock, given, noted)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def _compute(
+    tasks: Sequence[ModuleTask | CopyTask],
+    loaded: Mapping[Hashable, Tensor],
+    device: torch.device,
+    clock: Clock,
+    given: Callable[[Job], Given] | None,
+    noted: Mapping[str, Any],
+) -> None:
+    inputs, arrivals = Inputs(loaded, device), Arrivals(device)
+    curves: dict[Hashable, list[float]] = {}
+    with arrivals.landing():
+        gates = _gates([t for t in tasks if isinstance(t, ModuleTask)], inputs)
+        cosines = torch.stack([gate.cosine for gate in gates.values()]).tolist() if gates else ()
+        decided = {key: (gate, cosine) for (key, gate), cosine in zip(gates.items(), cosines, strict=True)}
+        for task in tasks:
+            if isinstance(task, CopyTask):
+                _copy(task, inputs, clock)
+            elif not task.run.is_done(task.plan.name):
+                _decide(task, inputs, decided, clock, given, noted, arrivals, curves)
+
+
+def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
+    start, writer = time.perf_counter(), task.run.writer
+    assert writer is not None
+    if task.cast:
+        writer.write(task.copy.name, inputs.tensor(Read(task.copy.source, task.copy.ref)))
+        clock.add("write", start)
+    else:
+        writer.copy(task.copy)
+        clock.add("copy", start, task.copy.ref.nbytes)
+
+
+def _gates(tasks: list[ModuleTask], inputs: Inputs) -> dict[Hashable, Gate]:
+    """Each distinct gate once; adapters that share a pair of checkpoints share one pass over V."""
+    gates: dict[Hashable, Gate] = {}
+    groups: dict[Hashable, dict[Hashable, ModuleTask]] = {}
+    for task in tasks:
+        if task.run.needs_gate(task.plan.name):
+            kind = type(task.plan.finetuned)
+            same = groups.setdefault((task.gate_key[:2], kind), {})
+            if task.gate_key not in same or task.run.job.keeps_dense_projection:
+                same[task.gate_key] = task
+    for group in groups.values():
+        first = next(iter(group.values())).plan
+        assert first.aligned is not None
+        assert first.unaligned is not None
+        aligned, unaligned = inputs.weight(first.aligned), inputs.weight(first.unaligned)
+        deltas = {key: inputs.delta(task.plan.finetuned) for key, task in group.items()}
+        pairs = {key: (delta.a, delta.b) for key, delta in deltas.items() if isinstance(delta, Lora)}
+        if pairs:
+            gates |= dict(zip(pairs, lora_gate(aligned, unaligned, list(pairs.values())), strict=True))
+        for key, delta in deltas.items():
+            if isinstance(delta, Tensor):
+                project = group[key].run.job.keeps_dense_projection
+                gates[key] = dense_gate(aligned, unaligned, delta, project=project)
+    return gates
+
+
+def _decide(
+    task: ModuleTask,
+    inputs: Inputs,
+    gates: Mapping[Hashable, tuple[Gate, float]],
+    clock: Clock,
+    given: Callable[[Job], Given] | None,
+    noted: Mapping[str, Any],
+    arrivals: Arrivals,
+    curves: dict[Hashable, list[float]],
+) -> None:
+    job_run, plan = task.run, task.plan
+    gate, value = gates.get(task.gate_key, (None, math.nan)) if job_run.needs_gate(plan.name) else (None, math.nan)
+    cosine = job_run.cosines.get(plan.name)
+    if gate is not None:
+        cosine = value if math.isfinite(value) else None
+        if cosine is None:
+            inputs.refuse_not_finite(task.reads())
+        if plan.name not in job_run.cosines:
+            job_run.score(plan.name, cosine)
+    if job_run.is_done(plan.name):
+        return
+    if job_run.job.calibrated or (plan.writes.keys() == {"b"} and gate is None):
+        inputs.refuse_not_finite(task.reads())  # what is not selected, or an A that is only copied, is not written
+    module = _module(task, inputs, gate, cosine, given(job_run.job) if given is not None else "")
+    if job_run.measures:
+        job_run.measured(plan.name, [] if module.note else _measured(task, module, curves))
+        return
+    edit = task.job.edit(module)
+    if "weight" in plan.writes and "weight" not in edit.tensors:
+        edit = merged(edit, module, task.job)
+    if (rank := job_run.plan.serve_rank) is not None and isinstance(module.finetuned, Lora):
+        edit = served(edit, module.finetuned, task.job, rank)
+    encoded: list[Encoded] = []
+    left = _write(task, module, edit.tensors, inputs, clock, arrivals, encoded)
+    fields: dict[str, Any] = {
+        "cosine": cosine,
+        "threshold": job_run.limit,
+        **edit.fields,
+        **noted,
+        **encoding_fields(encoded),
+    }
+    if job_run.job.gated and cosine is None:
+        fields["note"] = UNDEFINED
+
+    def decide(products: Sequence[float]) -> None:
+        entry = ModuleEntry(name=plan.name, decision=edit.decision, effect=effect(*products), **fields)
+        job_run.decide(plan.name, entry.model_dump(mode="json", exclude_none=True))
+
+    if inputs.on_device:
+        arrivals.add(torch.stack(list(left)).to(inputs.device), torch.float64, lambda values: decide(values.tolist()))
+    else:
+        decide([value.item() for value in left])
+
+
+def _measured(task: ModuleTask, module: Module, curves: dict[Hashable, list[float]]) -> list[float]:
+    """What a module lets through at each strength, once for all jobs that ask the same of the same delta."""
+    key = (id(task.run.plan.factors), task.plan.finetuned.key, task.plan.name, task.job.measured_like())
+    if key not in curves:
+        curves[key] = task.job.measure(module)
+    return curves[key]
+
+
+def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None, given: Given) -> Module:
+    job_run, plan = task.run, task.plan
+    return Module(
+        plan.name,
+        finetuned=inputs.delta(plan.finetuned),
+        aligned=inputs.weight(plan.aligned) if job_run.job.writes_checkpoint and plan.aligned else None,
+        unaligned=inputs.weight(plan.unaligned) if plan.unaligned and not job_run.job.gated else None,
+        safe=inputs.delta(plan.safe) if plan.safe else None,
+        projected=gate.projected if gate is not None else None,
+        cosine=math.nan if job_run.job.gated and cosine is None else cosine,
+        chosen=plan.name in job_run.chosen if job_run.chosen is not None else None,
+        factor=given if isinstance(given, Factor) else None,
+        grams=given if isinstance(given, Grams) else None,
+        strength=job_run.strength,
+        note=given if isinstance(given, str) else "",
+    )
+
+
+@contextmanager
+def _writing(task: ModuleTask, inputs: Inputs, clock: Clock) -> Iterator[None]:
+    """Inside, what is not finite is traced back to the inputs, and the time is that of writing."""
+    start = time.perf_counter()
+    try:
+        yield
+    except NotFiniteError:
+        inputs.refuse_not_finite(task.reads())
+        raise
+    clock.add("write", start)
+
+
+def _write(
+    task: ModuleTask,
+    module: Module,
+    tensors: Mapping[str, Tensor | Iterator[Tensor]],
+    inputs: Inputs,
+    clock: Clock,
+    arrivals: Arrivals,
+    encoded: list[Encoded],
+) -> Products:
+    """Write a module's new tensors, and measure what they leave of its delta; `encoded` gets what was encoded."""
+    writer, plan = task.run.writer, task.plan
+    assert writer is not None
+
+    def timed(action: Callable[..., None], *args: Any) -> None:
+        with _writing(task, inputs, clock):
+            action(*args)
+
+    def write(what: str, tensor: Tensor | Iterator[Tensor]) -> None:
+        assert writer is not None
+        stored = plan.writes[what]
+        if not stored.is_tensor:
+            known = partial(known_parts, plan, load=inputs.tensor)
+            with _writing(task, inputs, clock) if inputs.on_device else nullcontext():
+                encoded.extend(task.run.assembler.write(plan.name, what, stored, tensor, known))
+            return
+        if stored.transposed:
+            tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
+        if not inputs.on_device:
+            writer.write(stored.name, tensor)
+            return
+        under_way = writer.begin(stored.name)
+        for piece in [tensor] if isinstance(tensor, Tensor) else tensor:
+            arrivals.add(piece, TORCH_DTYPES[under_way.dtype], partial(timed, under_way.add_tensor))
+        arrivals.then(partial(timed, under_way.finish))
+
+    with nullcontext() if inputs.on_device else _writing(task, inputs, clock):
+        if "weight" in plan.writes:
+            return _write_weight(task, module, tensors["weight"], write)
+        new = {part: tensor for part in plan.writes if isinstance(tensor := tensors[part], Tensor)}
+        for part, tensor in new.items():
+            write(part, tensor)
+        old, pair = module.finetuned, plan.finetuned
+        assert isinstance(old, Lora)
+        assert isinstance(pair, Pair)
+        dtypes = {part: writer.place(ref.name).dtype for part, ref in (("a", pair.lora.a), ("b", pair.lora.b))}
+        return measured_pair(old, new, 1.0 if task.run.job.writes_unit_scaling else old.scaling, dtypes)
+
+
+def _write_weight(
+    task: ModuleTask,
+    module: Module,
+    tensor: Tensor | Iterator[Tensor],
+    write: Callable[[str, Tensor | Iterator[Tensor]], None],
+) -> Products:
+    """Write a module's new weight. Where it is stored quantised, its effect is that of the numbers that are coded."""
+    writer, stored = task.run.writer, task.plan.writes["weight"]
+    assert writer is not None
+    assert module.aligned is not None
+    dtype = writer.place(next(iter(stored.names))).dtype if all(p.codec is None for p in stored.parts) else "F32"
+    every = 4 if task.run.job.gated or isinstance(module.finetuned, Tensor) else 64  # little beside what it takes
+    tally = Tally(module.aligned.numel(), every, module.aligned.device)
+    if isinstance(tensor, Tensor):
+        for _ in measured_tiles(module, [tensor], dtype, tally):
+            pass
+    else:
+        tensor = measured_tiles(module, tensor, dtype, tally)
+    write("weight", tensor)
+    return tally.products()

@@ -1,0 +1,348 @@
+"""Steps: what is to be done, module by module for all jobs together, so that each tensor is read once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from safeshard.kernels.dense import PIECE, ROWS
+from safeshard.kernels.effect import ELEMENTS
+from safeshard.kernels.projection import LANES
+from safeshard.manifests.schema import Fallback
+from safeshard.streamer.inputs.read import Read, Step
+from safeshard.streamer.methods.base import Job
+from safeshard.streamer.methods.leak import strength_for
+from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
+from safeshard.streamer.run.flow.assemble import Assembler
+from safeshard.streamer.tensor_names import layer_of, natural
+from safeshard.streamer.write.writer import Writer
+
+STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
+DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
+BUNDLE_BYTES = 128 << 20  # of experts that are treated together: those of fused LoRA are read once for all of them
+EXPERTS = ".experts."
+DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
+
+
+@dataclass
+class JobRun:
+    """One job under way: its plan, its writer (None for a score), and what was decided so far."""
+
+    plan: JobPlan
+    writer: Writer | None = None
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cosines: dict[str, float | None] = field(default_factory=dict)
+    chosen: set[str] | None = None
+    limit: float | None = None  # the highest cosine among the chosen
+    curves: dict[str, list[float]] = field(default_factory=dict)  # what `measure` gave; empty where there is no factor
+    strength: float | None = None  # what follows from all curves
+    fallbacks: list[Fallback] = field(default_factory=list)
+
+    @property
+    def job(self) -> Job:
+        return self.plan.job
+
+    @cached_property
+    def assembler(self) -> Assembler:
+        """Puts together the output tensors that several modules write to."""
+        assert self.writer is not None
+        return Assembler.of(self.plan, self.writer)
+
+    def is_done(self, module: str) -> bool:
+        """Whether this pass has nothing left to do for a module."""
+        if self.measures and self.has_factor(module):
+            return module in self.curves
+        if self.writer is None or (self.job.ranks_first and self.chosen is None):
+            return module in self.cosines
+        return module in self.entries
+
+    @property
+    def waits(self) -> bool:
+        """Whether numbers of all modules of the output must be known before it goes on."""
+        return self.measures or (self.job.ranks_first and self.chosen is None)
+
+    def know(self, cosines: Mapping[str, float | None], curves: Mapping[str, Sequence[float]]) -> None:
+        """Let the job decide what it does by the numbers of all modules."""
+        if self.job.ranks_first:
+            self.chosen = self.job.choose(cosines)
+            self.limit = max((c for name in self.chosen if (c := cosines[name]) is not None), default=None)
+        if self.measures:
+            leak = self.job.target_leak
+            assert leak is not None
+            self.strength = strength_for(leak, self.job.strengths, [curve for curve in curves.values() if curve])
+
+    @property
+    def measures(self) -> bool:
+        """Whether this pass measures what each strength lets through, to choose one."""
+        return self.job.target_leak is not None and self.strength is None
+
+    def measured(self, module: str, curve: list[float]) -> None:
+        """Keep what a module lets through at each strength, also in the journal."""
+        self.curves[module] = curve
+        if self.writer:
+            self.writer.record("curve", name=module, curve=curve)
+
+    def strength_or(self, default: float) -> float:
+        """The strength at which a job is served, as far as it is known."""
+        asked = getattr(self.job, "penalty", None)
+        return asked if asked is not None else default if self.strength is None else self.strength
+
+    def score(self, module: str, cosine: float | None) -> None:
+        """Keep a module's cosine (None: undefined), also in the journal where a later pass needs it."""
+        self.cosines[module] = cosine
+        if self.writer and self.job.ranks_first:
+            self.writer.record("cosine", name=module, cosine=cosine)
+
+    def decide(self, module: str, entry: dict[str, Any]) -> None:
+        """Keep a module's manifest entry, also in the journal."""
+        self.entries[module] = entry
+        if self.writer:
+            self.writer.record("module", entry=entry)
+
+    def fall_back(self, fallback: Fallback) -> None:
+        """Keep what was done otherwise than asked, also in the journal."""
+        self.fallbacks.append(fallback)
+        if self.writer:
+            self.writer.record("fallback", entry=fallback.model_dump(mode="json", exclude_none=True))
+
+    def has_factor(self, module: str) -> bool:
+        """Whether a module is served in the calibrated pass."""
+        return self.plan.factors is not None and self.plan.linear(module) in self.plan.factors.modules
+
+    def untreated(self) -> dict[str, str]:
+        """The modules that a factor was due for and that have none, kept aligned, and why."""
+        return {
+            name: entry.get("note", "")
+            for name, entry in self.entries.items()
+            if entry["decision"] == "reverted" and self.has_factor(name)
+        }
+
+    def needs_gate(self, module: str) -> bool:
+        """Whether this pass computes a module's gate: not where ranking has already left it alone."""
+        return self.job.gated and (self.chosen is None or module in self.chosen)
+
+
+@dataclass(frozen=True)
+class ModuleTask:
+    """One module of one job."""
+
+    run: JobRun
+    plan: ModulePlan
+
+    def reads(self) -> Iterator[Read]:
+        for place in self.places():
+            yield from place.reads()
+
+    def places(self) -> Iterator[Pair | Weight]:
+        """What it is computed from in this pass."""
+        gated = self.run.needs_gate(self.plan.name)
+        yield self.plan.finetuned
+        if self.plan.safe is not None:
+            yield self.plan.safe
+        if self.plan.aligned is not None and (gated or self.run.job.writes_checkpoint):
+            yield self.plan.aligned
+        if self.plan.unaligned is not None and (gated or not self.run.job.gated):
+            yield self.plan.unaligned
+
+    @property
+    def job(self) -> Job:
+        """The job, which gives a weight that is encoded again in full precision, whatever the others are cast to."""
+        encoded = any(stored.encoded for stored in self.plan.writes.values())
+        return self.run.job.model_copy(update={"dtype": None}) if encoded else self.run.job
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it treats tensors of one form element by element."""
+        return self.run.job.edits_all and all(isinstance(p, Weight) and p.stored.is_tensor for p in self.places())
+
+    @property
+    def added(self) -> Read | None:
+        return self.plan.added
+
+    @property
+    def gate_key(self) -> tuple[Hashable, ...]:
+        """Equal for tasks with one gate: aligned, unaligned and fine-tuned tensors."""
+        places = (self.plan.aligned, self.plan.unaligned, self.plan.finetuned)
+        return tuple(place.key if place else None for place in places)
+
+
+@dataclass(frozen=True)
+class CopyTask:
+    """One tensor taken over from an input; `cast` where it changes: its dtype, or by rows that are added."""
+
+    run: JobRun
+    copy: Copy
+    cast: bool
+
+    @property
+    def added(self) -> Read | None:
+        return self.copy.added
+
+    def reads(self) -> Iterator[Read]:
+        if self.cast:
+            yield Read(self.copy.source, self.copy.ref)
+
+
+def module_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """Steps for all modules that are not done, layer by layer: a step a module, but for small or entangled experts."""
+    tasks_of: dict[str, list[ModuleTask]] = {}
+    for job_run in runs:
+        for name, module in job_run.plan.modules.items():
+            if not job_run.has_factor(name) and not job_run.is_done(name):
+                tasks_of.setdefault(name, []).append(ModuleTask(job_run, module))
+    steps = []
+    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=order_of)}):
+        tasks = [task for name in names for task in tasks_of[name]]
+        whole = all(task.elementwise for task in tasks)  # else all of them, so that each tensor is read once
+        steps.append((_elementwise if whole else _together)(names[0], tasks))
+    return steps
+
+
+def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]]) -> Iterator[list[str]]:
+    """Names of modules to treat in one step, in the order given.
+
+    Modules that see one region (gate and up of an expert, where both lie in a block) are never parted, so that it is
+    read once; experts are treated several at a time, as long as they are small.
+    """
+    bundle: list[str] = []
+    path, blocks, reads = "", set[Hashable](), dict[Hashable, int]()
+    for name, tasks in tasks_of.items():
+        seen = {block for task in tasks for block in _shared_blocks(task)}
+        more = {read.key: read.ref.nbytes for task in tasks for read in task.reads()}
+        experts = name.partition(EXPERTS)[0] if EXPERTS in name else name
+        if bundle and not seen & blocks and (experts != path or sum((reads | more).values()) > BUNDLE_BYTES):
+            yield bundle
+            bundle, blocks, reads = [], set(), {}
+        path, blocks, reads = experts, blocks | seen, reads | more
+        bundle.append(name)
+    if bundle:
+        yield bundle
+
+
+def _shared_blocks(task: ModuleTask) -> Iterator[Hashable]:
+    """The regions of weights of which a module sees only a part."""
+    for place in task.places():
+        if isinstance(place, Weight):
+            for part in place.stored.parts:
+                if part.view.rows or part.view.columns:
+                    yield (place.source.identity, part.block)
+
+
+def module_step(name: str, wanted: Iterable[tuple[JobRun, str]]) -> Step:
+    """One step for modules of jobs that share tensors; what is done is left out."""
+    return _together(
+        name, [ModuleTask(r, r.plan.modules[m]) for r, m in wanted if m in r.plan.modules and not r.is_done(m)]
+    )
+
+
+def _together(name: str, tasks: Sequence[ModuleTask]) -> Step:
+    step = Step(name, {read.key: read for task in tasks for read in task.reads()}, [*tasks])
+    step.scratch = STRIP_BYTES + max(map(_scratch, tasks), default=0) + sum(map(_projected, tasks)) + _held(tasks)
+    return step
+
+
+def _held(tasks: Sequence[ModuleTask]) -> int:
+    """Host bytes of decoded regions, of stacked parts, and of output regions that several modules share."""
+    decoded: dict[Hashable, int] = {}
+    for task in tasks:
+        for place in task.places():
+            if isinstance(place, Weight):
+                for part in place.stored.parts:
+                    if part.codec is not None:
+                        decoded[place.source.identity, part.block] = 4 * part.stored[0] * part.stored[1]
+                if len(place.stored.parts) > 1:
+                    decoded[place.key] = 4 * place.stored.numel
+        for stored in task.plan.writes.values():
+            for part in stored.parts if not stored.is_tensor else ():
+                decoded[id(task.run), part.block] = 4 * part.stored[0] * part.stored[1]
+    return sum(decoded.values())
+
+
+def _elementwise(name: str, tasks: Sequence[ModuleTask | CopyTask]) -> Step:
+    """A step whose tensors are read strip by strip."""
+    reads = {read.key: read for task in tasks for read in task.reads()}
+    nbytes = sum(read.ref.nbytes for read in reads.values())
+    added = [task.added.ref.nbytes for task in tasks if task.added is not None]
+    scratch = 4 * 4 * PIECE + min(nbytes, len(reads) * STRIP_BYTES)  # pieces in fp32, and strips
+    scratch += min(max(added, default=0), STRIP_BYTES)
+    return Step(name, {}, [*tasks], scratch=scratch, copied=nbytes + sum(added), strips=True)
+
+
+def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """Steps for the tensors that are taken over and not yet written."""
+    steps = []
+    for job_run in runs:
+        dtypes = {name: ref.dtype for file in job_run.plan.files for name, ref in file.tensors.items()}
+        for copy in job_run.plan.copies:
+            if job_run.writer is None or copy.name not in job_run.writer.hashes:
+                task = CopyTask(job_run, copy, cast=dtypes[copy.name] != copy.ref.dtype or copy.added is not None)
+                steps.append(
+                    _elementwise(copy.name, [task])
+                    if task.cast
+                    else Step(copy.name, {}, [task], copied=copy.ref.nbytes)
+                )
+    return steps
+
+
+def workers_for(device: torch.device) -> int:
+    """Compute threads: one a core, each with single-threaded torch; or, for a CUDA device, each with its own stream."""
+    if device.type == "cuda":
+        return DEVICE_WORKERS
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pass_steps(runs: Sequence[JobRun]) -> list[Step]:
+    """All steps of a pass, layer by layer, so that an output's files are finished one after the other."""
+    copies = [(-1.0 if (layer := layer_of(step.name)) is None else layer, step) for step in copy_steps(runs)]
+    modules = [(order_of(step.name)[0], step) for step in module_steps(runs)]
+    return [step for _, step in sorted([*copies, *modules], key=lambda placed: placed[0])]
+
+
+def order_of(name: str) -> tuple[float, Any]:
+    layer = layer_of(name)
+    return (float("inf") if layer is None else layer, natural(name))
+
+
+def _projected(task: ModuleTask) -> int:
+    """Host bytes of a gate's fp32 copies of B, of V^T B, and of the projected B, which is held until the step ends."""
+    finetuned = task.plan.finetuned
+    if not isinstance(finetuned, Pair) or not task.run.job.gated:
+        return 0
+    rank = -(-finetuned.lora.rank // LANES) * LANES
+    return 4 * rank * (4 * finetuned.lora.b.shape[0] + finetuned.lora.a.shape[1])
+
+
+def _scratch(task: ModuleTask) -> int:
+    """Host bytes that computing and writing one task adds to its inputs, at most."""
+    job, finetuned = task.run.job, task.plan.finetuned
+    if job.writes_checkpoint:
+        weight = task.plan.aligned or finetuned
+        assert isinstance(weight, Weight)
+        rows, columns = weight.stored.shape
+        # A weight stored in x out is put together from its tiles.
+        whole = job.dense_scratch + 4 * weight.stored.transposed
+        tiles = 4 * 4 * min(rows, ROWS) * columns
+        return whole * weight.stored.numel + tiles + (_gate_scratch(weight) if job.gated else 0)
+    if isinstance(finetuned, Weight):
+        return _gate_scratch(finetuned)
+    rank, rows, columns = _written_rank(task), finetuned.lora.b.shape[0], finetuned.lora.a.shape[1]
+    grams = 8 * (6 * rank * rank + 2 * min(max(ELEMENTS, rank), rank * max(rows, columns)))  # of the effect, in fp64
+    return 3 * 4 * (rows + columns) * rank + grams
+
+
+def _gate_scratch(weight: Weight) -> int:
+    """Of a full delta's gate: some columns of it and of its products, and V V^T where that is the smaller way."""
+    rows, columns = weight.stored.shape
+    return 4 * rows * (4 * min(columns, DENSE_COLUMNS) + (rows if rows < columns else 0))
+
+
+def _written_rank(task: ModuleTask) -> int:
+    finetuned, safe = task.plan.finetuned, task.plan.safe
+    assert isinstance(finetuned, Pair)
+    parts = task.run.plan.parts(finetuned.lora, safe.lora if isinstance(safe, Pair) else None)
+    return max(parts.values(), default=finetuned.lora.rank)
