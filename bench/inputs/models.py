@@ -17,8 +17,9 @@ import torch
 
 from safeshard.bench.inputs.synthetic import BLOCK, File, Folder, Values, check, make
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.inputs.adapter import CONFIG, WEIGHTS
+from safeshard.streamer.inputs.adapter import WEIGHTS
 from safeshard.streamer.inputs.checkpoint import INDEX
+from safeshard.streamer.inputs.lora_config import CONFIG
 
 SHARD_BYTES = 5 << 30
 

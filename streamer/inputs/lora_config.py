@@ -17,6 +17,7 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.inputs.patterns import Pattern, Patterns
 
 # Keys that this module reads.
+CONFIG = "adapter_config.json"
 _READ = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
     "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",

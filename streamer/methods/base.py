@@ -18,9 +18,10 @@ from pydantic_core import PydanticCustomError
 from safeshard import kernels
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
-from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.expert_lora import Packing
+from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.options import Dtype, Options, Output, Place, Repository
 
 if TYPE_CHECKING:  # nobody waits for torch to read a method's options

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from safeshard import kernels
-from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.adapter import Adapter
+from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module, Served, random_key
 from safeshard.streamer.methods.calibrate import KeptInputs, Sampled
 from safeshard.streamer.methods.leak import ladder

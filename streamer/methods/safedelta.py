@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from safeshard import kernels
 from safeshard.manifests.schema import Decision
-from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.adapter import Adapter
+from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import (
     Edit,
     Job,

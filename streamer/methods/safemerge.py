@@ -12,8 +12,9 @@ from pydantic import Field, field_validator, model_validator
 from safeshard import kernels
 from safeshard.manifests.errors import Offence
 from safeshard.manifests.schema import Decision
-from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import (
     NEAR,
     Edit,

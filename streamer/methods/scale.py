@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from safeshard import kernels
-from safeshard.streamer.inputs.adapter import LoraModule
+from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module, Served
 from safeshard.streamer.options import Finite
 

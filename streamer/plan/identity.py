@@ -17,7 +17,7 @@ from safeshard.manifests.schema import (
     Manifest,
     load,
 )  # fmt: skip
-from safeshard.streamer.inputs import adapter as lora
+from safeshard.streamer.inputs import lora_config
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.written.afar import There
@@ -131,7 +131,7 @@ def inputs_of(plan: JobPlan) -> dict[str, Input]:
     inputs = {}
     for role, opened in plan.inputs.items():
         files = [file.entry for file in opened.files]
-        config = lora.CONFIG if isinstance(opened, Adapter) else "config.json"
+        config = lora_config.CONFIG if isinstance(opened, Adapter) else "config.json"
         sizes = opened.source.sizes()
         if config in sizes:
             data = opened.source.read(config, 0, sizes[config])

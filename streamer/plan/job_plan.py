@@ -15,11 +15,12 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Caution, Fallback, Manifest
 from safeshard.streamer.calibration.factor_files import SavedFactors
 from safeshard.streamer.calibration.groups import FactorSource
-from safeshard.streamer.inputs.adapter import Adapter, LoraModule
+from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.compare import Difference
 from safeshard.streamer.inputs.expert_lora import read_ref, view_of
 from safeshard.streamer.inputs.layouts import Stored
+from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.inputs.names.unbuilt import excused
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job

@@ -26,7 +26,7 @@ from safeshard.streamer.methods.base import ROLES, Job, random_key
 from safeshard.streamer.options import RunOptions, build
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.planner import Planner
-from safeshard.streamer.plan.written.outputs import output_file
+from safeshard.streamer.plan.written.files import output_file
 from safeshard.streamer.recheck.inputs import Note
 from safeshard.streamer.run.ending.finish import tool_versions
 from safeshard.streamer.run.flow.steps import JobRun

@@ -22,7 +22,7 @@ from safeshard.manifests import RequestError, bounded, schema
 from safeshard.manifests.safetensors_header import HeaderError, read_header
 from safeshard.streamer import api, calibrate, safemerge, scale, score
 from safeshard.streamer.calibration.data import prompts
-from safeshard.streamer.calibration.model import skeleton
+from safeshard.streamer.calibration.model import building
 from safeshard.streamer.inputs import headers, patterns
 from safeshard.streamer.inputs.checkpoint import open_checkpoint
 from safeshard.streamer.plan.request import yaml_file
@@ -70,11 +70,11 @@ def test_no_key_of_a_config_names_code(model: Path, keys: dict[str, Any], monkey
     nested = plain | {"per_layer": [keys], "other": {"deep": keys}}
     for config in (plain | keys, nested):
         (model / "config.json").write_text(json.dumps(config))
-        read = skeleton.read_config(model)
+        read = building.read_config(model)
         assert read._attn_implementation is None
         assert not hasattr(read, "auto_map")
         assert "evil" not in json.dumps(read.to_dict())
-        built = skeleton._build(model, read, torch.float32)
+        built = building.build(model, read, torch.float32)
         assert built.config._attn_implementation in ("sdpa", "eager")
     assert asked == []
 
@@ -94,7 +94,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a report": lambda path: api.report(path.parent),
     "jobs": read_jobs,
     "calibration": lambda path: prompts.load_prompts(path, path.parent, samples=1),
-    "a configuration": lambda path: skeleton.read_config(path.parent),
+    "a configuration": lambda path: building.read_config(path.parent),
 }
 
 

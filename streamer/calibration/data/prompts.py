@@ -223,7 +223,7 @@ def _list_items(source: str, text: str) -> Iterator[tuple[int, Any]]:
 def _tokenize(
     source: str, records: list[Record], folder: Path, renderer: Renderer, max_tokens: int, published: bool
 ) -> list[list[int]]:
-    from safeshard.streamer.calibration.model.skeleton import read_config  # with torch, which `verify` does without
+    from safeshard.streamer.calibration.model.building import read_config  # with torch, which `verify` does without
 
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
     tokens, offences = [], []

@@ -12,7 +12,8 @@ from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.vocabulary import only_rows_differ
 from safeshard.streamer.plan.job_plan import JobPlan
-from safeshard.streamer.plan.written.outputs import computed, counterpart
+from safeshard.streamer.plan.written.files import counterpart
+from safeshard.streamer.plan.written.outputs import computed
 from safeshard.streamer.plan.written.side_files import MAX_SIDE_BYTES, SIDE_FILES, is_licence
 from safeshard.streamer.plan.written.storage import module_offences, moved
 from safeshard.streamer.plan.written.whole_tensors import Whole, describe, safe_offences

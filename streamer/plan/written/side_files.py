@@ -15,7 +15,7 @@ from typing import Any
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, Fallback
-from safeshard.streamer.inputs import adapter as lora
+from safeshard.streamer.inputs import lora_config
 from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint
 from safeshard.streamer.plan.job_plan import JobPlan, SideFile
 from safeshard.streamer.sources import LocalSource, Source
@@ -39,7 +39,7 @@ LICENCE = re.compile(
 _UNSAID = "-"  # why a file stays behind that is replaced by one of ours, or means nothing
 # Written by us, or nothing that anybody would miss.
 _UNREMARKABLE = {
-    "config.json", lora.CONFIG, INDEX, MANIFEST_NAME, JOURNAL_NAME, "readme.md", "report.html", ".gitattributes",
+    "config.json", lora_config.CONFIG, INDEX, MANIFEST_NAME, JOURNAL_NAME, "readme.md", "report.html", ".gitattributes",
     ".gitignore", ".ds_store",
 }  # fmt: skip
 _TEMPLATES = {"chat_template.jinja", "chat_template.json"}

@@ -31,7 +31,7 @@ from safeshard.manifests.schema import (
     Tool,
 )  # fmt: skip
 from safeshard.streamer.clock import Clock
-from safeshard.streamer.inputs import adapter as lora
+from safeshard.streamer.inputs import lora_config
 from safeshard.streamer.inputs.checkpoint import INDEX
 from safeshard.streamer.plan.doubts.bases import known_id
 from safeshard.streamer.plan.identity import checked_inputs
@@ -202,7 +202,7 @@ def _adapter_files(plan: JobPlan) -> dict[str, bytes]:
     config = plan.adapter_config or {}
     if isinstance(base := config.get("base_model_name_or_path"), str):
         config = config | {"base_model_name_or_path": without_secrets(base)}
-    return {lora.CONFIG: _json(config)}
+    return {lora_config.CONFIG: _json(config)}
 
 
 def _checkpoint_files(plan: JobPlan) -> dict[str, bytes]:
