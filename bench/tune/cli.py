@@ -15,7 +15,7 @@ from safeshard.streamer.cli.command import App
 
 app = App(
     invoke_without_command=True, subcommand_metavar="", context_settings={"allow_interspersed_args": True},
-    help="Try methods and settings on a fine-tuned model in one pass, choose by what the outputs answer.",
+    help=__doc__,
 )  # fmt: skip
 
 

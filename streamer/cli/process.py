@@ -58,14 +58,14 @@ def guarded(work: Callable[[], None], *, as_json: bool, after_a_stop: str) -> No
     _open_closed_streams()
     stdout = sys.stdout
     output = _Output(stdout)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
-            stream.reconfigure(errors="replace")
     try:
         if threading.current_thread() is threading.main_thread():
             handlers = {each: signal.signal(each, _stop) for each in (signal.SIGINT, signal.SIGTERM)}
             handlers[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
             sys.unraisablehook = _stop_later
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a name must not end a run that has succeeded
+                stream.reconfigure(errors="replace")
         sys.stdout = output
         try:
             work()
