@@ -137,9 +137,9 @@ def _widen_e4m3(codes: Tensor, out: Tensor) -> None:
     signed = codes.view(torch.int8)
     bits = signed.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
     out.copy_(bits.view(torch.float16))
-    nan = signed.bitwise_and(0x7F)
-    if out.is_cuda or (nan.numel() and int(nan.max()) == 0x7F):
-        out.masked_fill_(nan == 0x7F, torch.nan)
+    # The codes of NaN are the largest number with a sign, and without.
+    if out.is_cuda or (codes.numel() and (int(signed.max()) == 0x7F or int(codes.max()) == 0xFF)):
+        out.masked_fill_(signed.bitwise_and(0x7F) == 0x7F, torch.nan)
 
 
 def _widen_e2m1(codes: Tensor, out: Tensor) -> None:
