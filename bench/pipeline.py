@@ -85,14 +85,16 @@ def run(
             place = Place(paths, Path(scratch), size.vocab)
             for name in jobs:
                 for count in [0] if name.endswith("-full") else adapters:
-                    _measure(bench, place, name, count, number or size.layers, memory)
+                    _measure(bench, place, name, count, number or size.layers, memory, size.fp8)
 
 
-def _measure(bench: Bench, place: Place, name: str, adapters: int, layers: int, memory: str) -> None:
+def _measure(bench: Bench, place: Place, name: str, adapters: int, layers: int, memory: str, fp8: bool) -> None:
     job = JOBS[name](place, adapters)
     counted = f"{adapters} adapter{'s' * (adapters > 1)}" if adapters else "full checkpoint"
     title = f"{name.removesuffix('-full')}, {counted}"
     columns: dict[str, Any] = {"layers": layers, "adapters": adapters or "", "rank": RANK if adapters else ""}
+    if fp8:
+        columns["dtype"] = "fp8, adapters fp32"
     folders = [place.paths[read] for read in job.reads]
     floor = bench.measure(f"plain read: {title}", partial(plain_read, folders, job.pattern), **columns)
     command = [*SAFESHARD, *job.arguments, "--memory", memory, "--quiet"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -16,6 +16,13 @@ Backend = Literal["auto", "torch", "triton"]
 # What the kernels are compiled for in their tests: NVIDIA from Ampere on, and of AMD these.
 LEAST_CAPABILITY = 80
 HIP_ARCHITECTURES = ("gfx90a", "gfx942", "gfx950", "gfx1100")
+
+
+class Placed(Protocol):
+    """What lies on a device."""
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 @cache
@@ -36,7 +43,7 @@ def supported(architecture: GPUTarget) -> bool:
     return int(architecture.arch) >= LEAST_CAPABILITY
 
 
-def resolve(backend: Backend, *tensors: torch.Tensor) -> Literal["torch", "triton"]:
+def resolve(backend: Backend, *tensors: Placed) -> Literal["torch", "triton"]:
     """Return the implementation to run on `tensors`.
 
     "auto" is Triton on CUDA tensors whose device is `supported`, and torch elsewhere. (torch calls AMD's devices

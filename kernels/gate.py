@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels import projection
+from safeshard.kernels.alignment import coded_products, tiles
+from safeshard.kernels.alignment.coded import Weight, decoded
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
 from safeshard.kernels.lang import tl, triton
 from safeshard.kernels.projection import WEIGHT_DTYPES
@@ -155,7 +157,7 @@ def _over_norm(product: Tensor, squared_norm: Tensor) -> Tensor:
 
 
 def lora_gate(
-    aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]], *, backend: Backend = "auto"
+    aligned: Weight, unaligned: Weight, adapters: Sequence[tuple[Tensor, Tensor]], *, backend: Backend = "auto"
 ) -> list[Gate]:
     """The gate of each LoRA delta B A against V = aligned - unaligned; V is read for all of them at once.
 
@@ -163,7 +165,7 @@ def lora_gate(
     depend, to the bit, on the others.
 
     Args:
-        aligned: O x I, bf16, fp16 or fp32; any strides.
+        aligned: O x I, bf16, fp16 or fp32 of any strides, or a quantised weight, which is decoded tile by tile.
         unaligned: like `aligned`; its dtype may differ.
         adapters: one or more pairs (A: r_k x I, B: O x r_k) of the same dtypes.
 
@@ -177,13 +179,15 @@ def lora_gate(
             raise ValueError(
                 f"A must be {b.shape[1]} x {aligned.shape[1]} and of {WEIGHT_DTYPES}, got {tuple(a.shape)}, {a.dtype}"
             )
-    triton_runs = resolve(backend, aligned, unaligned, *factors, *(a for a, _ in adapters)) == "triton"
-    compute = _gates_triton if triton_runs else _gates_torch
+    operands = (aligned, unaligned, *factors, *(a for a, _ in adapters))
+    compute = _gates_triton if resolve(backend, *operands) == "triton" else _gates_torch
     gates, sound = compute(aligned, unaligned, adapters)
-    if aligned.device.type == "cpu" and not all(good := sound.tolist()) and not torch.equal(aligned, unaligned):
-        v, exponent = _scaled(aligned, unaligned)
-        for index in (i for i, fine in enumerate(good) if not fine):
-            gates[index] = _scaled_gate(v, exponent, *adapters[index], compute)
+    if aligned.device.type == "cpu" and not all(good := sound.tolist()):
+        plain = decoded(aligned), decoded(unaligned)
+        if not torch.equal(*plain):
+            v, exponent = _scaled(*plain)
+            for index in (i for i, fine in enumerate(good) if not fine):
+                gates[index] = _scaled_gate(v, exponent, *adapters[index], compute)
     return gates
 
 
@@ -225,7 +229,7 @@ def _fits(mean_square: Tensor) -> Tensor:
     return (mean_square >= LEAST) & (mean_square <= MOST)
 
 
-def _gates_triton(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> Gates:
+def _gates_triton(aligned: Weight, unaligned: Weight, adapters: Sequence[tuple[Tensor, Tensor]]) -> Gates:
     """All deltas as one wide A and B, whose Gram matrices are formed in a few launches for each rank."""
     ranks = [b.shape[1] for _, b in adapters]
     firsts = list(accumulate(ranks, initial=0))
@@ -234,7 +238,7 @@ def _gates_triton(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[T
         members.setdefault(rank, []).append(index)
     order = [index for group in members.values() for index in group]
     a, b = torch.cat([a for a, _ in adapters]).float().T, projection.side_by_side([b for _, b in adapters])
-    z, squared_norm = projection.project_wide(aligned, unaligned, b)
+    z, squared_norm = coded_products.project_wide(aligned, unaligned, b)
     places = upload(torch.tensor([firsts[index] for index in order]), a.device).split(list(map(len, members.values())))
     sums = [_group_sums(a, b, z, first, rank) for rank, first in zip(members, places, strict=True)]
     delta_squares, dots, projected_squares, apart, *means_of = torch.cat(sums, dim=1)
@@ -262,8 +266,8 @@ def _group_sums(a: Tensor, b: Tensor, z: Tensor, first: Tensor, rank: int) -> Te
     return out
 
 
-def _gates_torch(aligned: Tensor, unaligned: Tensor, adapters: Sequence[tuple[Tensor, Tensor]]) -> Gates:
-    products, squared_norm = projection.project(aligned, unaligned, [b for _, b in adapters], backend="torch")
+def _gates_torch(aligned: Weight, unaligned: Weight, adapters: Sequence[tuple[Tensor, Tensor]]) -> Gates:
+    products, squared_norm = tiles.products(aligned, unaligned, [b for _, b in adapters])
     v_mean = squared_norm / max(1, aligned.numel())
     gates, sound = [], []
     for (a, b), z in zip(adapters, products, strict=True):

@@ -11,26 +11,18 @@ Example: aligned = [[1, 0], [0, 2]], unaligned = 0 and B = [[1], [1]] give Y = [
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from safeshard.kernels.alignment import tiles
+from safeshard.kernels.alignment.coded import Coded, Weight
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, target
 from safeshard.kernels.lang import GPUTarget, tl, triton
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# torch: fp32 elements of one row tile (2 MiB, which stays in a core's L2 cache) and the fewest rows of a tile, below
-# which the products are too thin.
-TILE_ELEMENTS = 1 << 19
-MIN_TILE_ROWS = 64
-
-# torch: factors are padded to whole LANES of columns and multiplied up to STACK columns at a time, half again as fast
-# as one by one at rank 16, where that changes no bit.
-LANES, STACK = 16, 128
 
 # Triton: rows and summed columns of one program's tile, and how many programs a launch aims at through splits of the
 # summed axis. The split depends on V's shape alone, so that neither the device nor the other adapters of a batch change
@@ -169,107 +161,6 @@ def side_by_side(factors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(factors), dim=1).float().contiguous()
 
 
-def _row_tiles(aligned: Tensor, unaligned: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, V[rows] in fp32) over all rows; the tensor is overwritten by the next step."""
-    rows, cols = aligned.shape
-    step = max(1, min(rows, _tile_rows(cols)))
-    buffer = aligned.new_empty((step, cols), dtype=torch.float32)
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        tile = buffer[: part.stop - start]
-        yield part, tile.copy_(aligned[part]).sub_(unaligned[part])
-
-
-def _tile_rows(cols: int) -> int:
-    return max(MIN_TILE_ROWS, TILE_ELEMENTS // max(1, cols))
-
-
-def _squared_norm(tile: Tensor) -> Tensor:
-    """|tile|_F^2 in fp64 from fp32 row norms: as exact as fp64 throughout to 1e-8, at a quarter of the time."""
-    return torch.linalg.vector_norm(tile, dim=1).double().square().sum()
-
-
-def _project_rows(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Projection:
-    """Two passes over row tiles of V, for weights stored by rows.
-
-    Tiles of whole rows are converted faster than the column strips that a single pass would need.
-    """
-    rows, cols = aligned.shape
-    groups = _groups(factors, rows, cols)
-    stacks = [torch.cat(group, dim=1).T.contiguous() for group in groups]
-    inner = [stack.new_zeros((stack.shape[0], cols)) for stack in stacks]
-    squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
-    for part, tile in _row_tiles(aligned, unaligned):
-        squared_norm += _squared_norm(tile)
-        for stack, y in zip(stacks, inner, strict=True):
-            y.addmm_(stack[:, part], tile)
-    projected = [stack.new_empty((rows, stack.shape[0])) for stack in stacks]
-    for part, tile in _row_tiles(aligned, unaligned):
-        for y, z in zip(inner, projected, strict=True):
-            torch.mm(tile, y.T, out=z[part])
-    return Projection(_ungroup(projected, groups, factors), squared_norm)
-
-
-def _project_columns(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Projection:
-    """One pass over tiles of V's columns, for weights stored transposed: there a column of V is contiguous."""
-    groups = _groups(factors, *aligned.T.shape)
-    stacks = [torch.cat(group, dim=1) for group in groups]
-    projected = [torch.zeros_like(stack) for stack in stacks]
-    squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
-    for _, tile in _row_tiles(aligned.T, unaligned.T):
-        squared_norm += _squared_norm(tile)
-        for stack, z in zip(stacks, projected, strict=True):
-            z.addmm_(tile.T, tile @ stack)
-    return Projection(_ungroup(projected, groups, factors), squared_norm)
-
-
-def _groups(factors: Sequence[Tensor], rows: int, cols: int) -> list[list[Tensor]]:
-    """The factors in fp32, each padded with zero columns to whole LANES, in groups of up to STACK columns.
-
-    `rows` and `cols` are those of the tensor that `_row_tiles` cuts.
-    """
-    step = max(1, min(rows, _tile_rows(cols)))
-    shapes = {step, rows % step or step}
-    limit = STACK if len(factors) > 1 and all(_stackable(shape, cols) for shape in shapes) else LANES
-    groups: list[list[Tensor]] = []
-    room = 0
-    for factor in factors:
-        padded = torch.nn.functional.pad(factor.float(), (0, -factor.shape[1] % LANES))
-        if not groups or padded.shape[1] > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(padded)
-        room -= padded.shape[1]
-    return groups
-
-
-def _ungroup(
-    projected: Sequence[Tensor], groups: Sequence[Sequence[Tensor]], factors: Sequence[Tensor]
-) -> list[Tensor]:
-    """The columns of each factor, contiguous, from the products of `_groups`."""
-    wide = [
-        part
-        for z, group in zip(projected, groups, strict=True)
-        for part in z.split([factor.shape[1] for factor in group], dim=1)
-    ]
-    return [part[:, : factor.shape[1]].contiguous() for part, factor in zip(wide, factors, strict=True)]
-
-
-@cache
-def _stackable(rows: int, cols: int) -> bool:
-    """Whether both products with a tile give a factor the same bits alone and in the last place of a stack.
-
-    Matrix libraries choose the order of summation by the sizes; MKL does not by the number of whole lanes.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tile, stack = (torch.randn(size, generator=generator) for size in ((rows, cols), (rows, STACK)))
-    wide, alone = stack.T.contiguous(), stack[:, -LANES:].T.contiguous()
-    y = torch.ones(STACK, cols).addmm_(wide, tile)
-    y_alone = torch.ones(LANES, cols).addmm_(alone, tile)
-    z, z_alone = tile @ y.T, tile @ y_alone.T
-    return torch.equal(y[-LANES:], y_alone) and torch.equal(z[:, -LANES:], z_alone)
-
-
 def project(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor], *, backend: Backend = "auto") -> Projection:
     """V (V^T B) for each factor B, and |V|_F^2, with V = aligned - unaligned taken in fp32.
 
@@ -287,13 +178,12 @@ def project(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor], *, ba
     check_operands(aligned, unaligned, factors)
     if resolve(backend, aligned, unaligned, *factors) == "triton":
         return _project_triton(aligned, unaligned, factors)
-    by_columns = aligned.stride(0) < aligned.stride(1)
-    return (_project_columns if by_columns else _project_rows)(aligned, unaligned, factors)
+    return Projection(*tiles.products(aligned, unaligned, factors))
 
 
-def check_operands(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> None:
-    """Raise ValueError unless the shapes and dtypes are those that `project` documents."""
-    if aligned.ndim != 2 or aligned.shape != unaligned.shape:
+def check_operands(aligned: Weight, unaligned: Weight, factors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless the shapes and dtypes are those that `project` documents, or weights are quantised."""
+    if len(aligned.shape) != 2 or aligned.shape != unaligned.shape:
         raise ValueError(
             f"aligned and unaligned must be 2-D and of one shape, got {tuple(aligned.shape)}, {tuple(unaligned.shape)}"
         )
@@ -303,5 +193,5 @@ def check_operands(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]
         if factor.ndim != 2 or factor.shape[0] != aligned.shape[0]:
             raise ValueError(f"a factor must be {aligned.shape[0]} x r, got {tuple(factor.shape)}")
     for tensor in (aligned, unaligned, *factors):
-        if tensor.dtype not in WEIGHT_DTYPES:
+        if not isinstance(tensor, Coded) and tensor.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"tensors must be bfloat16, float16 or float32, got {tensor.dtype}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 # Parts of decoder names in the order they run, for people who read lists; other names follow alphabetically.
 _RUNS = {
@@ -18,6 +19,7 @@ _RUNS = {
 }
 
 
+@lru_cache(1 << 16)  # models have tens of thousands of names, each of which is asked for often
 def layer_of(name: str) -> int | None:
     """The first number in a dotted name: the layer (`model.layers.3.mlp.up_proj` -> 3), None outside of layers."""
     return next((int(part) for part in name.split(".") if _is_number(part)), None)
@@ -38,7 +40,12 @@ def by_layer(values: Mapping[str, float | None]) -> dict[str, list[float]]:
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key for dotted names: numbers as numbers, and what decoders commonly hold in the order it runs."""
-    return tuple((0, int(p), "") if _is_number(p) else (1, _RUNS.get(p, len(_RUNS)), p) for p in name.split("."))
+    return tuple(map(_place, name.split(".")))
+
+
+@lru_cache(1 << 12)
+def _place(part: str) -> tuple[int, int, str]:
+    return (0, int(part), "") if _is_number(part) else (1, _RUNS.get(part, len(_RUNS)), part)
 
 
 def _is_number(part: str) -> bool:

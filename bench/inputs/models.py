@@ -8,25 +8,28 @@ is its own and whose data is that of another layer. What reads the model reads a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from safeshard.bench.inputs.synthetic import BLOCK, File, Folder, Values, check, make
+from safeshard.bench.inputs.synthetic import BLOCK, SCALES, File, Folder, Sizes, Values, check, make
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.inputs.adapter import WEIGHTS
 from safeshard.streamer.inputs.checkpoint import INDEX
 from safeshard.streamer.inputs.lora_config import CONFIG
 
 SHARD_BYTES = 5 << 30
+FP8_BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama model."""
+    """The sizes of a Llama model or, with `experts`, of a Qwen3-MoE one, whose experts are `inner` wide.
+
+    `head` is the width of a head where that is not hidden / heads. With `fp8`, linears are stored as Qwen and DeepSeek
+    release them, a scale for each 128 x 128.
+    """
 
     hidden: int
     inner: int
@@ -34,17 +37,63 @@ class Shape:
     heads: int
     kv_heads: int
     vocab: int
+    head: int = 0
+    experts: int = 0
+    fp8: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.head or self.hidden // self.heads
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """Module name inside a layer -> (out features, in features)."""
-        kv = self.hidden // self.heads * self.kv_heads
-        return {
-            "self_attn.q_proj": (self.hidden, self.hidden), "self_attn.k_proj": (kv, self.hidden),
-            "self_attn.v_proj": (kv, self.hidden), "self_attn.o_proj": (self.hidden, self.hidden),
-            "mlp.gate_proj": (self.inner, self.hidden), "mlp.up_proj": (self.inner, self.hidden),
-            "mlp.down_proj": (self.hidden, self.inner),
+        q, kv = self.head_dim * self.heads, self.head_dim * self.kv_heads
+        inside = {
+            "gate_proj": (self.inner, self.hidden), "up_proj": (self.inner, self.hidden),
+            "down_proj": (self.hidden, self.inner),
         }  # fmt: skip
+        paths = [f"mlp.experts.{n}" for n in range(self.experts)] or ["mlp"]
+        return {
+            "self_attn.q_proj": (q, self.hidden), "self_attn.k_proj": (kv, self.hidden),
+            "self_attn.v_proj": (kv, self.hidden), "self_attn.o_proj": (self.hidden, q),
+            **{f"{path}.{name}": size for path in paths for name, size in inside.items()},
+        }  # fmt: skip
+
+    @property
+    def layer(self) -> Sizes:
+        """The tensors of a layer of a checkpoint, by their names inside it."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, (rows, columns) in self.projections.items():
+            found[f"{name}.weight"] = ("F8_E4M3" if self.fp8 else "BF16", (rows, columns))
+            if self.fp8:
+                found[f"{name}{SCALES}"] = ("F32", (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{norm}.weight"] = ("BF16", (self.hidden,))
+        if self.experts:
+            found["mlp.gate.weight"] = ("BF16", (self.experts, self.hidden))
+            found |= {f"self_attn.{each}_norm.weight": ("BF16", (self.head_dim,)) for each in "qk"}
+        return found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What config.json says, but for the number of layers."""
+        said: dict[str, Any] = {
+            "architectures": ["Qwen3MoeForCausalLM" if self.experts else "LlamaForCausalLM"],
+            "model_type": "qwen3_moe" if self.experts else "llama", "hidden_size": self.hidden,
+            "intermediate_size": self.inner, "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads, "vocab_size": self.vocab, "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }  # fmt: skip
+        if self.experts:
+            said |= {
+                "head_dim": self.head_dim, "num_experts": self.experts, "moe_intermediate_size": self.inner,
+                "num_experts_per_tok": min(8, self.experts), "norm_topk_prob": True,
+            }  # fmt: skip
+        if self.fp8:
+            block = [FP8_BLOCK, FP8_BLOCK]
+            said["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": block}
+        return said
 
 
 SHAPES = {
@@ -53,6 +102,10 @@ SHAPES = {
     "llama-7b": Shape(4096, 11008, 32, 32, 32, 32000),
     "llama-8b": Shape(4096, 14336, 32, 32, 8, 128256),
     "llama-70b": Shape(8192, 28672, 80, 64, 8, 32000),
+    "moe-tiny": Shape(64, 48, 3, 4, 2, 256, head=32, experts=4),
+    "moe-tiny-fp8": Shape(64, 48, 3, 4, 2, 256, head=32, experts=4, fp8=True),
+    "moe-30b-a3b": Shape(2048, 768, 48, 32, 4, 151936, head=128, experts=128),
+    "moe-30b-a3b-fp8": Shape(2048, 768, 48, 32, 4, 151936, head=128, experts=128, fp8=True),
 }
 
 
@@ -79,7 +132,7 @@ def make_models(
 ) -> dict[str, Path]:
     """Write `aligned`, `unaligned`, `safe` and `adapter-0`, ... below `folder`; full `finetuned` ones on request.
 
-    Existing folders are kept. Weights are bf16, adapters fp32, as PEFT saves them. With `repeat`, layer i of a
+    Existing folders are kept. Weights are bf16 or fp8, adapters fp32, as PEFT saves them. With `repeat`, layer i of a
     checkpoint, but not of an adapter, holds the values of layer i mod `repeat`.
 
     Raises:
@@ -87,11 +140,11 @@ def make_models(
     """
     checkpoints = ("aligned", "unaligned", *(("finetuned", "finetuned-safe") * finetuned))
     folders = {
-        folder / name: _checkpoint(shape, layers, repeat, Values(0, seed or None, 0.02, torch.bfloat16))
+        folder / name: _checkpoint(shape, layers, repeat, Values(0, seed or None, 0.02))
         for seed, name in enumerate(checkpoints)
     }
     folders |= {
-        folder / name: _adapter(shape, layers, rank, Values(100 + seed, None, 0.01, torch.float32))
+        folder / name: _adapter(shape, layers, rank, Values(100 + seed, None, 0.01))
         for seed, name in enumerate(["safe", *(f"adapter-{i}" for i in range(adapters))])
     }
     check(folder, folders)
@@ -102,30 +155,25 @@ def make_models(
 
 
 def _checkpoint(shape: Shape, layers: int, repeat: int | None, values: Values) -> Folder:
-    hidden, matrix = (shape.hidden,), (shape.vocab, shape.hidden)
-    norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), hidden)
-    parts = [
-        {f"model.layers.{n}.{name}.weight": size for name, size in {**shape.projections, **norms}.items()}
-        for n in range(layers)
-    ]
-    outer = {"model.embed_tokens.weight": matrix, "model.norm.weight": hidden, "lm_head.weight": matrix}
+    matrix = ("BF16", (shape.vocab, shape.hidden))
+    parts = [{f"model.layers.{n}.{name}": size for name, size in shape.layer.items()} for n in range(layers)]
+    outer = {
+        "model.embed_tokens.weight": matrix,
+        "model.norm.weight": ("BF16", (shape.hidden,)),
+        "lm_head.weight": matrix,
+    }
     shards = [outer, *parts] if repeat else _filled([outer, *parts])
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
     files = {
         name: File(
-            {tensor: ("BF16", size) for tensor, size in shard.items()}, BLOCK if repeat else 8,
+            shard, BLOCK if repeat else 8,
             names[1 + (number - 1) % repeat] if repeat and number > repeat else None,
         )
         for number, (name, shard) in enumerate(zip(names, shards, strict=True))
     }  # fmt: skip
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": shape.hidden,
-        "intermediate_size": shape.inner, "num_hidden_layers": layers, "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads, "vocab_size": shape.vocab, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }  # fmt: skip
+    config = {**shape.config, "num_hidden_layers": layers}
     texts = {"config.json": json.dumps(config, indent=2)}
     if len(shards) > 1:
         weight_map = {tensor: name for name, file in files.items() for tensor in file.sizes}
@@ -133,18 +181,18 @@ def _checkpoint(shape: Shape, layers: int, repeat: int | None, values: Values) -
     return Folder(files, texts, values)
 
 
-def _filled(parts: Sequence[dict[str, tuple[int, ...]]]) -> list[dict[str, tuple[int, ...]]]:
-    """The bf16 tensors of all parts in as few shards as their order allows."""
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
+def _filled(parts: Sequence[Sizes]) -> list[Sizes]:
+    """The tensors of all parts in as few shards as their order allows."""
+    shards: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     room = SHARD_BYTES
     for name, size in (pair for part in parts for pair in part.items()):
-        nbytes = 2 * math.prod(size)
+        nbytes = File({name: size}).nbytes
         if nbytes > room:
             shards.append({})
             room = SHARD_BYTES
         shards[-1][name] = size
         room -= nbytes
-    return shards
+    return [*shards]
 
 
 def _adapter(shape: Shape, layers: int, rank: int, values: Values) -> Folder:
@@ -154,6 +202,6 @@ def _adapter(shape: Shape, layers: int, rank: int, values: Values) -> Folder:
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = ("F32", (rank, columns))
             tensors[f"{key}.lora_B.weight"] = ("F32", (rows, rank))
-    targets = [name.rpartition(".")[2] for name in shape.projections]
+    targets = list(dict.fromkeys(name.rpartition(".")[2] for name in shape.projections))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, "bias": "none"}
     return Folder({WEIGHTS: File(tensors)}, {CONFIG: json.dumps(config, indent=2)}, values)

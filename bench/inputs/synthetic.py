@@ -1,13 +1,13 @@
 """Folders of synthetic safetensors files, written at disk speed, whole or not at all.
 
-The values are random and never zero. They repeat after a few million elements, which no measurement here can notice.
+The values are random; none is zero, of those in fp8 hardly any. They repeat after a few million elements, which no
+measurement here can notice.
 A file may repeat the data of another under names of its own; a file system with reflinks (XFS, btrfs) keeps it once.
 """
 
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 import shutil
 import tempfile
@@ -21,29 +21,44 @@ from torch import Tensor
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef, layout
 from safeshard.manifests.sizes import human
+from safeshard.streamer.inputs.read import TORCH_DTYPES
 
 Sizes = Mapping[str, tuple[str, tuple[int, ...]]]  # tensor name -> dtype and shape
 POOL = (1 << 22) + 1  # odd, so that tensors start at ever new places of the pool
 BLOCK = 4096  # file systems share whole blocks
 FICLONE = 0x40049409  # Linux's request to share all data of a file
+SCALES = ".weight_scale_inv"  # tensors whose names end so have positive values
+CODE = 64  # of the values of fp8, which go to 448, the standard deviation
 
 
 class Values:
     """An endless stream of values around zero: aligned weights, or those plus a delta."""
 
-    def __init__(self, seed: int, delta_seed: int | None, scale: float, dtype: torch.dtype) -> None:
-        pool = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)) * scale
+    def __init__(self, seed: int, delta_seed: int | None, scale: float) -> None:
+        self._values, self._scale, self._at = torch.randn(POOL, generator=_seeded(seed)) * scale, scale, 0
         if delta_seed is not None:
-            pool += torch.randn(POOL, generator=torch.Generator().manual_seed(delta_seed)) * scale / 10
-        self._pool, self._at = pool.to(dtype), 0
+            self._values += torch.randn(POOL, generator=_seeded(delta_seed)) * scale / 10
+        self._pools: dict[tuple[str, bool], Tensor] = {}
 
-    def take(self, count: int) -> Iterator[Tensor]:
-        """The next `count` values, in pieces."""
+    def take(self, name: str, dtype: str, count: int) -> Iterator[Tensor]:
+        """The next `count` values, in pieces, for a tensor of this name and dtype."""
+        key = (dtype, name.endswith(SCALES))
+        if key not in self._pools:
+            self._pools[key] = self._pool(*key)
         while count:
-            piece = self._pool[self._at : self._at + count]
+            piece = self._pools[key][self._at : self._at + count]
             yield piece
             count -= len(piece)
             self._at = (self._at + len(piece)) % POOL
+
+    def _pool(self, dtype: str, scales: bool) -> Tensor:
+        if scales:
+            return (self._values.abs() / CODE).to(TORCH_DTYPES[dtype])
+        return (self._values * (CODE / self._scale if dtype == "F8_E4M3" else 1)).to(TORCH_DTYPES[dtype])
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,11 @@ class File:
         text = header[8:] + b" " * (-len(header) % self.alignment)
         return len(text).to_bytes(8, "little") + text, sorted(refs.values(), key=lambda ref: ref.offset)
 
+    @property
+    def nbytes(self) -> int:
+        """Without the header."""
+        return sum(ref.nbytes for ref in self.layout("")[1])
+
 
 @dataclass(frozen=True)
 class Folder:
@@ -72,7 +92,7 @@ class Folder:
     def nbytes(self, shared: bool) -> int:
         """What it takes on the disk, in bytes, without headers; `shared` where repeated data takes nothing."""
         files = [file for file in self.files.values() if not (shared and file.source)]
-        return sum(ref.nbytes for file in files for ref in file.layout("")[1])
+        return sum(file.nbytes for file in files)
 
 
 def check(below: Path, folders: Mapping[Path, Folder]) -> None:
@@ -141,7 +161,7 @@ def _write(path: Path, content: File, values: Values) -> None:
             _repeat(path.with_name(content.source), file.fileno(), len(header))
             return
         for ref in refs:
-            for piece in values.take(math.prod(ref.shape)):
+            for piece in values.take(ref.name, ref.dtype, ref.numel):
                 file.write(piece.view(torch.uint8).numpy().data)
 
 

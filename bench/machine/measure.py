@@ -35,7 +35,8 @@ import json, os, subprocess, sys, time
 start = time.perf_counter()
 child = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, usage = os.wait4(child.pid, 0)
-print(json.dumps([time.perf_counter() - start, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)]))
+seconds, processor = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+print(json.dumps([seconds, processor, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)]))
 """
 
 
@@ -43,8 +44,8 @@ print(json.dumps([time.perf_counter() - start, usage.ru_maxrss * 1024, os.waitst
 class Sample:
     """One run, or the median of several.
 
-    Wall seconds, peak resident and device bytes, bytes read and written, and thread-seconds by stage; 0 or nothing
-    where the run does not tell.
+    Wall seconds, peak resident and device bytes, bytes read and written, thread-seconds by stage, and the processor's
+    seconds; 0 or nothing where the run does not tell.
     """
 
     seconds: float
@@ -52,6 +53,7 @@ class Sample:
     device_peak: int = 0
     nbytes: int = 0
     stages: Mapping[str, float] = field(default_factory=dict)
+    processor: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -144,19 +146,19 @@ def clean_run(outputs: Path, command: Sequence[str]) -> Sample:
     written = sum(run["bytes_written"] for run in runs)  # the rest is of the whole run, the same in each
     return replace(
         sample, device_peak=runs[0]["peak_device_bytes"], nbytes=runs[0]["bytes_read"] + written,
-        stages=runs[0]["seconds"],
+        stages={**runs[0]["seconds"], "processor": sample.processor},
     )  # fmt: skip
 
 
 def process(command: Sequence[str]) -> Sample:
-    """Run a process; return its wall time in seconds and its peak resident memory in bytes.
+    """Run a process; return its wall time, its peak resident memory, and the processor's seconds.
 
     Raises:
         SystemExit: it failed; says the last it wrote to standard error.
     """
     timer = [sys.executable, "-I", "-S", "-c", TIMER, *command]
     run = subprocess.run(timer, capture_output=True, text=True, check=True)
-    seconds, peak, status = json.loads(run.stdout)
+    seconds, processor, peak, status = json.loads(run.stdout)
     if status != 0:
         raise SystemExit(f"{' '.join(command)[:1000]} failed with status {status}\n{run.stderr[-2000:]}")
-    return Sample(seconds, peak)
+    return Sample(seconds, peak, processor=processor)

@@ -35,6 +35,7 @@ def test_measuring_leaves_other_files_alone(tmp_path: Path, monkeypatch: pytest.
     (folder / "outputs" / "thesis.txt").write_text("precious")
     pipeline.run(folder, "llama-tiny", [2], 1, [1, 2], ["safemerge", "scale-full"], runs=1, cold=True, memory="1GiB")
     made = [row for row in rows.read("pipeline") if row["stages"]]
+    assert all(float(row["stages"].split("processor=")[1].split()[0]) > 0.1 for row in made)
     assert [(row["what"], row["layers"], row["adapters"]) for row in made] == [
         ("safemerge, 1 adapter", "2", "1"), ("safemerge, 2 adapters", "2", "2"), ("scale, full checkpoint", "2", ""),
     ]  # fmt: skip

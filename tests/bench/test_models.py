@@ -119,3 +119,26 @@ def test_an_interrupted_model_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemExit):
         make_models(tmp_path, SHAPES["llama-tiny"], layers=1, adapters=1, rank=4, finetuned=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_mixtures_are_what_the_main_job_takes(tmp_path: Path, load_tensors: Any, fp8: bool) -> None:
+    label, paths = models.prepare(tmp_path, "moe-tiny" + "-fp8" * fp8, 3, repeat=1, rank=4)
+    assert label == f"moe-tiny{'-fp8' * fp8} x3 layers, 1 real"
+    aligned, unaligned = load_tensors(paths["aligned"]), load_tensors(paths["unaligned"])
+    expert = "model.layers.{}.mlp.experts.3.down_proj.weight"
+    assert aligned[expert.format(0)].shape == (64, 48)
+    assert aligned[expert.format(0)].dtype == (torch.float8_e4m3fn if fp8 else torch.bfloat16)
+    same = [torch.equal(aligned[expert.format(0)].float(), t[expert.format(2)].float()) for t in (aligned, unaligned)]
+    assert same == [True, False]
+    if fp8:
+        scales = aligned[expert.format(1).removesuffix(".weight") + synthetic.SCALES]
+        assert scales.shape == (1, 1)
+        assert scales.dtype == torch.float32
+        assert scales.item() > 0
+    result = safemerge(
+        aligned=paths["aligned"], unaligned=paths["unaligned"], adapter=paths["adapter-0"], safe_adapter=paths["safe"],
+        output=tmp_path / "out", quiet=True,
+    )  # fmt: skip
+    assert len(result.cosines) == result.plan.expected == 3 * (4 + 3 * 4)
+    assert all(cosine is not None and 0 < abs(cosine) < 1 for cosine in result.cosines.values())

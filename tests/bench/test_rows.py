@@ -51,7 +51,7 @@ def test_tables_go_by_size_and_show_what_is_still_measured(tmp_path: Path, monke
     rows.append("pipeline", {**plain, "what": min(rows.RETIRED), "shape": "llama-1b x22 layers"})
 
     def shown(name: str) -> list[list[str]]:
-        return [line.strip("| ").split(" | ")[:3] for line in rows._shown(name).splitlines()[2:]]
+        return [line.strip("| ").split(" | ")[:3] for line in documents._shown(name).splitlines()[2:]]
 
     short = [
         ["merge", "llama-1b x22 layers", "warm"], ["merge", "llama-1b x22 layers", "cold"],
@@ -61,8 +61,8 @@ def test_tables_go_by_size_and_show_what_is_still_measured(tmp_path: Path, monke
     assert shown("pipeline") == [
         ["merge", "llama-1b x2 layers", "warm"], short[0], ["plain read: merge", *short[0][1:]], *short[1:],
     ]  # fmt: skip
-    assert "spread" in rows._shown("pipeline")
-    assert "spread" not in rows._shown("jobs")
+    assert "spread" in documents._shown("pipeline")
+    assert "spread" not in documents._shown("jobs")
 
 
 def test_a_picture_is_shown_where_it_was_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

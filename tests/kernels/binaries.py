@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
-    torch.bool: "*i1", torch.int64: "*i64",
+    torch.bool: "*i1", torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 ALIGNED = [["tt.divisibility", 16]]
 

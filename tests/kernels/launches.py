@@ -23,6 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from safeshard.kernels import backend
+from safeshard.kernels.alignment.coded import Coded, Kind
 from safeshard.kernels.gate import dense_gate, lora_gate
 from safeshard.kernels.gram import accumulate
 from safeshard.kernels.half import pack, packed_size, unpack
@@ -55,6 +56,20 @@ def gate(count: int, rank: int, dtype: torch.dtype = BF16) -> None:
     lora_gate(empty(WIDE, NARROW, dtype=dtype), empty(WIDE, NARROW, dtype=dtype), pairs)
 
 
+def coded(kind: Kind, rows: int = WIDE, columns: int = NARROW, block: tuple[int, int] = (128, 128)) -> Coded:
+    """A quantised weight: of fp8 with a scale a block, or MXFP4."""
+    if kind == "e2m1":
+        codes, scales = (empty(rows, columns // step, dtype=torch.uint8) for step in (2, 32))
+        return Coded(kind, codes, scales, (1, 32))
+    grid = (-(-rows // block[0]), -(-columns // block[1]))
+    return Coded(kind, empty(rows, columns, dtype=torch.uint8), empty(*grid), block)
+
+
+def coded_gate(aligned: Coded, unaligned: Coded | Tensor, rank: int = 16) -> None:
+    rows, columns = aligned.shape
+    lora_gate(aligned, unaligned, [(empty(rank, columns), empty(rows, rank))])
+
+
 def rows_of_a_chunk() -> None:
     """Of `selection="row"`: the columns of a chunk within wider matrices."""
     x, u = empty(NARROW, WIDE), empty(WIDE, WIDE)
@@ -67,6 +82,8 @@ OPERATIONS: dict[str, Callable[[], Any]] = {
     "gate 16": lambda: gate(1, 16),
     "gate 8 x 16": lambda: gate(8, 16),
     "gate 64 x 16": lambda: gate(64, 16),
+    "gate of fp8": lambda: coded_gate(coded("e4m3"), coded("e4m3")),
+    "gate of MXFP4": lambda: coded_gate(coded("e2m1"), coded("e2m1")),
     "gram bf16": lambda: accumulate(empty(WIDE, WIDE), empty(4096, WIDE, dtype=BF16)),
     "merge": lambda: linear([empty(NARROW, 2048, dtype=BF16)] * 2, [0.8, 0.2]),
     "columns": lambda: column_squares(empty(NARROW, WIDE)[:, 2048:4096], empty(NARROW, WIDE)[:, 2048:4096]),
@@ -84,6 +101,11 @@ MORE: dict[str, Callable[[], Any]] = {
     "gate stored transposed": lambda: lora_gate(
         *[empty(NARROW, WIDE, dtype=BF16).T] * 2, [(empty(16, NARROW), empty(WIDE, 16))]
     ),
+    "gate of fp8 by row and bf16": lambda: coded_gate(
+        coded("e4m3", block=(1, NARROW)), empty(WIDE, NARROW, dtype=BF16), 64
+    ),
+    "gate of fp8 by tensor and MXFP4": lambda: coded_gate(coded("e4m3", block=(WIDE, NARROW)), coded("e2m1"), 256),
+    "gate of fp8 of odd shape": lambda: coded_gate(*[coded("e4m3", 1001, 777, (100, 50))] * 2),
     "dense gate": lambda: dense_gate(*[empty(WIDE, NARROW, dtype=BF16)] * 3),
     "gram fp32": lambda: accumulate(empty(NARROW, NARROW), empty(4096, NARROW)),
     "gram fp16": lambda: accumulate(empty(NARROW, NARROW), empty(4096, NARROW, dtype=torch.float16)),

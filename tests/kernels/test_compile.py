@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def check(figures: Figures, arch: int | str) -> None:
         for own in all_:
             assert own["spilled"] == 0, (name, own)
             assert own["shared"] <= SHARED[arch], (name, own)
-    for name, own in [*launches_of(figures, "_product_kernel"), *launches_of(figures, "_gram_kernel")]:
+    products = [launches_of(figures, kernel) for kernel in ("_product_kernel", "_coded_product_kernel", "_gram_kernel")]
+    for name, own in chain(*products):
         if arch in MATRIX and name != "gram fp32":
             assert all(instruction.startswith(MATRIX[arch]) for instruction in own["matrix"]), (name, own)
             assert own["matrix"], (name, own)
@@ -128,12 +130,24 @@ def test_instructions_a_tile(compiled: dict[int | str, Figures], arch: int, colu
     assert 0 < min(loops) <= max(loops) <= LOOP[arch][columns], loops
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("name", "most"), [("gate of fp8", 1170), ("gate of MXFP4", 700)])
+def test_codes_are_decoded_in_registers(compiled: dict[int | str, Figures], arch: int, name: str, most: int) -> None:
+    """Codes are loaded four at least at a time (of MXFP4 eight), scales once a block; nothing is decoded twice."""
+    own = [each for each in compiled[arch][name] if each["kernel"] == "_coded_product_kernel"]
+    assert [each["settings"]["TRANSPOSED"] for each in own] == [True, False]
+    for each in own:
+        assert narrow(each, 32) <= (2 if name == "gate of MXFP4" else 0), each  # the scales
+        assert 0 < each["loop"] <= most, each
+
+
 def test_a_tile_of_hopper_is_twelve_matrix_instructions_whatever_its_width(
     compiled: dict[int | str, Figures],
 ) -> None:
     """Three for each 8 of the tile's 32 summed columns. Work done twice would show here."""
-    for name, own in launches_of(compiled[90], "_product_kernel"):
-        assert sum(own["matrix"].values()) == 12, (name, own)
+    for kernel in ("_product_kernel", "_coded_product_kernel"):
+        for name, own in launches_of(compiled[90], kernel):
+            assert sum(own["matrix"].values()) == 12, (name, own)
 
 
 @pytest.mark.parametrize("arch", [80, 90, "gfx942"])

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safeshard.kernels.alignment.tiles import MIN_TILE_ROWS, TILE_ELEMENTS
 from safeshard.kernels.backend import Backend
-from safeshard.kernels.projection import MIN_TILE_ROWS, TILE_ELEMENTS, WEIGHT_DTYPES, project
+from safeshard.kernels.projection import WEIGHT_DTYPES, project
 
 DTYPES = st.sampled_from(WEIGHT_DTYPES)
 

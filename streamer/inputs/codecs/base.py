@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from safeshard.kernels.alignment.coded import Coded
+
 TILE = 1 << 16  # elements decoded at a time: their intermediate forms stay in a core's L2 cache
 Stored = Mapping[str, Tensor]
 """A weight as it is stored, by part: "values" (integers, fp8 or packed bytes, O rows) and "scales"."""
@@ -40,6 +42,12 @@ class Codec(Protocol):
 
     def decode(self, stored: Stored) -> Tensor:
         """The weight, O x I fp32: each value times its scale, rounded once."""
+
+    def in_codes(self, dtype: str) -> bool:
+        """Whether values of a safetensors dtype can be multiplied with as they are stored, decoded tile by tile."""
+
+    def coded(self, stored: Stored) -> Coded:
+        """The weight for those that decode it, where `in_codes`."""
 
     def encode(self, values: Tensor, like: Stored) -> dict[str, Tensor]:
         """`values` (O x I fp32, finite) in this format, each part of the dtype and shape that `like` has."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safeshard.kernels.alignment.coded import Coded
 from safeshard.streamer.inputs.codecs.base import Stored, block_max, expand, storable
 from safeshard.streamer.inputs.codecs.nibbles import pack, unpack
 
@@ -48,6 +49,12 @@ class PackedInt4:
         values = unpack(packed.contiguous().view(torch.uint8), TABLE)
         values.view(*scales.shape, -1).mul_(scales.unsqueeze(-1))
         return values
+
+    def in_codes(self, dtype: str) -> bool:
+        return False
+
+    def coded(self, stored: Stored) -> Coded:
+        raise NotImplementedError
 
     def encode(self, values: Tensor, like: Stored) -> dict[str, Tensor]:
         block = self.block((values.shape[0], values.shape[1]))

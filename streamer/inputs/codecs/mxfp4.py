@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from safeshard.kernels.alignment.coded import Coded
 from safeshard.streamer.inputs.codecs.base import Stored, block_max, expand
 from safeshard.streamer.inputs.codecs.nibbles import pack, unpack
 
@@ -50,6 +51,13 @@ class Mxfp4:
         factors = _SCALES.to(scales.device)[scales.int()]
         values.view(*scales.shape, GROUP).mul_(factors.unsqueeze(-1))
         return values
+
+    def in_codes(self, dtype: str) -> bool:
+        return True
+
+    def coded(self, stored: Stored) -> Coded:
+        scales = stored["scales"].view(torch.uint8)
+        return Coded("e2m1", stored["values"].view(torch.uint8).reshape(len(scales), -1), scales, (1, GROUP))
 
     def encode(self, values: Tensor, like: Stored) -> dict[str, Tensor]:
         largest = block_max(values.abs(), self.block((values.shape[0], values.shape[1]))).double()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safeshard.kernels.alignment.coded import Coded, widen_e4m3
 from safeshard.streamer.inputs.codecs.base import TILE, Stored, block_max, expand, storable
 
 TOP = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}  # the largest values
@@ -62,6 +63,14 @@ class Scaled:
             start = stop
         return out
 
+    def in_codes(self, dtype: str) -> bool:
+        return dtype == "F8_E4M3"
+
+    def coded(self, stored: Stored) -> Coded:
+        values = stored["values"]
+        block = self.block((values.shape[0], values.shape[1]))
+        return Coded("e4m3", values.view(torch.uint8), _grid(stored["scales"], values, *block), block)
+
     def encode(self, values: Tensor, like: Stored) -> dict[str, Tensor]:
         dtype = like["values"].dtype
         block = self.block((values.shape[0], values.shape[1]))
@@ -101,15 +110,7 @@ def _numbers(scales: Tensor) -> Tensor:
 
 
 def _widen(values: Tensor, out: Tensor) -> Tensor:
-    """Values of one byte as fp32, into `out`.
-
-    E4M3 by its bits: shifted into a half, whose exponent has a bias of 15 for 7, it is 2^-8 of its value. Eight times
-    as fast as torch's own conversion on a CPU.
-    """
+    """Values of one byte as fp32, into `out`."""
     if values.dtype != torch.float8_e4m3fn or values.is_cuda:
         return out.copy_(values)
-    codes = values.contiguous().view(torch.int8)
-    bits = codes.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    out.copy_(bits.view(torch.float16)).mul_(256.0)
-    nan = codes.bitwise_and(0x7F)
-    return out.masked_fill_(nan == 0x7F, torch.nan) if int(nan.max()) == 0x7F else out
+    return widen_e4m3(values.view(torch.uint8), out)

@@ -11,6 +11,7 @@ from safeshard.manifests.safetensors_header import TensorRef
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from safeshard.kernels.alignment.coded import Coded
     from safeshard.streamer.inputs.codecs.base import Codec
 
 Range = tuple[int, int, int]  # start, stop, step
@@ -37,6 +38,7 @@ class View:
 
 
 WHOLE = View()
+WHOLE_ROWS: Range = (0, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,21 @@ class Part:
             return load(self.ref).view(self.stored)
         return self.codec.decode({part: load(ref) for part, ref in self.refs.items()})
 
+    @property
+    def in_codes(self) -> bool:
+        """Whether `coded` gives what is seen of a quantised matrix: whole rows, of whole blocks."""
+        if self.codec is None or not self.codec.in_codes(self.ref.dtype) or self.view.columns or self.view.transposed:
+            return False
+        start, _, step = self.view.rows or WHOLE_ROWS
+        height = self.codec.block(self.stored)[0]
+        return height == 1 or height >= self.stored[0] or (step == 1 and start % height == 0)
+
+    def coded(self, load: Callable[[TensorRef], Tensor]) -> Coded:
+        """What is seen of a quantised matrix, in its codes."""
+        assert self.codec is not None
+        whole = self.codec.coded({part: load(ref) for part, ref in self.refs.items()})
+        return whole if self.view.rows is None else whole.rows(*self.view.rows)
+
     def rows(self, start: int, stop: int) -> Part:
         """Some rows of what is stored, not quantised: a smaller region."""
         assert self.codec is None
@@ -134,6 +151,11 @@ class Stored:
     def encoded(self) -> bool:
         """Whether it is quantised."""
         return self.parts[0].codec is not None
+
+    @property
+    def in_codes(self) -> bool:
+        """Whether it can be multiplied with as it is stored, though it is quantised."""
+        return len(self.parts) == 1 and self.parts[0].in_codes
 
     @property
     def is_tensor(self) -> bool:

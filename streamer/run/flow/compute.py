@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeshard.kernels.alignment.coded import Coded
 from safeshard.kernels.effect import Products, Tally
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
@@ -72,6 +73,12 @@ class Inputs:
         """A weight as O x I, whatever its storage."""
         seen = [part.view.of(self.matrix(place.source, part)) for part in place.stored.parts]
         return seen[0] if len(seen) == 1 else self._once(place.key, lambda: torch.cat(seen))
+
+    def operand(self, place: Weight) -> Tensor | Coded:
+        """A weight for a gate: in its codes, if that can be, so that it is decoded where it is multiplied with."""
+        if not place.stored.in_codes:
+            return self.weight(place)
+        return place.stored.parts[0].coded(lambda ref: self.tensor(Read(place.source, ref)))
 
     def matrix(self, source: Source, part: Part) -> Tensor:
         """All that lies in a part's region, as it is stored, decoded once."""
@@ -190,7 +197,8 @@ def _gates(tasks: list[ModuleTask], inputs: Inputs) -> dict[Hashable, Gate]:
         first = next(iter(group.values())).plan
         assert first.aligned is not None
         assert first.unaligned is not None
-        aligned, unaligned = inputs.weight(first.aligned), inputs.weight(first.unaligned)
+        load = inputs.operand if all(task.in_codes for task in group.values()) else inputs.weight
+        aligned, unaligned = load(first.aligned), load(first.unaligned)
         deltas = {key: inputs.delta(task.plan.finetuned) for key, task in group.items()}
         pairs = {key: (delta.a, delta.b) for key, delta in deltas.items() if isinstance(delta, Lora)}
         if pairs:
@@ -198,6 +206,8 @@ def _gates(tasks: list[ModuleTask], inputs: Inputs) -> dict[Hashable, Gate]:
         for key, delta in deltas.items():
             if isinstance(delta, Tensor):
                 project = group[key].run.job.keeps_dense_projection
+                assert isinstance(aligned, Tensor)
+                assert isinstance(unaligned, Tensor)
                 gates[key] = dense_gate(aligned, unaligned, delta, project=project)
     return gates
 

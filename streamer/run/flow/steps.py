@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from safeshard.kernels.alignment.tiles import LANES
 from safeshard.kernels.dense import PIECE, ROWS
 from safeshard.kernels.effect import ELEMENTS
-from safeshard.kernels.projection import LANES
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Job
@@ -156,6 +156,11 @@ class ModuleTask:
         return self.run.job.model_copy(update={"dtype": None}) if encoded else self.run.job
 
     @property
+    def in_codes(self) -> bool:
+        """Whether its gate is all that sees the aligned and the unaligned weights: then nothing is decoded before."""
+        return isinstance(self.plan.finetuned, Pair) and not self.run.job.writes_checkpoint
+
+    @property
     def elementwise(self) -> bool:
         """Whether it treats tensors of one form element by element."""
         return self.run.job.edits_all and all(isinstance(p, Weight) and p.stored.is_tensor for p in self.places())
@@ -251,7 +256,7 @@ def _held(tasks: Sequence[ModuleTask]) -> int:
     decoded: dict[Hashable, int] = {}
     for task in tasks:
         for place in task.places():
-            if isinstance(place, Weight):
+            if isinstance(place, Weight) and not (task.in_codes and place.stored.in_codes):
                 for part in place.stored.parts:
                     if part.codec is not None:
                         decoded[place.source.identity, part.block] = 4 * part.stored[0] * part.stored[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import quantised
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from standin import stand_in
 from torch import Tensor
 
 from safeshard.manifests.errors import RequestError
@@ -87,6 +89,20 @@ def test_adapter_jobs_on_quantised_models(models: Path, stored: tuple[str, Path]
             a, b = pairs[f"{key}.lora_A.weight"], pairs[f"{key}.lora_B.weight"]
         expected, _ = mixtures.gate(weights[0][name], weights[1][name], b.double() @ a.double())
         assert cosine == pytest.approx(expected, abs=1e-6), name
+    kernel = "_product_kernel" if format_ == "int4" else "_coded_product_kernel"
+    assert_alike_on_a_device(result.cosines, root, made, {kernel: 2 * len(result.cosines)})
+
+
+def assert_alike_on_a_device(cosines: Any, root: Path, made: Path, launches: dict[str, int]) -> None:
+    """Weights in their codes are decoded where they are multiplied with, without a wait; others are decoded before."""
+    with stand_in() as device:
+        (scored,) = score(
+            aligned=root / "aligned", unaligned=root / "unaligned", adapter=made, quiet=True, device="cuda:1"
+        )
+    assert scored.cosines == pytest.approx(cosines, abs=1e-6)
+    assert Counter(name for name in device.launches if name.endswith("product_kernel")) == launches
+    waits = {wait.partition(" at ")[0] for wait in device.waits}
+    assert "_coded_product_kernel" not in launches or waits <= {"copy down", "synchronize"}, device.waits
 
 
 def test_a_checkpoint_job_encodes_only_blocks_that_changed(stored: tuple[str, Path], tmp_path: Path) -> None:
@@ -261,6 +277,7 @@ def test_lora_on_gpt_oss_experts_in_mxfp4_and_in_bf16(oss: Path, tmp_path: Path)
     assert len(results[0].cosines) == 16
     for name, cosine in results[0].cosines.items():
         assert cosine == pytest.approx(results[1].cosines[name], abs=1e-6), name
+    assert_alike_on_a_device(results[0].cosines, oss, tmp_path / "adapter", {"_coded_product_kernel": 2 * 16})
 
 
 def test_fused_experts_in_fp8(tmp_path: Path) -> None:
