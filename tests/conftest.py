@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -155,6 +156,19 @@ def golden(tmp_path: Path) -> Any:
         return tmp_path / name
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for PATH in which `safeshard` and `python` are, which start at once."""
+    with forked.commands(tmp_path_factory.mktemp("commands")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def python(path: Path) -> str:
+    """In place of `sys.executable`, where it is not the start of a process that is tested."""
+    return str(path / "python")
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,10 @@
-"""Small models, and commands that start at once."""
+"""Small models."""
 
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 
-import forked
 import pytest
 
 from safeshard.bench.toy.small import make_small
@@ -26,10 +24,3 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             make_small(Path("small"), print)
             (folder / "small/.safeshard-demo").touch()
     return folder
-
-
-@pytest.fixture(scope="session")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for PATH in which `safeshard` and `python` are."""
-    with forked.commands(tmp_path_factory.mktemp("commands")) as folder:
-        yield folder

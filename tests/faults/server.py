@@ -1,8 +1,13 @@
-"""Forks one child for each case, so that torch is imported once. Reads cases as JSON lines, answers each with one."""
+"""Forks one child for each case, so that torch is imported once. Reads cases as JSON lines, answers each with one.
+
+What a child had to import is imported here too, once it has ended, so that those that follow find it there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import signal
@@ -24,10 +29,9 @@ def serve() -> None:
     torch.set_num_threads(1)
     for line in sys.stdin:
         case = json.loads(line)
-        if case.get("calibrates"):
-            import transformers.models.llama.modeling_llama  # noqa: F401
         report = Path(case["report"])
         report.unlink(missing_ok=True)
+        gc.freeze()  # lest a child's first collection copy the pages of all that lives here
         pid = os.fork()
         if not pid:
             _run(case, report)
@@ -37,11 +41,15 @@ def serve() -> None:
                 os.kill(pid, case["signal"])
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         answer = json.loads(report.read_text()) if report.is_file() else {}
+        for module in answer.pop("modules", ()):
+            with contextlib.suppress(ImportError):  # some are made as others are imported
+                importlib.import_module(module)
         print(json.dumps(answer | {"status": status}), flush=True)
 
 
 def _run(case: dict[str, Any], report: Path) -> NoReturn:
     status: Any = 70
+    here = set(sys.modules)
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         output = os.open(case["messages"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -57,7 +65,9 @@ def _run(case: dict[str, Any], report: Path) -> NoReturn:
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
-        report.write_text(json.dumps({"calls": shim.calls, "reads": shim.reads, "log": shim.log}))
+        modules = [name for name in sys.modules if name not in here]
+        found = {"calls": shim.calls, "reads": shim.reads, "log": shim.log, "modules": modules}
+        report.write_text(json.dumps(found))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,15 +1,16 @@
 """Every kernel, launched as for Llama 70B, compiles to what it should; no device is needed.
 
 The launches are those that the operations make for each architecture (`launches.py`), and the binaries are read with
-the tools that Triton brings (`binaries.py`). All launches of one architecture compile in one child process, because
-this one may have TRITON_INTERPRET=1 set. By hand, every figure:
+the tools that Triton brings (`binaries.py`). Architectures compile two at a time, in forks of a process of their own,
+because this one may have TRITON_INTERPRET=1 set. By hand, every figure:
 
-    python tests/kernels/test_compile.py cuda 90 32 all
+    python tests/kernels/test_compile.py all 90 gfx942
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -61,18 +62,13 @@ def compile_all(architecture: GPUTarget, every: bool) -> Figures:
 
 
 def in_children(architectures: list[GPUTarget], every: bool) -> dict[int | str, Figures]:
-    """What `compile_all` gives for each architecture, two at a time."""
+    """What `compile_all` gives for each architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found: dict[int | str, Figures] = {}
-    for pair in (architectures[i : i + 2] for i in range(0, len(architectures), 2)):
-        commands = [
-            [sys.executable, __file__, a.backend, str(a.arch), str(a.warp_size), *["all"] * every] for a in pair
-        ]
-        children = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, text=True) for c in commands]
-        outputs = [child.communicate()[0] for child in children]
-        assert not any(child.returncode for child in children), "compiling failed: see the captured stderr"
-        found |= {a.arch: json.loads(output.splitlines()[-1]) for a, output in zip(pair, outputs, strict=True)}
-    return found
+    command = [sys.executable, __file__, "all" if every else "fast", *(str(a.arch) for a in architectures)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert not done.returncode, "compiling failed: see the captured stderr"
+    figures = json.loads(done.stdout.splitlines()[-1])
+    return {a.arch: own for a, own in zip(architectures, figures, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +166,12 @@ def test_more_shapes_on_every_architecture() -> None:
 
 
 if __name__ == "__main__":
-    backend, arch, warp_size, *rest = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).parent))
-    given = GPUTarget(backend, int(arch) if backend == "cuda" else arch, int(warp_size))
-    print(json.dumps(compile_all(given, every=bool(rest))))
+    import binaries  # noqa: F401
+
+    kind, *names = sys.argv[1:]
+    given = [next(a for a in ALL if str(a.arch) == name) for name in names]
+    with device(given[0]):
+        OPERATIONS["gate 16"]()  # imports what the forks need
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        print(json.dumps(pool.starmap(compile_all, [(a, kind == "all") for a in given], chunksize=1)))

@@ -50,7 +50,7 @@ class StandinBucket:
         self.server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.bucket, self.env = bucket, KEYS | {"AWS_ENDPOINT_URL": self.url}
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
         key, secret, region = KEYS.values()
         self._client = boto3.client(
             "s3", endpoint_url=self.url, aws_access_key_id=key, aws_secret_access_key=secret, region_name=region
@@ -131,3 +131,7 @@ class StandinBucket:
 class _Quiet(WSGIRequestHandler):
     def log(self, *_: object) -> None:
         pass
+
+    def connection_dropped(self, *_: object) -> None:
+        """Close it, lest the client wait for an answer until its patience ends."""
+        self.close_connection = True

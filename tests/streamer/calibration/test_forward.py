@@ -202,7 +202,16 @@ def test_a_spill_that_cannot_be_written_is_an_error(models, tmp_path):
         next(run(models("llama")[1], random_tokens([4]), budget_bytes=0, saved=HiddenStates([tmp_path / "missing"])))
 
 
-def test_one_layer_at_a_time(models):
+@pytest.fixture
+def frozen():
+    """What lives by now is left out by `gc.collect`, which takes as long as there is much."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def test_one_layer_at_a_time(models, frozen):
     """No weight of another layer, nor of the embeddings, and no earlier Gram is alive while a layer is loaded."""
     folder = models("llama")[1]
     weights = load_file(folder / "model.safetensors")

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,15 +105,22 @@ def layers(*numbers: int) -> list[str]:
     return [f"model.layers.{number}" for number in numbers]
 
 
-def killed_in(layer: int, function: str, options: dict[str, Any]) -> None:
-    """Run a public function in another process that is killed when the factors of a layer are made."""
-    argv = [sys.executable, "-c", DRIVER, f".layers.{layer}.", function, json.dumps(options)]
-    finished = subprocess.run(argv, capture_output=True, text=True, check=False, env=os.environ, timeout=120)
-    assert finished.returncode == -signal.SIGKILL, finished.stderr
+@pytest.fixture
+def killed_in(python: str) -> Callable[..., None]:
+    """Runs a public function in another process that is killed when the factors of a layer are made."""
+
+    def run(layer: int, function: str, options: dict[str, Any]) -> None:
+        argv = [python, "-c", DRIVER, f".layers.{layer}.", function, json.dumps(options)]
+        finished = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+        assert finished.returncode == -signal.SIGKILL, finished.stderr
+
+    return run
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_a_killed_batch_goes_on_with_the_layer_it_had_reached(place: Place, ran: list[str], layer: int) -> None:
+def test_a_killed_batch_goes_on_with_the_layer_it_had_reached(
+    place: Place, ran: list[str], layer: int, killed_in: Any
+) -> None:
     batch(**place.jobs("a-whole", "f-whole"))
     ran.clear()
     killed_in(layer, "batch", place.jobs("a", "f"))
@@ -296,7 +302,7 @@ def test_states_come_back_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_calibrate_resumes(place: Place, ran: list[str]) -> None:
+def test_a_killed_calibrate_resumes(place: Place, ran: list[str], killed_in: Any) -> None:
     calibrate(**place.calibrated("whole"))
     ran.clear()
     killed_in(2, "calibrate", place.calibrated("out"))
@@ -364,7 +370,7 @@ def test_calibrate_with_other_options_does_not_go_on(place: Place, unfinished: P
 
 @pytest.mark.parametrize("loss", ["the file", "a byte", "a record", "a module"])
 def test_factors_that_were_damaged_meanwhile_are_made_again(
-    place: Place, ran: list[str], caplog: pytest.LogCaptureFixture, loss: str
+    place: Place, ran: list[str], caplog: pytest.LogCaptureFixture, loss: str, killed_in: Any
 ) -> None:
     calibrate(**place.calibrated("whole"))
     killed_in(2, "calibrate", place.calibrated("out"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +174,7 @@ api.batch(sys.argv[1], quiet=True)
 """
 
 
-def test_resume_after_sigkill(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_after_sigkill(llama: Any, monkeypatch: pytest.MonkeyPatch, python: str) -> None:
     """What was finished is not computed again, and the bytes are those of one run."""
     _, _ = llama.run("whole", finetuned=llama.root / "finetuned", strength=2.0)
     options = llama.options("out", finetuned=llama.root / "finetuned", strength=2.0)
@@ -184,8 +182,8 @@ def test_resume_after_sigkill(llama: Any, monkeypatch: pytest.MonkeyPatch) -> No
     job = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     file = llama.root / "jobs.yaml"
     file.write_text(json.dumps({"jobs": [{"method": "safedelta"} | job]}))
-    command = [sys.executable, "-c", KILLED, str(file), "9"]
-    assert subprocess.run(command, env=os.environ, check=False, timeout=120).returncode == -signal.SIGKILL
+    command = [python, "-c", KILLED, str(file), "9"]
+    assert subprocess.run(command, check=False, timeout=120).returncode == -signal.SIGKILL
     assert (llama.root / "out.partial").is_dir()
     edited = []
     original = SafeDelta.edit

@@ -6,7 +6,6 @@ import json
 import resource
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -320,11 +319,11 @@ print(len(batch(sys.argv[1], quiet=True)))
 
 
 @pytest.mark.skipif(resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 400, reason="the hard limit is too low")
-def test_more_jobs_than_open_files_allowed_by_default(bench: Bench, write: Write) -> None:
+def test_more_jobs_than_open_files_allowed_by_default(bench: Bench, write: Write, python: str) -> None:
     entry = {"method": "scale", "aligned": str(bench.paths["aligned"]), "adapter": str(bench.paths["adapter"])}
     entry |= {"matrix": {"factor": [n / 50 for n in range(50)]}, "output": f"{bench.root}/many/{{factor}}"}
     file = write(json.dumps({"jobs": [entry]}))
-    finished = subprocess.run([sys.executable, "-c", MANY, file], capture_output=True, text=True, check=False)
+    finished = subprocess.run([python, "-c", MANY, file], capture_output=True, text=True, check=False)
     assert (finished.returncode, finished.stdout) == (0, "50\n"), finished.stderr
 
 

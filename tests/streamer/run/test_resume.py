@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,11 +48,16 @@ getattr(api, function)(**options)
 """
 
 
-def killed_after(method: str, count: int, function: str, options: dict[str, Any]) -> None:
-    """Run a public function in another process that is killed at the call number `count` + 1 of a Writer method."""
-    argv = [sys.executable, "-c", DRIVER, method, str(count), function, json.dumps(options, default=str)]
-    finished = subprocess.run(argv, capture_output=True, text=True, check=False)
-    assert finished.returncode == -signal.SIGKILL, finished.stderr
+@pytest.fixture
+def killed_after(python: str) -> Callable[..., None]:
+    """Runs a public function in another process that is killed at the call number `count` + 1 of a Writer method."""
+
+    def run(method: str, count: int, function: str, options: dict[str, Any]) -> None:
+        argv = [python, "-c", DRIVER, method, str(count), function, json.dumps(options, default=str)]
+        finished = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert finished.returncode == -signal.SIGKILL, finished.stderr
+
+    return run
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -107,7 +111,9 @@ def full_options(world: Any, **more: Any) -> dict[str, Any]:
         ("publish", 0, 28),
     ],
 )
-def test_a_killed_adapter_job_resumes(world: Any, journaled: Any, method: str, count: int, done: int) -> None:
+def test_a_killed_adapter_job_resumes(
+    world: Any, journaled: Any, method: str, count: int, done: int, killed_after: Any
+) -> None:
     options = merge_options(world)
     safemerge(**options, output=world.root / "whole")
     total = len(journaled())
@@ -124,7 +130,7 @@ def test_a_killed_adapter_job_resumes(world: Any, journaled: Any, method: str, c
     assert api.verify(world.root / "out") == []
 
 
-def test_a_job_killed_just_before_it_is_published_resumes(world: Any) -> None:
+def test_a_job_killed_just_before_it_is_published_resumes(world: Any, killed_after: Any) -> None:
     """Also without its journal, which goes last."""
     options = merge_options(world)
     safemerge(**options, output=world.root / "whole")
@@ -135,7 +141,9 @@ def test_a_job_killed_just_before_it_is_published_resumes(world: Any) -> None:
 
 
 @pytest.mark.parametrize(("method", "count"), [("record", 6), ("write", 9), ("copy", 3)])
-def test_a_killed_checkpoint_job_resumes(world: Any, journaled: Any, method: str, count: int) -> None:
+def test_a_killed_checkpoint_job_resumes(
+    world: Any, journaled: Any, method: str, count: int, killed_after: Any
+) -> None:
     options = full_options(world)
     safelora(**options, output=world.root / "whole")
     total = len(journaled())
@@ -272,7 +280,7 @@ def test_a_second_run_is_told_which_process_is_first(interrupted: dict[str, Any]
 
 
 @pytest.fixture
-def ending(world: Any) -> dict[str, Any]:
+def ending(world: Any, killed_after: Any) -> dict[str, Any]:
     """The options of a run that was killed in its last step: the output has its name, and a journal still."""
     options = merge_options(world) | {"output": world.root / "out"}
     killed_after("add_file", 0, "safemerge", options)
@@ -330,7 +338,7 @@ def test_an_input_that_changes_underway_is_noticed(
     assert list(world.root.glob("out*")) == []
 
 
-def test_small_files_of_an_earlier_attempt_are_not_published(world: Any) -> None:
+def test_small_files_of_an_earlier_attempt_are_not_published(world: Any, killed_after: Any) -> None:
     options = merge_options(world) | {"output": world.root / "out"}
     killed_after("add_file", 0, "safemerge", options)
     (world.root / "out.partial/tokenizer.json").write_text("stale")
@@ -397,7 +405,7 @@ def test_space_that_an_unfinished_output_holds_is_not_asked_for_again(
     safemerge(**options)
 
 
-def test_a_killed_batch_resumes(world: Any, journaled: Any) -> None:
+def test_a_killed_batch_resumes(world: Any, journaled: Any, killed_after: Any) -> None:
     paths = {role: str(path) for role, path in world.trio().items()}
     for name in ("whole", "out"):
         (world.root / f"{name}.yaml").write_text(json.dumps({

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from bucket_outputs import OUT, fault, files, full, local_files, same
 from stand_in_bucket import Asked, StandinBucket, Trouble
@@ -82,12 +82,12 @@ class TestResume:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("at", ["model-00002-of-00003.safetensors", "manifest.json", "DELETE"])
-    def test_killed(self, bucket: StandinBucket, full: dict[str, Any], world: Any, at: str) -> None:
+    def test_killed(self, bucket: StandinBucket, full: dict[str, Any], world: Any, at: str, python: str) -> None:
         """kill -9 while a shard, the manifest, or the journal's removal is under way."""
         resta(**full, output=world.root / "local")
         words = [f"--{k}={v}" for k, v in full.items() if k != "quiet"]
-        command = [sys.executable, "-m", "safeshard", "resta", *words, f"--output={OUT}", "--quiet"]
-        child: list[subprocess.Popen[bytes]] = []
+        command = [python, "-m", "safeshard", "resta", *words, f"--output={OUT}", "--quiet"]
+        child: list[forked.Started] = []
 
         def writing(asked: Asked) -> Trouble | None:
             if child and (
@@ -100,7 +100,7 @@ class TestResume:
             return None
 
         bucket.writing = writing
-        with subprocess.Popen(command) as process:
+        with forked.Started(command) as process:
             child.append(process)
             assert process.wait(120) == -9
         assert ("manifest.json" in bucket.names("out/x")) == (at != "model-00002-of-00003.safetensors")

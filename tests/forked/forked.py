@@ -1,8 +1,10 @@
 """`safeshard` and `python` as commands that start at once: forks of a process that has imported what they need.
 
-A shell block of the documents starts thirty processes, each of which would import torch and transformers for seconds.
-Here one process imports them once and forks for each command, which then gets the caller's arguments, streams, folder
-and environment, and runs the same entry point.
+A shell block of the documents starts thirty processes, each of which would import torch and transformers for seconds;
+so would each test of a run that is killed. Here one process imports them once and forks for each command, one after
+another, which then gets the caller's arguments, streams, folder and environment, and runs the same entry point. The
+command ends as its fork does, by the same signal too. What a library reads from the environment as it is imported it
+has read before.
 """
 
 from __future__ import annotations
@@ -13,19 +15,44 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 CLIENT = """\
 #!{python} -SE
 import json, os, socket, sys
+tell = os.environ.pop("FORKED_TELL", None)
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({place!r})
     asked = json.dumps([{name!r}, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(asked).to_bytes(8, "little")], [0, 1, 2])
     server.sendall(asked)
-    sys.exit(server.recv(1)[0])
+    pid = server.recv(8)
+    if tell:
+        os.write(int(tell), pid)
+        os.close(int(tell))
+    status = int.from_bytes(server.recv(8), "little", signed=True)
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
 """
+
+
+class Started(subprocess.Popen[Any]):
+    """A command of `commands` under way; signals reach the fork that runs it."""
+
+    def __init__(self, words: Sequence[str], **more: Any) -> None:
+        told, tell = os.pipe()
+        with os.fdopen(told, "rb") as hears:
+            environment = {**(more.pop("env", None) or os.environ), "FORKED_TELL": str(tell)}
+            super().__init__(words, env=environment, pass_fds=[tell], **more)
+            os.close(tell)
+            self.fork = int.from_bytes(hears.read(), "little")
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.fork, sig)
 
 
 @contextlib.contextmanager
@@ -73,11 +100,15 @@ def serve(place: str) -> None:
                 child = os.fork()
                 if not child:
                     listening.close()
+                    caller.close()
                     _become(*json.loads(text), streams)
                 for stream in streams:
                     os.close(stream)
+                with contextlib.suppress(ConnectionError):  # whoever asked is gone
+                    caller.sendall(child.to_bytes(8, "little"))
                 _, status = os.waitpid(child, 0)
-                caller.sendall(bytes([os.waitstatus_to_exitcode(status) & 255]))
+                with contextlib.suppress(ConnectionError):
+                    caller.sendall(os.waitstatus_to_exitcode(status).to_bytes(8, "little", signed=True))
 
 
 def _become(name: str, arguments: list[str], folder: str, environment: dict[str, str], streams: list[int]) -> None:
@@ -89,15 +120,18 @@ def _become(name: str, arguments: list[str], folder: str, environment: dict[str,
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [name, *arguments]
+    if name == "python" and arguments[:2] == ["-m", "safeshard"]:
+        name, arguments = "safeshard", arguments[2:]
+    sys.argv = [name, *arguments] if name == "safeshard" else arguments[:1] + arguments[2:]
     status = 1
     try:
         if name == "safeshard":
             from safeshard.streamer.cli.app import entry
 
             entry()
-        assert arguments == ["-"], "python - alone: a block of the documents"
-        exec(compile(sys.stdin.read(), "<block>", "exec"), {"__name__": "__main__"})
+        assert arguments[0] == "-c" or arguments == ["-"], "python -c, -m safeshard, or - for a block of the documents"
+        program = arguments[1] if arguments[0] == "-c" else sys.stdin.read()
+        exec(compile(program, "<string>", "exec"), {"__name__": "__main__"})
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
