@@ -83,7 +83,8 @@ entry()
 
 @pytest.mark.parametrize("module", ["safeshard.streamer.cli.app", "typer", "pydantic", "safeshard.streamer.options"])
 def test_an_interrupt_while_it_is_imported_ends_it_with_one_line(module: str) -> None:
-    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background ignores it
+    # the background of a shell ignores it
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     words = [sys.executable, "-c", heard + STOPPED, module, "inspect", "x"]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.stderr == "safeshard: interrupted; nothing was begun\n"
