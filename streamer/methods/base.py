@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # nobody waits for torch to read a method's options
     from torch import Tensor
 
     from safeshard.kernels.factor import Factor
-    from safeshard.kernels.ridge import Grams
+    from safeshard.kernels.grams import Grams
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
 # A cosine this close to the threshold is marked in the manifest: the published codes, which round it to five decimals,
@@ -217,6 +217,9 @@ class Job(Options):
     def measure(self, module: Module) -> list[float]:
         """The energy of a module's delta on safe inputs, and of what is left at each of `strengths`."""
         raise NotImplementedError
+
+    def foresee(self, module: Module, *, measures: bool) -> None:
+        """Let what jobs share know beforehand what `measure` or `edit` will ask of it."""
 
     def measured_like(self) -> Hashable:
         """Equal for jobs whose `measure` finds the same in the same module."""

@@ -2,7 +2,8 @@
 
     X = D (I + penalty H / mean(diag(H)))^-1
 
-with H the Gram of the safe inputs; of a LoRA adapter only A changes. See `safeshard.kernels.ridge` and docs/ridge.md.
+with H the Gram of the safe inputs; of a LoRA adapter only A changes. See `safeshard.kernels.ridge` and `.grams`, and
+docs/ridge.md.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from safeshard.streamer.options import Finite, Place, flag
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from safeshard.kernels.ridge import Grams
 
 LEAK = 0.008  # see docs/ridge.md for the study
 PENALTIES = ladder(1e4, 1e-4, 8)
@@ -107,29 +106,39 @@ class Ridge(Job, Sampled, KeptInputs, Served):
 
     def measure(self, module: Module) -> list[float]:
         assert module.grams is not None
-        rows = delta_rows(module)
-        return [kernels.leak.energy(rows, module.grams.safe), *module.grams.energies(rows, self.strengths)]
+        return module.grams.energies(module, delta_rows(module), (0.0, *self.strengths))
+
+    def foresee(self, module: Module, *, measures: bool) -> None:
+        assert module.grams is not None
+        if not isinstance(module.finetuned, Lora):
+            return  # rows enough of its own
+        if measures:
+            module.grams.expect_energies(module, delta_rows(module))
+        elif penalty := self._penalty(module):
+            module.grams.expect(penalty, module.finetuned.a)
+
+    def _penalty(self, module: Module) -> float | None:
+        return module.strength if self.penalty is None else self.penalty
 
     def edit(self, module: Module) -> Edit:
         if module.grams is None:
             return self._rest(module)
-        penalty = module.strength if self.penalty is None else self.penalty
+        penalty = self._penalty(module)
         assert penalty is not None
         if penalty == 0:
             energy = kernels.leak.energy(delta_rows(module), module.grams.safe)
             return self._unchanged(module, {"penalty": 0.0, "leak": 1.0, "energy": energy})
-        solver = module.grams.ridge(penalty)
         tuned, fields = module.finetuned, {"penalty": penalty}
         if isinstance(tuned, Lora):
-            b = tuned.b.float() * tuned.scaling
-            a, new = tuned.a.float(), solver.apply(tuned.a.float())
-            fields |= leaked(kernels.leak.lora_rows(a, b), kernels.leak.lora_rows(new, b), module.grams)
-            return Edit("shrunk", {"a": new, "b": tuned.b}, fields)
+            found, b = module.grams.shrink(penalty, tuned.a), tuned.b.float() * tuned.scaling
+            energies = (kernels.leak.lora_energy(b, inner) for inner in (found.before, found.left))
+            return Edit("shrunk", {"a": found.rows, "b": tuned.b}, fields | _leak(*energies))
         assert module.aligned is not None
         delta = (tuned.float() - module.aligned.float()).contiguous()
-        change = solver.apply(delta)
+        change = module.grams.ridge(penalty).apply(delta)
         seed = random_key(0, module.name)
-        fields |= leaked(kernels.leak.dense_rows(delta, seed), kernels.leak.dense_rows(change, seed), module.grams)
+        rows = (kernels.leak.dense_rows(delta, seed), kernels.leak.dense_rows(change, seed))
+        fields |= _leak(*(kernels.leak.energy(each, module.grams.safe) for each in rows))
         dtype = self.dense_dtype(module.aligned)
         return Edit("shrunk", {"weight": kernels.dense.add(module.aligned, change, dtype)}, fields)
 
@@ -159,8 +168,6 @@ def delta_rows(module: Module) -> Tensor:
     return kernels.leak.dense_rows(delta, random_key(0, module.name))
 
 
-def leaked(rows: Tensor, new: Tensor, grams: Grams) -> dict[str, float]:
+def _leak(energy: float, left: float) -> dict[str, float]:
     """The manifest's `energy` of a delta and the `leak` of what is written of it."""
-    energy = kernels.leak.energy(rows, grams.safe)
-    left = kernels.leak.energy(new, grams.safe)
     return {"energy": energy, "leak": left / energy if energy else 0.0}
