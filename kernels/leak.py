@@ -79,6 +79,11 @@ def energy(rows: torch.Tensor, gram: torch.Tensor) -> float:
     return float(torch.sum((rows @ gram) * rows, dtype=torch.float64).clamp_min_(0))
 
 
+def fields(whole: float, left: float) -> dict[str, float]:
+    """The manifest's `energy` of a delta, and the `leak` of what is written of it."""
+    return {"energy": whole, "leak": left / whole if whole else 0.0}
+
+
 def lora_energy(b: torch.Tensor, inner: torch.Tensor) -> float:
     """tr(B A H A^T B^T) of a LoRA pair.
 
