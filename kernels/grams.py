@@ -17,10 +17,10 @@ Shapes: A is r x I in its adapter's dtype, X is r x I fp32, H is I x I fp32.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -28,7 +28,7 @@ from safeshard.kernels.projection import LANES
 from safeshard.kernels.ridge import Ridge, energies, ridge, spectra
 from safeshard.kernels.stacks import STACK, stacked
 
-K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 SHARE = 48  # columns for each row of A, from which on ten solves cost less than a Cholesky
 PRECISION = 2.0**-25  # of the series: half of what fp32 rounds
 
@@ -73,6 +73,7 @@ class Grams:
     _made_of: float | None = None  # the factor
     _rows: dict[int, tuple[object, torch.Tensor]] = field(default_factory=dict)
     _curves: dict[Hashable, list[float]] = field(default_factory=dict)
+    _kept: dict[Hashable, Any] = field(default_factory=dict)
 
     def ridge(self, penalty: float) -> Ridge:
         """The closed form at one penalty; the one before it is dropped first."""
@@ -86,8 +87,8 @@ class Grams:
         self._expected.append(Asked(penalty, a))
 
     def forget(self) -> None:
-        """Expect nothing any more."""
-        for each in (self._expected, self._made, self._rows, self._curves):
+        """Expect nothing any more, and remember nothing."""
+        for each in (self._expected, self._made, self._rows, self._curves, self._kept):
             each.clear()
 
     def shrink(self, penalty: float, a: torch.Tensor) -> Shrunk:
@@ -130,6 +131,18 @@ class Grams:
                 return curves[0]
             self._curves = dict(zip(block, curves, strict=True))
         return self._curves[id(owner)]
+
+    def inner(self, matrices: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Y H Y^T (k x k fp64) of each Y, k x I fp32."""
+        products = stacked(matrices, lambda v: v @ self.safe, "product")
+        return [product.double() @ rows.double().T for product, rows in zip(products, matrices, strict=True)]
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all who ask with one key, until `forget`."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        found: T = self._kept[key]
+        return found
 
     def _factor(self, asked: Asked) -> float:
         """The penalty of the factor to take."""
@@ -184,16 +197,11 @@ class Grams:
                     if len(factors) > j:
                         found[penalty, delta] += factors[j] * following[delta]
             before, current = current, following
-        whole = self._inner(distinct)
-        left = self._inner(found)
-        return {(p, d): Shrunk(rows, whole[d], left[p, d]) for (p, d), rows in found.items()}
-
-    def _inner(self, matrices: Mapping[K, torch.Tensor]) -> dict[K, torch.Tensor]:
-        """Y H Y^T of each, fp64."""
-        products = stacked(list(matrices.values()), lambda v: v @ self.safe, "product")
+        whole = dict(zip(distinct, self.inner(list(distinct.values())), strict=True))
+        left = self.inner(list(found.values()))
         return {
-            key: product.double() @ rows.double().T
-            for (key, rows), product in zip(matrices.items(), products, strict=True)
+            (penalty, delta): Shrunk(rows, whole[delta], inner)
+            for ((penalty, delta), rows), inner in zip(found.items(), left, strict=True)
         }
 
 

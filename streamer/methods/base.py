@@ -90,6 +90,7 @@ class Job(Options):
     paper: ClassVar[str]
     gated: ClassVar[bool] = False
     takes_unaligned: ClassVar[bool] = False  # computes with the unaligned weights, in the gate or in `edit`
+    takes_aligned: ClassVar[bool] = False  # computes with the aligned weights of an adapter's modules too
     edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, element by element
     keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
     calibrated: ClassVar[bool] = False  # needs the aligned model's Gram matrices, or their factors
@@ -184,6 +185,11 @@ class Job(Options):
     def writes_checkpoint(self) -> bool:
         """Whether the output is a full checkpoint."""
         return self.finetuned is not None or getattr(self, "output_format", None) == "checkpoint"
+
+    @property
+    def reads_aligned(self) -> bool:
+        """Whether `edit` is given the aligned weights."""
+        return self.writes_checkpoint or self.takes_aligned
 
     @property
     def rest_role(self) -> str:

@@ -243,7 +243,7 @@ def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float |
     return Module(
         plan.name,
         finetuned=inputs.delta(plan.finetuned),
-        aligned=inputs.weight(plan.aligned) if job_run.job.writes_checkpoint and plan.aligned else None,
+        aligned=inputs.weight(plan.aligned) if job_run.job.reads_aligned and plan.aligned else None,
         unaligned=inputs.weight(plan.unaligned) if plan.unaligned and not job_run.job.gated else None,
         safe=inputs.delta(plan.safe) if plan.safe else None,
         projected=gate.projected if gate is not None else None,
