@@ -134,11 +134,12 @@ def _ridge(place: Place, count: int, penalties: Sequence[float] = (0.3,)) -> Job
         options = ["--samples", str(SAMPLES), "--save", "grams", "--output", str(grams), "--quiet"]
         subprocess.run([*SAFESHARD, "calibrate", *inputs, *options], check=True)
     jobs = [
-        {"adapter": str(place.paths[name]), "penalty": penalty, "output": str(place.outputs / f"{name}-{penalty}")}
+        {"method": "ridge", "adapter": str(place.paths[name]), "penalty": penalty,
+         "output": str(place.outputs / f"{name}-{penalty}")}
         for name in _adapters(count)
         for penalty in penalties
-    ]
-    shared = {"method": "ridge", "aligned": str(place.paths["aligned"]), "factors": str(grams)}
+    ]  # fmt: skip
+    shared = {"aligned": str(place.paths["aligned"]), "factors": str(grams)}
     file = place.scratch / f"ridge-{count}-{len(penalties)}.yaml"
     file.write_text(json.dumps({"defaults": shared, "jobs": jobs}))
     return Job(["batch", str(file)], _adapters(count), also=grams)
