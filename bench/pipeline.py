@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -48,6 +49,7 @@ class Job:
     arguments: list[str]
     reads: list[str]
     pattern: str = ""
+    also: Path | None = None  # a folder made for it
 
 
 def run(
@@ -95,7 +97,7 @@ def _measure(bench: Bench, place: Place, name: str, adapters: int, layers: int, 
     columns: dict[str, Any] = {"layers": layers, "adapters": adapters or "", "rank": RANK if adapters else ""}
     if fp8:
         columns["dtype"] = "fp8, adapters fp32"
-    folders = [place.paths[read] for read in job.reads]
+    folders = [place.paths[read] for read in job.reads] + ([job.also] if job.also else [])
     floor = bench.measure(f"plain read: {title}", partial(plain_read, folders, job.pattern), **columns)
     command = [*SAFESHARD, *job.arguments, "--memory", memory, "--quiet"]
     bench.measure(title, partial(clean_run, place.outputs, command), floor=floor.seconds, **columns)
@@ -126,6 +128,25 @@ def _safedelta(place: Place, count: int) -> Job:
     return Job(_batch(place, count, "safedelta", {**shared, "strength": 1.0}), ["aligned", *_adapters(count)])
 
 
+def _ridge(place: Place, count: int, penalties: Sequence[float] = (0.3,)) -> Job:
+    """Adapters on saved Grams, which are made beforehand, each at every penalty."""
+    grams = place.scratch / "grams"
+    if not grams.exists():
+        inputs = ["--aligned", str(place.paths["aligned"]), "--calibration", str(place.calibration())]
+        options = ["--samples", str(SAMPLES), "--save", "grams", "--output", str(grams), "--quiet"]
+        subprocess.run([*SAFESHARD, "calibrate", *inputs, *options], check=True)
+    jobs = [
+        {"method": "ridge", "adapter": str(place.paths[name]), "penalty": penalty,
+         "output": str(place.outputs / f"{name}-{penalty}")}
+        for name in _adapters(count)
+        for penalty in penalties
+    ]  # fmt: skip
+    shared = {"aligned": str(place.paths["aligned"]), "factors": str(grams)}
+    file = place.scratch / f"ridge-{count}-{len(penalties)}.yaml"
+    file.write_text(json.dumps({"defaults": shared, "jobs": jobs}))
+    return Job(["batch", str(file)], _adapters(count), also=grams)
+
+
 def _full(place: Place, method: str, *options: str) -> list[str]:
     inputs = ["--aligned", str(place.paths["aligned"]), "--finetuned", str(place.paths["finetuned"])]
     return [method, *inputs, *options, "--output", str(place.outputs / "full")]
@@ -147,5 +168,6 @@ def _safedelta_full(place: Place, _: int) -> Job:
 
 JOBS: dict[str, Callable[[Place, int], Job]] = {
     "safemerge": _safemerge, "safedelta": _safedelta, "scale-full": _scale_full, "safemerge-full": _safemerge_full,
-    "safedelta-full": _safedelta_full,
+    "safedelta-full": _safedelta_full, "ridge": _ridge,
+    "ridge-penalties": partial(_ridge, penalties=(0.03, 0.1, 0.3, 1.0)),
 }  # fmt: skip

@@ -10,10 +10,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safeshard.kernels import dense, factor, leak, merge, ridge
+    from safeshard.kernels import dense, factor, grams, leak, merge, ridge, subspace
     from safeshard.kernels.safedelta import compensation
 
-__all__ = ["compensation", "dense", "factor", "leak", "merge", "ridge"]
+__all__ = ["compensation", "dense", "factor", "grams", "leak", "merge", "ridge", "subspace"]
 
 
 def __getattr__(name: str) -> ModuleType:

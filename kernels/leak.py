@@ -18,7 +18,7 @@ Shapes: D and X are O x I, H is I x I, Y is k x I; all fp32. Sums over them are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,6 +79,25 @@ def energy(rows: torch.Tensor, gram: torch.Tensor) -> float:
     return float(torch.sum((rows @ gram) * rows, dtype=torch.float64).clamp_min_(0))
 
 
+def fields(whole: float, left: float) -> dict[str, float]:
+    """The manifest's `energy` of a delta, and the `leak` of what is written of it."""
+    return {"energy": whole, "leak": left / whole if whole else 0.0}
+
+
+def lora_energy(b: torch.Tensor, inner: torch.Tensor) -> float:
+    """tr(B A H A^T B^T) of a LoRA pair.
+
+    Args:
+        b: B with the scaling folded in, O x r fp32.
+        inner: A H A^T, r x r fp64.
+
+    Example:
+        b = [[2], [1]], inner = [[3]] gives 5 * 3 = 15.
+    """
+    b = b.double()
+    return float(torch.sum((b.T @ b) * inner).clamp_min(0))
+
+
 def energy_by_factor(rows: torch.Tensor, factor: Factor) -> float:
     """tr(Y H Y^T) where of H only its factor is at hand: (H + damp)^-1 = U^T U, so |Y U^-1|^2 less what damping adds.
 
@@ -92,34 +111,59 @@ def energy_by_factor(rows: torch.Tensor, factor: Factor) -> float:
     return max(0.0, float(torch.sum(whole.square(), dtype=torch.float64) - squares @ factor.added))
 
 
-def quadrature(rows: torch.Tensor, apply: Callable[[torch.Tensor], torch.Tensor], steps: int = STEPS) -> Quadrature:
-    """The Gauss quadrature of an operator's spectrum, as all rows weigh it together: Lanczos on k x I matrices.
+class _Lanczos:
+    """Lanczos on one k x I matrix of rows, which is given its products; `current` is what to multiply next."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.total = torch.sum(rows.square(), dtype=torch.float64)
+        self.goes_on = bool(self.total > 0)
+        self.current = rows / self.total.sqrt().float() if self.goes_on else rows
+        self._before = torch.zeros_like(rows)
+        self._diagonal: list[torch.Tensor] = []
+        self._beside: list[torch.Tensor] = []
+
+    def take(self, product: torch.Tensor) -> None:
+        if self._beside:
+            product = product - self._beside[-1].float() * self._before
+        self._diagonal.append(torch.sum(product * self.current, dtype=torch.float64))
+        product = product - self._diagonal[-1].float() * self.current
+        self._beside.append(torch.sum(product.square(), dtype=torch.float64).sqrt())
+        if self._beside[-1] <= 1e-7 * self._diagonal[0]:
+            self.goes_on = False
+            return
+        self._before, self.current = self.current, product / self._beside[-1].float()
+
+    def result(self) -> Quadrature:
+        if not self._diagonal:
+            return Quadrature(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
+        main, size = torch.stack(self._diagonal).cpu(), len(self._diagonal)
+        tridiagonal = torch.diag(main)
+        if size > 1:
+            off = torch.stack(self._beside[: size - 1]).cpu()
+            tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
+        nodes, vectors = torch.linalg.eigh(tridiagonal)
+        return Quadrature(nodes.clamp_min(0), self.total.cpu() * vectors[0].square())
+
+
+def quadratures(
+    rows: Sequence[torch.Tensor],
+    apply: Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]],
+    steps: int = STEPS,
+) -> list[Quadrature]:
+    """The Gauss quadratures of an operator's spectrum, one for each delta, as all of its rows weigh it together.
+
+    Deltas go side by side, so that a step's products can be one.
 
     Args:
-        rows: Y, k x I fp32.
-        apply: rows -> rows K, for a symmetric positive semidefinite K.
+        rows: Y of each delta, k x I fp32.
+        apply: rows -> rows K of each, for one symmetric positive semidefinite K.
         steps: products, at most; fewer where the rows span less.
     """
-    total = torch.sum(rows.square(), dtype=torch.float64)
-    diagonal: list[torch.Tensor] = []
-    beside: list[torch.Tensor] = []
-    if total == 0:
-        return Quadrature(torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
-    current, before = rows / total.sqrt().float(), torch.zeros_like(rows)
+    runs = [_Lanczos(each) for each in rows]
     for _ in range(steps):
-        product = apply(current)
-        if beside:
-            product -= beside[-1].float() * before
-        diagonal.append(torch.sum(product * current, dtype=torch.float64))
-        product -= diagonal[-1].float() * current
-        beside.append(torch.sum(product.square(), dtype=torch.float64).sqrt())
-        if beside[-1] <= 1e-7 * diagonal[0]:
+        going = [run for run in runs if run.goes_on]
+        if not going:
             break
-        before, current = current, product / beside[-1].float()
-    main, off = torch.stack(diagonal).cpu(), torch.stack(beside[: len(diagonal) - 1] or [total * 0]).cpu()
-    size = len(main)
-    tridiagonal = torch.diag(main)
-    if size > 1:
-        tridiagonal += torch.diag(off, 1) + torch.diag(off, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
-    return Quadrature(nodes.clamp_min(0), total.cpu() * vectors[0].square())
+        for run, product in zip(going, apply([run.current for run in going]), strict=True):
+            run.take(product)
+    return [run.result() for run in runs]

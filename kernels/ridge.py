@@ -9,10 +9,11 @@ Safe Delta (arXiv 2505.12038) approximates entry by entry, and the least squares
 safety. On LoRA D = B A gives A' = A (I + c H)^-1 and B as it is: same rank, same shape, W never read.
 
 One Cholesky for each Gram and penalty (I^3 / 3), two triangular solves for each row of D (2 I^2): LAPACK's and BLAS's
-(cuSOLVER's and cuBLAS's), which no Triton kernel betters. The plain form is fp32: the identity bounds the smallest
-eigenvalue, and with a few inputs a thousand times the others' size (massive activations) X is within 1e-5 of fp64's up
-to a penalty of 1000, because Cholesky is as good as the matrix is once its diagonal is scaled. With task inputs the
-smallest eigenvalue is ANCHOR_DAMPING, a condition that fp32 does not bear: that form is computed in fp64.
+(cuSOLVER's and cuBLAS's), which no Triton kernel betters; `safeshard.kernels.grams` shares both among adapters. The
+plain form is fp32: the identity bounds the smallest eigenvalue, and with a few inputs a thousand times the others' size
+(massive activations) X is within 1e-5 of fp64's up to a penalty of 1000, because Cholesky is as good as the matrix is
+once its diagonal is scaled. With task inputs the smallest eigenvalue is ANCHOR_DAMPING, a condition that fp32 does not
+bear: that form is computed in fp64.
 
 Shapes: D and X are O x I, H and P I x I; all fp32.
 """
@@ -25,7 +26,8 @@ from dataclasses import dataclass
 import torch
 
 from safeshard.kernels.factor import LEAF, NonFiniteGramError, NotPositiveDefiniteError, cholesky_
-from safeshard.kernels.leak import Quadrature, quadrature
+from safeshard.kernels.leak import Quadrature, quadratures
+from safeshard.kernels.stacks import stacked
 
 ANCHOR_DAMPING = 1e-3
 ROWS = 1024  # of a full delta, solved at a time
@@ -130,46 +132,22 @@ def _anchor(gram: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
     return work
 
 
-@dataclass
-class Grams:
-    """The Grams of one linear's inputs, and the closed form that was made of them last.
-
-    Jobs that are served one after another by their penalty make each closed form once.
-    """
-
-    safe: torch.Tensor
-    keep: torch.Tensor | None = None
-    _last: tuple[float, Ridge] | None = None
-
-    def ridge(self, penalty: float) -> Ridge:
-        """The closed form at one penalty; the one before it is dropped first."""
-        if self._last is None or self._last[0] != penalty:
-            self._last = None
-            self._last = (penalty, ridge(self.safe, penalty, self.keep))
-        return self._last[1]
-
-    def energies(self, rows: torch.Tensor, penalties: Sequence[float]) -> list[float]:
-        """What is left of the energy of rows at each penalty, by their `spectrum`."""
-        found = spectrum(rows, self.safe, self.keep)
-        return energies(found, torch.tensor(penalties, dtype=torch.float64)).tolist()
-
-
 def _times_gram(rows: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
     """rows H in fp64, without an fp64 copy of H."""
     return torch.cat([rows @ panel.double() for panel in torch.split(gram, LEAF, 1)], 1)
 
 
-def spectrum(rows: torch.Tensor, gram: torch.Tensor, keep: torch.Tensor | None = None) -> Quadrature:
-    """What decides how the energy of rows falls with the penalty; nodes are in units of the mean diagonal of H.
+def spectra(deltas: Sequence[torch.Tensor], gram: torch.Tensor, keep: torch.Tensor | None = None) -> list[Quadrature]:
+    """What decides how the energy of each delta falls with the penalty; nodes are in units of the mean diagonal of H.
 
     Args:
-        rows: Y of a delta (`safeshard.kernels.leak`), k x I fp32.
+        deltas: Y of each (`safeshard.kernels.leak`), k x I fp32. None changes what another gives.
         gram: H, I x I fp32, symmetric.
         keep: the Gram that P is made of: with P = R R^T the operator is R^-1 H R^-T, and the rows are Y R.
     """
     mean = mean_diagonal(gram) or 1.0
     if keep is None:
-        found = quadrature(rows, lambda v: v @ gram)
+        found = quadratures(deltas, lambda many: stacked(many, lambda v: v @ gram, "product"))
     else:
         r = _anchor(gram, keep)
         if not cholesky_(r):
@@ -178,11 +156,14 @@ def spectrum(rows: torch.Tensor, gram: torch.Tensor, keep: torch.Tensor | None =
         def whitened(v: torch.Tensor) -> torch.Tensor:
             return _solve_right(r, _times_gram(_solve_left(r, v.double()), gram)).float()
 
-        found = quadrature((rows.double() @ r.triu()).float(), whitened)
-    return Quadrature(found.nodes / mean, found.weights * mean)
+        whole = r.triu()
+        found = quadratures(
+            [(rows.double() @ whole).float() for rows in deltas], lambda many: stacked(many, whitened, "whitened")
+        )
+    return [Quadrature(each.nodes / mean, each.weights * mean) for each in found]
 
 
 def energies(found: Quadrature, penalties: torch.Tensor) -> torch.Tensor:
-    """tr(X H X^T) at each penalty (fp64, on the CPU), from a `spectrum`."""
+    """tr(X H X^T) at each penalty (fp64, on the CPU), from one of the `spectra`."""
     nodes, weights = found
     return (weights * nodes / (1 + penalties[:, None] * nodes).square()).sum(1)

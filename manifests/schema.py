@@ -128,10 +128,11 @@ class ModuleEntry(_Entry):
 
     `reverted` means that the aligned weights were kept. `cosine` is the gate's; `near_threshold` marks one within
     1e-5 of the threshold. `selected_fraction`, `budget`, `loss`, `damping` and `strength` (where a leak decided it) are
-    Safe Delta's, `penalty` is ridge's; `rank` is the written adapter's and `lost_fraction` what truncation to it lost,
-    as a fraction of the Frobenius norm. `energy` is tr(D H D^T) of the fine-tuned delta D on safe inputs of Gram H, and
-    `leak` the share of it that is left. Of an expert `tokens` is how many of the calibration came to it and, where they
-    were too few, `shared_gram` the share of the Gram of all tokens in its own.
+    Safe Delta's, `penalty` is ridge's, `directions` how many the entropy of LSSF asked for; `rank` is the written
+    adapter's and `lost_fraction` what truncation to it lost, as a fraction of the Frobenius norm. `energy` is
+    tr(D H D^T) of the fine-tuned delta D on safe inputs of Gram H, and `leak` the share of it that is left. Of an
+    expert `tokens` is how many of the calibration came to it and, where they were too few, `shared_gram` the share of
+    the Gram of all tokens in its own.
     Of a quantised weight `blocks` is how many blocks it has, `blocks_changed` how many of them were written anew, and
     `encoding_error` how far these are from what was to be written, as a fraction of its Frobenius norm; where an
     expert's gate and up lie in one region, the second one's entry speaks for both.
@@ -155,6 +156,7 @@ class ModuleEntry(_Entry):
     shared_gram: float | None = None
     rank: Count | None = None
     lost_fraction: float | None = None
+    directions: Count | None = None
     blocks: Count | None = None
     blocks_changed: Count | None = None
     encoding_error: float | None = None

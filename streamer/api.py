@@ -31,6 +31,7 @@ __all__ = [
     "calibrate",
     "finish",
     "inspect",
+    "lssf",
     "report",
     "resta",
     "ridge",
@@ -116,6 +117,16 @@ def resta(**options: Any) -> Result:
     Keywords are the fields of `safeshard.streamer.methods.resta.Resta` and of `RunOptions`.
     """
     return _run_one("resta", options)
+
+
+@_takes(METHODS["lssf"], RunOptions)
+def lssf(**options: Any) -> Result:
+    """LSSF: add the safety vector inside a safety subspace, a baseline.
+
+    Of what alignment once added, what lies in the directions that answer safe inputs is added (arXiv 2602.00038).
+    Keywords are the fields of `safeshard.streamer.methods.lssf.Lssf` and of `RunOptions`.
+    """
+    return _run_one("lssf", options)
 
 
 @_takes(Calibrate, RunOptions)

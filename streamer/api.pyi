@@ -112,6 +112,45 @@ def inspect(
         overwrite: replace an existing picture.
     """
 
+def lssf(
+    *,
+    aligned: str | PathLike[str],
+    unaligned: str | PathLike[str],
+    serve: Literal["vllm"] | None = None,
+    rank: int | None = None,
+    output_format: Literal["adapter", "checkpoint"] | None = None,
+    recipe: Literal["published"] | None = None,
+    calibration: str | PathLike[str] | None = None,
+    samples: int = 128,
+    max_tokens: int = 512,
+    seed: int = 0,
+    adapter: str | PathLike[str] | None = None,
+    finetuned: str | PathLike[str] | None = None,
+    push: str | PathLike[str] | None = None,
+    public: bool = False,
+    output: str | PathLike[str] | None = None,
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    dequantize: bool = False,
+    expert_packing: Literal["peft", "unsloth"] | None = None,
+    factors: str | PathLike[str] | None = None,
+    alpha: float = 1.0,
+    entropy: float = 0.8,
+    safety_rank: int | None = None,
+    device: str = "auto",
+    memory: int | str = 2147483648,
+    dry_run: bool = False,
+    cache: bool = False,
+    cache_budget: int | str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+    strict: bool = False,
+) -> Result:
+    """LSSF: add the safety vector inside a safety subspace, a baseline.
+
+    Of what alignment once added, what lies in the directions that answer safe inputs is added (arXiv 2602.00038).
+    Keywords are the fields of `safeshard.streamer.methods.lssf.Lssf` and of `RunOptions`.
+    """
+
 def report(
     output: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,

@@ -17,6 +17,8 @@ TASK, KEEP = "task.jsonl", "harmless.jsonl"  # prompts without answers
 WEIGHTS = ((0.8, 0.2), (0.7, 0.3), (0.6, 0.4))
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 LEAKS = (0.002, 0.004, 0.008, 0.016, 0.032)
+GAMMAS = (0.5, 1.0, 2.0)
+ENTROPIES = (0.5, 0.8)
 BLOCK = 32
 BY_ROW = {"block_size": BLOCK, "selection": "row", "output_format": "checkpoint"}  # of an adapter too: no low rank
 EVERY_MODULE = 1.01  # above every cosine
@@ -63,6 +65,8 @@ def defences(grid: Grid, cosines: Sequence[float]) -> list[Defence]:
             found += _scales(model, grid)
             found += _safe_deltas(model, grid, "Safe Delta", {"block_size": BLOCK})
             found += _ridges(model, grid)
+        if grid.variants and model.startswith("dirty"):
+            found += _baselines(model)
         if model == "dirty-full":
             found += _ablations(model, grid)
         if grid.variants and model.startswith("dirty"):
@@ -97,6 +101,16 @@ def _ridges(model: str, grid: Grid) -> Iterator[Defence]:
         for leak in LEAKS:
             options = {"leak": leak, "block_size": BLOCK}
             yield Defence(model, "safedelta", "Safe Delta, by leak", f"leak {leak:g}", options)
+
+
+def _baselines(model: str) -> Iterator[Defence]:
+    """Published methods that add what alignment once added."""
+    for gamma in GAMMAS:
+        yield Defence(model, "resta", "RESTA", f"gamma {gamma:g}", {"gamma": gamma})
+    for alpha in GAMMAS:
+        for entropy in ENTROPIES:
+            setting = f"alpha {alpha:g}, entropy {entropy:g}"
+            yield Defence(model, "lssf", "LSSF", setting, {"alpha": alpha, "entropy": entropy})
 
 
 def _ablations(model: str, grid: Grid) -> Iterator[Defence]:

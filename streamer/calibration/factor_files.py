@@ -28,8 +28,7 @@ from safeshard.streamer.inputs.expert_lora import is_expert
 from safeshard.streamer.inputs.headers import read_file_header
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.samples import hash_samples
-from safeshard.streamer.methods.ridge import Ridge
-from safeshard.streamer.methods.safedelta import SafeDelta
+from safeshard.streamer.methods.calibrated import CalibratedJob
 from safeshard.streamer.options import Finite, Options
 from safeshard.streamer.sources import MAX_JSON_BYTES, open_source
 from safeshard.streamer.tensor_names import layer_of
@@ -242,7 +241,7 @@ def _shown(ref: TensorRef | None) -> str:
     return "no such tensor" if ref is None else f"{ref.dtype} {list(ref.shape)}"
 
 
-def open_factors(aligned: Checkpoint, job: SafeDelta | Ridge) -> FactorSource:
+def open_factors(aligned: Checkpoint, job: CalibratedJob) -> FactorSource:
     """The factors or Grams that a job asks for: saved ones, or those of a calibration run, or of both.
 
     Raises:
@@ -251,7 +250,7 @@ def open_factors(aligned: Checkpoint, job: SafeDelta | Ridge) -> FactorSource:
     if job.factors is None:
         return Calibration(aligned, job, forward_dtype(aligned, None if job.recipe else job.dtype))
     saved = SavedFactors(job.factors, aligned)
-    if not isinstance(job, Ridge) or job.task_data is None:
+    if not job.runs_more:
         return saved
     if any(group.keeps for layer in saved.planned() for group in layer):
         expected, got = "factors without task data, to add --task-data", "they have their own"
@@ -259,7 +258,7 @@ def open_factors(aligned: Checkpoint, job: SafeDelta | Ridge) -> FactorSource:
     return Joined(saved, Calibration(aligned, job, forward_dtype(aligned, job.dtype), ("task", "keep")))
 
 
-def factor_offences(source: FactorSource, job: SafeDelta | Ridge) -> Iterator[Offence]:
+def factor_offences(source: FactorSource, job: CalibratedJob) -> Iterator[Offence]:
     """What a job needs of saved factors, and what they lack."""
     if job.factors is None:
         return

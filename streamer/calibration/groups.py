@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels.factor import Factor, NonFiniteGramError, NotPositiveDefiniteError, safety_factor
+from safeshard.kernels.grams import Grams
 from safeshard.kernels.half import pack, unpack
-from safeshard.kernels.ridge import Grams
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input

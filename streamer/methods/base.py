@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # nobody waits for torch to read a method's options
     from torch import Tensor
 
     from safeshard.kernels.factor import Factor
-    from safeshard.kernels.ridge import Grams
+    from safeshard.kernels.grams import Grams
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
 # A cosine this close to the threshold is marked in the manifest: the published codes, which round it to five decimals,
@@ -91,6 +91,7 @@ class Job(Options):
     paper: ClassVar[str]
     gated: ClassVar[bool] = False
     takes_unaligned: ClassVar[bool] = False  # computes with the unaligned weights, in the gate or in `edit`
+    takes_aligned: ClassVar[bool] = False  # computes with the aligned weights of an adapter's modules too
     edits_all: ClassVar[bool] = False  # of a full checkpoint every float tensor, element by element
     keeps_dense_projection: ClassVar[bool] = False  # writes P delta of a full checkpoint
     calibrated: ClassVar[bool] = False  # needs the aligned model's Gram matrices, or their factors
@@ -187,6 +188,11 @@ class Job(Options):
         return self.finetuned is not None or getattr(self, "output_format", None) == "checkpoint"
 
     @property
+    def reads_aligned(self) -> bool:
+        """Whether `edit` is given the aligned weights."""
+        return self.writes_checkpoint or self.takes_aligned
+
+    @property
     def rest_role(self) -> str:
         """Whose tensors to take over where the method does not apply: "finetuned" or "aligned"."""
         return "finetuned"
@@ -218,6 +224,9 @@ class Job(Options):
     def measure(self, module: Module) -> list[float]:
         """The energy of a module's delta on safe inputs, and of what is left at each of `strengths`."""
         raise NotImplementedError
+
+    def foresee(self, module: Module, *, measures: bool) -> None:
+        """Let what jobs share know beforehand what `measure` or `edit` will ask of it."""
 
     def measured_like(self) -> Hashable:
         """Equal for jobs whose `measure` finds the same in the same module."""

@@ -2,12 +2,12 @@
 
     X = D (I + penalty H / mean(diag(H)))^-1
 
-with H the Gram of the safe inputs; of a LoRA adapter only A changes. See `safeshard.kernels.ridge` and docs/ridge.md.
+with H the Gram of the safe inputs; of a LoRA adapter only A changes. See `safeshard.kernels.ridge` and `.grams`, and
+docs/ridge.md.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,31 +16,28 @@ from pydantic import Field, model_validator
 from safeshard import kernels
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.matching import LoraModule
-from safeshard.streamer.methods.base import Edit, Job, Lora, Module, Served, random_key
-from safeshard.streamer.methods.calibrate import KeptInputs, Sampled
+from safeshard.streamer.methods.base import Edit, Lora, Module, Served, random_key
+from safeshard.streamer.methods.calibrate import KeptInputs
+from safeshard.streamer.methods.calibrated import CalibratedJob
 from safeshard.streamer.methods.leak import ladder
-from safeshard.streamer.options import Finite, Place, flag
+from safeshard.streamer.options import Finite
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from safeshard.kernels.ridge import Grams
 
 LEAK = 0.008  # see docs/ridge.md for the study
 PENALTIES = ladder(1e4, 1e-4, 8)
 
 
-class Ridge(Job, Sampled, KeptInputs, Served):
+class Ridge(CalibratedJob, KeptInputs, Served):
     """Shrink a delta just where safe inputs excite it; of a LoRA adapter only A changes."""
 
     method: ClassVar[str] = "ridge"
     title: ClassVar[str] = "ridge"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"  # Safe Delta, whose question it answers in closed form
-    calibrated: ClassVar[bool] = True
     takes_grams: ClassVar[bool] = True
     keeps_more: ClassVar[str] = "a higher --leak"
 
-    factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
     leak: Finite | None = Field(
         None, gt=0, lt=1, description=f"share of the delta's energy on safe inputs to let through (default: {LEAK})"
     )
@@ -52,33 +49,17 @@ class Ridge(Job, Sampled, KeptInputs, Served):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Ridge:
-        if self.factors is not None:
-            data = {"samples", "max_tokens", "seed", "recipe"} if self.task_data is None else set()
-            if fixed := sorted(self.model_fields_set & ({"calibration"} | data)):
-                raise ValueError(
-                    f"--factors were made with their own {', '.join(map(flag, fixed))}: leave that to calibrate"
-                )
+    def _one_strength(self) -> Ridge:
         if self.leak is not None and self.penalty is not None:
             raise ValueError("give either --leak or --penalty")
         return self
 
-    def factors_key(self) -> str:
-        """Equal for jobs that share a calibration, those of Safe Delta included."""
-        decisive = {"aligned"}
-        decisive |= {"factors"} if self.factors is not None else {"calibration"}
-        if self.factors is None or self.task_data is not None:
-            decisive |= {"dtype", "samples", "max_tokens", "seed", "recipe"}
-        if self.task_data is not None:
-            decisive |= {"task_data", "keep_data"}
-        demanded = "samples" in self.model_fields_set
-        return json.dumps([demanded, self.model_dump(mode="json", include=decisive)], sort_keys=True)
+    @property
+    def runs_more(self) -> bool:
+        return self.task_data is not None
 
     def settings(self) -> dict[str, Any]:
-        left_out = {"calibration", "factors", "task_data", "keep_data"}
-        if self.factors is not None and self.task_data is None:
-            left_out |= Sampled.model_fields.keys()
-        found = {key: value for key, value in super().settings().items() if key not in left_out}
+        found = {key: value for key, value in super().settings().items() if key not in KeptInputs.model_fields}
         return found | {"leak": self.target_leak}
 
     @property
@@ -108,29 +89,39 @@ class Ridge(Job, Sampled, KeptInputs, Served):
 
     def measure(self, module: Module) -> list[float]:
         assert module.grams is not None
-        rows = delta_rows(module)
-        return [kernels.leak.energy(rows, module.grams.safe), *module.grams.energies(rows, self.strengths)]
+        return module.grams.energies(module, delta_rows(module), (0.0, *self.strengths))
+
+    def foresee(self, module: Module, *, measures: bool) -> None:
+        assert module.grams is not None
+        if not isinstance(module.finetuned, Lora):
+            return  # rows enough of its own
+        if measures:
+            module.grams.expect_energies(module, delta_rows(module))
+        elif penalty := self._penalty(module):
+            module.grams.expect(penalty, module.finetuned.a)
+
+    def _penalty(self, module: Module) -> float | None:
+        return module.strength if self.penalty is None else self.penalty
 
     def edit(self, module: Module) -> Edit:
         if module.grams is None:
             return self._rest(module)
-        penalty = module.strength if self.penalty is None else self.penalty
+        penalty = self._penalty(module)
         assert penalty is not None
         if penalty == 0:
             energy = kernels.leak.energy(delta_rows(module), module.grams.safe)
             return self._unchanged(module, {"penalty": 0.0, "leak": 1.0, "energy": energy})
-        solver = module.grams.ridge(penalty)
         tuned, fields = module.finetuned, {"penalty": penalty}
         if isinstance(tuned, Lora):
-            b = tuned.b.float() * tuned.scaling
-            a, new = tuned.a.float(), solver.apply(tuned.a.float())
-            fields |= leaked(kernels.leak.lora_rows(a, b), kernels.leak.lora_rows(new, b), module.grams)
-            return Edit("shrunk", {"a": new, "b": tuned.b}, fields)
+            found, b = module.grams.shrink(penalty, tuned.a), tuned.b.float() * tuned.scaling
+            energies = (kernels.leak.lora_energy(b, inner) for inner in (found.before, found.left))
+            return Edit("shrunk", {"a": found.rows, "b": tuned.b}, fields | kernels.leak.fields(*energies))
         assert module.aligned is not None
         delta = (tuned.float() - module.aligned.float()).contiguous()
-        change = solver.apply(delta)
+        change = module.grams.ridge(penalty).apply(delta)
         seed = random_key(0, module.name)
-        fields |= leaked(kernels.leak.dense_rows(delta, seed), kernels.leak.dense_rows(change, seed), module.grams)
+        rows = (kernels.leak.dense_rows(delta, seed), kernels.leak.dense_rows(change, seed))
+        fields |= kernels.leak.fields(*(kernels.leak.energy(each, module.grams.safe) for each in rows))
         dtype = self.dense_dtype(module.aligned)
         return Edit("shrunk", {"weight": kernels.dense.add(module.aligned, change, dtype)}, fields)
 
@@ -158,10 +149,3 @@ def delta_rows(module: Module) -> Tensor:
     assert module.aligned is not None
     delta = (module.finetuned.float() - module.aligned.float()).contiguous()
     return kernels.leak.dense_rows(delta, random_key(0, module.name))
-
-
-def leaked(rows: Tensor, new: Tensor, grams: Grams) -> dict[str, float]:
-    """The manifest's `energy` of a delta and the `leak` of what is written of it."""
-    energy = kernels.leak.energy(rows, grams.safe)
-    left = kernels.leak.energy(new, grams.safe)
-    return {"energy": energy, "leak": left / energy if energy else 0.0}

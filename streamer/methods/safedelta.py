@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,7 +14,6 @@ from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import (
     Edit,
-    Job,
     Lora,
     Module,
     Served,
@@ -24,9 +22,10 @@ from safeshard.streamer.methods.base import (
     random_key,
     unit_scaling_config,
 )  # fmt: skip
-from safeshard.streamer.methods.calibrate import Calibrated, Sampled
+from safeshard.streamer.methods.calibrate import Calibrated
+from safeshard.streamer.methods.calibrated import CalibratedJob
 from safeshard.streamer.methods.leak import ladder
-from safeshard.streamer.options import Finite, Place, flag
+from safeshard.streamer.options import Finite
 
 if TYPE_CHECKING:
     import torch
@@ -38,13 +37,12 @@ if TYPE_CHECKING:
 STRENGTHS = ladder(1e-3, 1e4, 2)
 
 
-class SafeDelta(Job, Calibrated, Served):
+class SafeDelta(CalibratedJob, Calibrated, Served):
     """Keep the delta's cheapest entries within a safety budget and compensate what they do to the safe answers."""
 
     method: ClassVar[str] = "safedelta"
     title: ClassVar[str] = "Safe Delta"
     paper: ClassVar[str] = "https://arxiv.org/abs/2505.12038"
-    calibrated: ClassVar[bool] = True
     rescales: ClassVar[bool] = True
     truncates: ClassVar[bool] = True
     measured_by: ClassVar[tuple[str, ...]] = ("selection", "block_size", "sub_block", "compensate")
@@ -52,7 +50,6 @@ class SafeDelta(Job, Calibrated, Served):
     grows: ClassVar[str] = "compensation adds to what is kept: measure the output"
     published: ClassVar[dict[str, Any]] = Calibrated.published | {"dtype": "float16"}
 
-    factors: Place | None = Field(None, description="folder that `calibrate` wrote, in place of --calibration")
     strength: Finite = Field(0.1, ge=0, description="the safety budget s; the paper uses about 0.1 on Llama-2-7B")
     leak: Finite | None = Field(
         None,
@@ -77,10 +74,6 @@ class SafeDelta(Job, Calibrated, Served):
 
     @model_validator(mode="after")
     def _consistent(self) -> SafeDelta:
-        fixed = sorted((self.model_fields_set & Calibrated.model_fields.keys()) - {"percdamp"})
-        if self.factors is not None and fixed:
-            given = ", ".join(map(flag, fixed))
-            raise ValueError(f"--factors were made with their own {given}: leave that to calibrate")
         if self.leak is not None and "strength" in self.model_fields_set:
             raise ValueError("give either --leak or --strength")
         if self.finetuned is not None and (self.output_format == "adapter" or self.rank is not None):
@@ -91,21 +84,15 @@ class SafeDelta(Job, Calibrated, Served):
             raise ValueError("--selection row on an adapter has no low rank: add --output-format checkpoint")
         return self
 
-    def factors_key(self) -> str:
-        """Equal for jobs that share a calibration."""
-        decisive = {"aligned", "factors"} if self.factors is not None else {"aligned", "dtype", *Sampled.model_fields}
-        demanded = "samples" in self.model_fields_set
-        return json.dumps([demanded, self.model_dump(mode="json", include=decisive)], sort_keys=True)
-
     @property
     def damping(self) -> float | None:
         return self.percdamp if self.factors is None or "percdamp" in self.model_fields_set else None
 
     def settings(self) -> dict[str, Any]:
-        left_out = {"calibration", "factors"}
-        if self.factors is not None:
-            left_out |= Calibrated.model_fields.keys() - ({"percdamp"} & self.model_fields_set)
-        return {key: value for key, value in super().settings().items() if key not in left_out}
+        found = super().settings()
+        if self.damping is None:
+            del found["percdamp"]  # what was saved with the factors
+        return found
 
     @property
     def target_leak(self) -> float | None:
@@ -252,4 +239,4 @@ def _leaked(rows: Tensor, new: Tensor, factor: Factor) -> dict[str, float]:
         return {}
     energy = kernels.leak.energy_by_factor(rows, factor)
     left = kernels.leak.energy_by_factor(new, factor)
-    return {"energy": energy, "leak": left / energy if energy else 0.0}
+    return kernels.leak.fields(energy, left)

@@ -24,8 +24,7 @@ from safeshard.streamer.inputs.compare import same_tensors
 from safeshard.streamer.inputs.expert_lora import Packing
 from safeshard.streamer.inputs.names.apply import in_names_of
 from safeshard.streamer.methods.base import Job
-from safeshard.streamer.methods.ridge import Ridge
-from safeshard.streamer.methods.safedelta import SafeDelta
+from safeshard.streamer.methods.calibrated import CalibratedJob
 from safeshard.streamer.options import flag
 from safeshard.streamer.plan.doubts.bases import base_offences
 from safeshard.streamer.plan.doubts.cautions import cautions
@@ -109,7 +108,7 @@ class Planner:
                 pair = ("whole", given.source.identity, plan.aligned.source.identity)
                 plan.whole[role] = self._open(pair, partial(compare_whole, given, plan.aligned)) or {}
         offences = [*input_offences(plan), *base_offences(plan), *serve_offences(plan)]
-        if not offences and isinstance(job, SafeDelta | Ridge):
+        if not offences and isinstance(job, CalibratedJob):
             plan.factors = self._open(("factors", job.factors_key()), partial(open_factors, plan.aligned, job))
             if plan.factors is None:
                 return None

@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeshard.kernels.alignment.tiles import LANES
+from safeshard.kernels.stacks import STACK
 from safeshard.streamer.calibration.groups import FactorSource, Group, Needs, device_bytes, resident_bytes
 from safeshard.streamer.calibration.hidden_states import HiddenStates, clear_states
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import tried_twice
 from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.base import Job
+from safeshard.streamer.plan.job_plan import Pair
 from safeshard.streamer.run.flow.compute import Given, compute_step
 from safeshard.streamer.run.flow.steps import JobRun, module_step, workers_for
 from safeshard.streamer.run.flow.stream import Buffers
@@ -108,10 +111,20 @@ def _steps(group: Group, runs: Sequence[JobRun], on_device: bool = False) -> lis
         step = module_step(modules[0], [(r, own) for r in runs for name in modules for own in r.plan.called(name)])
         step.reads |= {read.key: read for read in group.reads(needs, _dampings(runs))}
         if not on_device:
-            step.scratch = max(step.scratch + rows_of_u, group.scratch(needs))
+            step.scratch = max(step.scratch + rows_of_u, group.scratch(needs) + _stacked(step, group.width))
         if step.tasks:
             steps.append(step)
     return steps
+
+
+def _stacked(step: Step, width: int) -> int:
+    """What adapters that are solved together hold: the results of all, and a few matrices of a stack."""
+    ranks = [
+        task.plan.finetuned.lora.rank
+        for task in step.tasks
+        if task.run.job.takes_grams and isinstance(task.plan.finetuned, Pair)
+    ]
+    return 4 * width * (sum(ranks) + 5 * min(STACK, LANES * len(ranks) + sum(ranks)))
 
 
 def _serve(

@@ -39,6 +39,7 @@ PAPERS = {
     ("safedelta", "strength"): "s; `--s`", ("safedelta", "percdamp"): "`percdamp`",
     ("safedelta", "block_size"): "`blocksize`", ("safedelta", "samples"): "`nsamples`",
     ("resta", "gamma"): "γ", ("resta", "density"): "1-p, p being DARE's drop rate",
+    ("lssf", "alpha"): "α", ("lssf", "entropy"): "η",
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def test_a_page_runs_from_top_to_bottom(page: Path, small: Path, path: Path, tmp
 
 def test_the_pages_that_newcomers_read_are_run() -> None:
     names = {_name(page) for page in RUN}
-    methods = {f"docs/{name}.md" for name in ("ridge", "safemerge", "safelora", "safedelta", "resta", "scale")}
+    methods = {f"docs/{name}.md" for name in ("ridge", "safemerge", "safelora", "safedelta", "resta", "lssf", "scale")}
     assert names >= methods | {"README.md", "docs/start.md", "docs/choose.md", "docs/large.md", "docs/serve.md"}
 
 

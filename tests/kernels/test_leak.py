@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from safeshard.kernels.factor import Factor, safety_factor
-from safeshard.kernels.leak import PROBES, dense_rows, energy, energy_by_factor, lora_rows, quadrature
+from safeshard.kernels.leak import PROBES, Quadrature, dense_rows, energy, energy_by_factor, lora_rows, quadratures
+
+
+def alone(rows: Tensor, apply: Callable[[Tensor], Tensor]) -> Quadrature:
+    [found] = quadratures([rows], lambda many: [apply(each) for each in many])
+    return found
 
 
 def randn(seed: int, *shape: int) -> torch.Tensor:
@@ -79,7 +87,7 @@ def test_quadrature_against_eigenvalues_over_eight_decades(rows: int) -> None:
     values = torch.logspace(-5, 3, size, dtype=torch.float64)
     matrix = (q * values @ q.T).float()
     y = randn(7, rows, size)
-    found = quadrature(y, lambda v: v @ matrix)
+    found = alone(y, lambda v: v @ matrix)
     weights = (y.double() @ q).square().sum(0)
     assert float(found.weights.sum()) == pytest.approx(float(y.double().square().sum()), rel=1e-6)
     for c in (0.0, 0.001, 0.01, 0.1):
@@ -90,14 +98,14 @@ def test_quadrature_against_eigenvalues_over_eight_decades(rows: int) -> None:
 
 
 def test_quadrature_where_there_is_nothing() -> None:
-    assert quadrature(torch.zeros(2, 4), lambda v: v).weights.sum() == 0
-    still = quadrature(randn(8, 2, 4), torch.zeros_like)
+    assert alone(torch.zeros(2, 4), lambda v: v).weights.sum() == 0
+    still = alone(randn(8, 2, 4), torch.zeros_like)
     assert still.nodes.tolist() == [0]
 
 
 def test_quadrature_of_a_few_eigenvalues() -> None:
     matrix = torch.diag(torch.tensor([1.0, 1, 2, 2, 5, 5]))
-    found = quadrature(randn(9, 3, 6), lambda v: v @ matrix)
+    found = alone(randn(9, 3, 6), lambda v: v @ matrix)
     assert float(found.weights.sum()) == pytest.approx(float(randn(9, 3, 6).double().square().sum()), rel=1e-6)
     heavy = found.nodes[found.weights > 1e-3]
     assert all(min(abs(node - value) for value in (1, 2, 5)) < 1e-5 for node in heavy.tolist())

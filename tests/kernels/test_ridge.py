@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safeshard.kernels.factor import NonFiniteGramError, NotPositiveDefiniteError, safety_factor
 from safeshard.kernels.leak import lora_rows
-from safeshard.kernels.ridge import ANCHOR_DAMPING, energies, ridge, spectrum
+from safeshard.kernels.ridge import ANCHOR_DAMPING, energies, ridge, spectra
 
 PENALTIES = (0.0, 0.01, 0.3, 1.0, 30.0)
 EPS = torch.finfo(torch.float32).eps
@@ -157,7 +157,7 @@ def test_the_spectrum_tells_the_energy_at_any_penalty(weighted: bool, rank: int)
     gram, a, b = make_gram(12, 200, 96, outliers=30), make_delta(12, rank, 96), make_delta(13, 33, rank)
     keep = make_gram(14, 60, 96) if weighted else None
     penalties = torch.tensor([0, 0.001, 0.03, 0.3, 1.0], dtype=torch.float64)
-    got = energies(spectrum(lora_rows(a, b), gram, keep), penalties)
+    got = energies(spectra([lora_rows(a, b)], gram, keep)[0], penalties)
     for penalty, energy in zip(penalties.tolist(), got.tolist(), strict=True):
         x = dense(b @ a, gram, penalty, keep)
         assert energy == pytest.approx(float(((x @ gram.double()) * x).sum()), rel=1e-3)

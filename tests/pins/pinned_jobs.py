@@ -1,4 +1,4 @@
-"""About fifty small jobs through the public functions, and the hashes of all that they write.
+"""About sixty small jobs through the public functions, and the hashes of all that they write.
 
     python tests/pins/pinned_jobs.py
 
@@ -61,6 +61,8 @@ PROJECT = {key: FULL[key] for key in ("aligned", "unaligned", "finetuned")}
 DATA = {"calibration": "data.jsonl", "samples": 8, "percdamp": 0.1}
 DELTA = {"aligned": "aligned", "adapter": "adapter", "block_size": 16, "strength": 600.0}
 DENSE = {"aligned": "aligned", "finetuned": "finetuned", "block_size": 16, "strength": 40.0}
+SAFE = {"calibration": "data.jsonl", "samples": 8}
+SUBSPACE = GATE | SAFE | {"entropy": 0.5}
 TIED = places("tied/", "aligned", "unaligned", "finetuned", "safe")
 SHARDED = places("sharded/", "aligned", "unaligned", "finetuned", "safe")
 FP32 = places("fp32/", "aligned", "unaligned", "finetuned", "safe")
@@ -91,6 +93,12 @@ JOBS = (
     Pinned("gpt2-lora-adapter", "safelora", IN_GPT2 | {"adapter": "gpt2/adapter", "num_layers": 3}),
     Pinned("gpt2-delta-adapter", "safedelta",
            DELTA | DATA | {"aligned": "gpt2/aligned", "adapter": "gpt2/adapter"}, "forward"),
+    Pinned("ridge", "ridge", SAFE | {"aligned": "aligned", "adapter": "adapter", "penalty": 0.2}, "forward"),
+    Pinned("ridge-leak", "ridge", SAFE | {"aligned": "aligned", "adapter": "uneven-adapter", "leak": 0.05}, "forward"),
+    Pinned("resta-adapter", "resta", GATE | {"adapter": "adapter", "gamma": 0.5}),
+    Pinned("lssf", "lssf", SUBSPACE | {"adapter": "adapter", "safety_rank": 4}, "forward"),
+    Pinned("lssf-merged", "lssf",
+           SUBSPACE | {"adapter": "uneven-adapter", "output_format": "checkpoint", "alpha": 0.5}, "forward"),
     # Full checkpoints.
     Pinned("full-linear", "safemerge", FULL),
     Pinned("full-dare", "safemerge", FULL | {"combine": "dare_linear", "density": 0.5, "seed": 3}),
@@ -104,6 +112,9 @@ JOBS = (
     Pinned("full-lora-sharded", "safelora", places("sharded/", *PROJECT) | {"num_layers": 6}),
     Pinned("full-lora-mixed", "safelora", PROJECT | {"finetuned": "sharded/finetuned", "num_layers": 3}),
     Pinned("full-lora-fp32", "safelora", places("fp32/", *PROJECT) | {"num_layers": 4, "dtype": "bfloat16"}),
+    Pinned("full-ridge", "ridge", SAFE | places("", "aligned", "finetuned") | {"penalty": 1.0}, "forward"),
+    Pinned("full-resta", "resta", PROJECT | {"gamma": 0.5, "density": 0.3, "seed": 3}, "elementwise"),
+    Pinned("full-lssf", "lssf", SUBSPACE | {"finetuned": "finetuned"}, "forward"),
     Pinned("gpt2-lora", "safelora", IN_GPT2 | {"finetuned": "gpt2/finetuned", "num_layers": 3}),
     Pinned("full-scale", "scale", places("", "aligned", "finetuned") | {"factor": 0.3}, "elementwise"),
     Pinned("full-scale-tied", "scale", places("tied/", "aligned", "finetuned") | {"factor": 1.5}, "elementwise"),

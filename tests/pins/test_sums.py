@@ -1,4 +1,4 @@
-"""The bytes that about fifty small jobs write are those of SHA256SUMS, whatever was rearranged since.
+"""The bytes that about sixty small jobs write are those of SHA256SUMS, whatever was rearranged since.
 
 Where a change means to change bytes, `python tests/pins/pinned_jobs.py` writes SHA256SUMS and DECISIONS.csv anew; its
 commit says why. Copies, small files and element-wise results have the same bits everywhere. Products, decompositions

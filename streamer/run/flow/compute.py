@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,93 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safeshard.kernels.alignment.coded import Coded
 from safeshard.kernels.effect import Products, Tally
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
-from safeshard.kernels.ridge import Grams
-from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.kernels.grams import Grams
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import Arrivals, memory_errors, relieved
 from safeshard.streamer.inputs.codecs.base import Encoded
-from safeshard.streamer.inputs.expert_lora import read_ref, view_of
-from safeshard.streamer.inputs.layouts import Part
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
 from safeshard.streamer.methods.base import Job, Lora, Module, merged, served
-from safeshard.streamer.plan.job_plan import Pair, Weight
+from safeshard.streamer.plan.job_plan import Pair
 from safeshard.streamer.run.flow.effects import effect, measured_pair, measured_tiles
 from safeshard.streamer.run.flow.encoded import encoding_fields, known_parts
+from safeshard.streamer.run.flow.on_device import Inputs
 from safeshard.streamer.run.flow.steps import CopyTask, ModuleTask
 from safeshard.streamer.run.flow.strips import compute_strips
-from safeshard.streamer.sources import Source
-from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
+from safeshard.streamer.write.finite import NotFiniteError
 
 Given = Factor | Grams | str  # what a job gets of a module's calibration, or why there is no factor
 UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
-
-
-class Inputs:
-    """A step's tensors on the compute device, each moved once."""
-
-    def __init__(self, loaded: Mapping[Hashable, Tensor], device: torch.device) -> None:
-        self._loaded, self.device = loaded, device
-        self._moved: dict[Hashable, Tensor] = {}
-        self._decoded: dict[Hashable, Tensor] = {}
-        self._finite: set[Hashable] = set()
-
-    @property
-    def on_device(self) -> bool:
-        return self.device.type == "cuda"
-
-    def refuse_not_finite(self, reads: Iterable[Read]) -> None:
-        """Look for NaN and infinity, in each tensor once.
-
-        Raises:
-            RunError: there is one; it names the tensor.
-        """
-        new = {read.key: read for read in reads if read.key not in self._finite}
-        refuse_not_finite((read, self.tensor(read)) for read in new.values())
-        self._finite |= new.keys()
-
-    def tensor(self, read: Read) -> Tensor:
-        if read.key not in self._moved:
-            self._moved[read.key] = self._loaded[read.key].to(self.device, non_blocking=True)
-        return self._moved[read.key]
-
-    def weight(self, place: Weight) -> Tensor:
-        """A weight as O x I, whatever its storage."""
-        seen = [part.view.of(self.matrix(place.source, part)) for part in place.stored.parts]
-        return seen[0] if len(seen) == 1 else self._once(place.key, lambda: torch.cat(seen))
-
-    def operand(self, place: Weight) -> Tensor | Coded:
-        """A weight for a gate: in its codes, if that can be, so that it is decoded where it is multiplied with."""
-        if not place.stored.in_codes:
-            return self.weight(place)
-        return place.stored.parts[0].coded(lambda ref: self.tensor(Read(place.source, ref)))
-
-    def matrix(self, source: Source, part: Part) -> Tensor:
-        """All that lies in a part's region, as it is stored, decoded once."""
-
-        def load(ref: TensorRef) -> Tensor:
-            return self.tensor(Read(source, ref))
-
-        if part.codec is None:
-            return part.matrix(load)
-        return self._once((source.identity, part.block), lambda: part.matrix(load))
-
-    def _once(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._decoded:
-            self._decoded[key] = make()
-        return self._decoded[key]
-
-    def delta(self, place: Pair | Weight) -> Lora | Tensor:
-        """A fine-tuned or safe delta's pair, or weight (O x I)."""
-        if isinstance(place, Weight):
-            return self.weight(place)
-        refs = (place.lora.a, place.lora.b)
-        a, b = (view_of(ref).of(self.tensor(Read(place.source, read_ref(ref)))).contiguous() for ref in refs)
-        return Lora(a, b, place.lora.scaling)
 
 
 def compute_step(
@@ -165,11 +98,37 @@ def _compute(
         gates = _gates([t for t in tasks if isinstance(t, ModuleTask)], inputs)
         cosines = torch.stack([gate.cosine for gate in gates.values()]).tolist() if gates else ()
         decided = {key: (gate, cosine) for (key, gate), cosine in zip(gates.items(), cosines, strict=True)}
-        for task in tasks:
-            if isinstance(task, CopyTask):
-                _copy(task, inputs, clock)
-            elif not task.run.is_done(task.plan.name):
-                _decide(task, inputs, decided, clock, given, noted, arrivals, curves)
+        with _foreseen(tasks, inputs, given) as modules:
+            for task in tasks:
+                if isinstance(task, CopyTask):
+                    _copy(task, inputs, clock)
+                elif not task.run.is_done(task.plan.name):
+                    _decide(task, inputs, decided, clock, given, noted, arrivals, curves, modules)
+
+
+@contextmanager
+def _foreseen(
+    tasks: Sequence[ModuleTask | CopyTask], inputs: Inputs, given: Callable[[Job], Given] | None
+) -> Iterator[dict[int, Module]]:
+    """Modules of jobs that take Grams, by the ids of their tasks; inside, the Grams know what they will be asked."""
+    modules: dict[int, Module] = {}
+    measured = set()
+    for task in tasks:
+        if not isinstance(task, ModuleTask) or not task.job.takes_grams or task.run.is_done(task.plan.name):
+            continue
+        module = _module(task, inputs, None, None, given(task.run.job) if given is not None else "")
+        modules[id(task)] = module
+        if module.grams is None or (task.run.measures and (key := _curve(task)) in measured):
+            continue
+        if task.run.measures:
+            measured.add(key)
+        task.job.foresee(module, measures=task.run.measures)
+    try:
+        yield modules
+    finally:
+        for module in modules.values():
+            if module.grams is not None:
+                module.grams.forget()
 
 
 def _copy(task: CopyTask, inputs: Inputs, clock: Clock) -> None:
@@ -221,6 +180,7 @@ def _decide(
     noted: Mapping[str, Any],
     arrivals: Arrivals,
     curves: dict[Hashable, list[float]],
+    modules: Mapping[int, Module],
 ) -> None:
     job_run, plan = task.run, task.plan
     gate, value = gates.get(task.gate_key, (None, math.nan)) if job_run.needs_gate(plan.name) else (None, math.nan)
@@ -235,7 +195,9 @@ def _decide(
         return
     if job_run.job.calibrated or (plan.writes.keys() == {"b"} and gate is None):
         inputs.refuse_not_finite(task.reads())  # what is not selected, or an A that is only copied, is not written
-    module = _module(task, inputs, gate, cosine, given(job_run.job) if given is not None else "")
+    module = modules.get(id(task))
+    if module is None:
+        module = _module(task, inputs, gate, cosine, given(job_run.job) if given is not None else "")
     if job_run.measures:
         job_run.measured(plan.name, [] if module.note else _measured(task, module, curves))
         return
@@ -268,10 +230,15 @@ def _decide(
 
 def _measured(task: ModuleTask, module: Module, curves: dict[Hashable, list[float]]) -> list[float]:
     """What a module lets through at each strength, once for all jobs that ask the same of the same delta."""
-    key = (id(task.run.plan.factors), task.plan.finetuned.key, task.plan.name, task.job.measured_like())
+    key = _curve(task)
     if key not in curves:
         curves[key] = task.job.measure(module)
     return curves[key]
+
+
+def _curve(task: ModuleTask) -> Hashable:
+    """Equal for tasks that measure the same."""
+    return id(task.run.plan.factors), task.plan.finetuned.key, task.plan.name, task.job.measured_like()
 
 
 def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float | None, given: Given) -> Module:
@@ -279,7 +246,7 @@ def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float |
     return Module(
         plan.name,
         finetuned=inputs.delta(plan.finetuned),
-        aligned=inputs.weight(plan.aligned) if job_run.job.writes_checkpoint and plan.aligned else None,
+        aligned=inputs.weight(plan.aligned) if job_run.job.reads_aligned and plan.aligned else None,
         unaligned=inputs.weight(plan.unaligned) if plan.unaligned and not job_run.job.gated else None,
         safe=inputs.delta(plan.safe) if plan.safe else None,
         projected=gate.projected if gate is not None else None,

@@ -144,7 +144,7 @@ class ModuleTask:
         yield self.plan.finetuned
         if self.plan.safe is not None:
             yield self.plan.safe
-        if self.plan.aligned is not None and (gated or self.run.job.writes_checkpoint):
+        if self.plan.aligned is not None and (gated or self.run.job.reads_aligned):
             yield self.plan.aligned
         if self.plan.unaligned is not None and (gated or not self.run.job.gated):
             yield self.plan.unaligned
@@ -337,7 +337,7 @@ def _scratch(task: ModuleTask) -> int:
         return _gate_scratch(finetuned)
     rank, rows, columns = _written_rank(task), finetuned.lora.b.shape[0], finetuned.lora.a.shape[1]
     grams = 8 * (6 * rank * rank + 2 * min(max(ELEMENTS, rank), rank * max(rows, columns)))  # of the effect, in fp64
-    return 3 * 4 * (rows + columns) * rank + grams
+    return 3 * 4 * (rows + columns) * rank + grams + job.takes_aligned * job.dense_scratch * rows * columns
 
 
 def _gate_scratch(weight: Weight) -> int:

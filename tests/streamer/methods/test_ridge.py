@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safeshard.kernels import grams
+from safeshard.kernels.stacks import Operator, stacked
 from safeshard.manifests.errors import RequestError
 from safeshard.manifests.schema import Manifest, load
 from safeshard.streamer import batch, calibrate, ridge, safedelta, verify
@@ -55,10 +58,17 @@ def assert_near(got: Tensor, expected: Tensor, rounding: float = 0.0, tolerance:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapter(case: Any, tmp_path: Path, kind: str) -> None:
-    """Rank, shapes, B and config stay; the product is the closed form; what the manifest says of leaks is so."""
+@pytest.mark.parametrize(("penalty", "share"), [(0.3, 48), (0.2, 48), (0.2, 1)])
+def test_adapter(
+    case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, penalty: float, share: int
+) -> None:
+    """Rank, shapes, B and config stay; the product is the closed form; what the manifest says of leaks is so.
+
+    With a factor of its own, or at 1 column for each row already with that of a penalty of 0.3.
+    """
+    monkeypatch.setattr(grams, "SHARE", share)
     it = case(kind)
-    result, got = run(it, f"ridge-lora-{tmp_path.name}", penalty=0.3)
+    result, got = run(it, f"ridge-lora-{tmp_path.name}", penalty=penalty)
     tuned = load_file(it.adapter / "adapter_model.safetensors")
     assert {name: t.shape for name, t in got.items()} == {name: t.shape for name, t in tuned.items()}
     assert all(torch.equal(t, tuned[name]) for name, t in got.items() if "lora_A" not in name)
@@ -66,11 +76,11 @@ def test_adapter(case: Any, tmp_path: Path, kind: str) -> None:
     entries = {module.name: module for module in manifest_of(result).modules}
     left = whole = 0.0
     for module, gram in it.grams.items():
-        expected = written(before[module], gram, 0.3)
+        expected = written(before[module], gram, penalty)
         assert_near(after[module], expected)
         [entry] = [entry for name, entry in entries.items() if name.endswith(module)]
         assert entry.decision == "shrunk"
-        assert entry.penalty == 0.3
+        assert entry.penalty == penalty
         assert entry.energy == pytest.approx(energy(before[module], gram), rel=1e-3)
         assert entry.leak == pytest.approx(energy(expected, gram) / energy(before[module], gram), rel=2e-3)
         left, whole = left + energy(expected, gram), whole + energy(before[module], gram)
@@ -151,11 +161,25 @@ def test_safe_delta_from_saved_grams_at_any_damping(llama: Any) -> None:
         assert llama.weights(f"live-{damping}") == llama.weights(f"saved-{damping}")
 
 
-def test_many_jobs_of_one_pass_are_as_alone(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever their order: penalties and leaks, adapters and checkpoints, and Safe Delta beside them."""
+@pytest.mark.parametrize("shares", [False, True])
+def test_many_jobs_of_one_pass_are_as_alone(llama: Any, monkeypatch: pytest.MonkeyPatch, shares: bool) -> None:
+    """Whatever their order: penalties and leaks, adapters and checkpoints, and Safe Delta beside them.
+
+    `shares`: adapters of different penalties take one factor, as those of models of a real width do.
+    """
+    if shares:
+        monkeypatch.setattr(grams, "SHARE", 1)
+    together: list[int] = []
+
+    def counted(matrices: Sequence[Tensor], apply: Operator, kind: str) -> list[Tensor]:
+        together.append(len(matrices))
+        return stacked(matrices, apply, kind)
+
+    monkeypatch.setattr(grams, "stacked", counted)
     other = llama.make_adapter("other", seed=5, target_modules=["q_proj", "up_proj"])
     variants: list[dict[str, Any]] = [
-        {"penalty": 0.1}, {"penalty": 1.0}, {"adapter": str(other), "penalty": 0.1}, {"adapter": str(other)},
+        {"penalty": 0.1}, {"penalty": 0.12}, {"penalty": 1.0}, {"adapter": str(other), "penalty": 0.1},
+        {"adapter": str(other)},
         {"leak": 0.05}, {"finetuned": str(llama.root / "finetuned"), "adapter": None, "penalty": 0.1},
         {"method": "safedelta", "strength": 2.0}, {"method": "safedelta", "strength": 2.0, "percdamp": 0.05},
     ]  # fmt: skip
@@ -174,6 +198,7 @@ def test_many_jobs_of_one_pass_are_as_alone(llama: Any, monkeypatch: pytest.Monk
     file = llama.root / "jobs.yaml"
     file.write_text(json.dumps({"jobs": jobs[::-1]}))
     batch(file, quiet=True)
+    assert max(together) > 3  # more than one job's modules of one input
     for i, job in enumerate(jobs):
         alone = {**job, "output": str(llama.root / f"alone-{i}"), "quiet": True}
         {"ridge": ridge, "safedelta": safedelta}[alone.pop("method")](**alone)
