@@ -36,7 +36,7 @@ SMALL = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 64),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size", "emb_dim"), 32),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size", "intermediate_size_mlp"), 48
+        ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "dff", "ffn_hidden_size", "intermediate_size_mlp"), 48
     ),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 4),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
@@ -45,10 +45,14 @@ SMALL = {
     **dict.fromkeys(("swa_num_attention_heads", "linear_num_value_heads", "linear_num_key_heads"), 4),
     **dict.fromkeys(("swa_num_key_value_heads",), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "swa_v_head_dim"), 8),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 8),
+    **dict.fromkeys(
+        ("q_lora_rank", "kv_lora_rank", "o_lora_rank", "v_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"), 8
+    ),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts"), 2),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"), 16
+    ),
     **dict.fromkeys(("n_group", "topk_group"), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx"), 64),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), 1),
