@@ -34,6 +34,7 @@ CELLS: dict[str, Callable[[dict[str, str]], str]] = {
     ),
     "requests in flight": lambda row: _stage(row, "in_flight"),
     "processor": lambda row: f"{seconds} s" if (seconds := _stage(row, "processor")) else "",
+    "processor a GB": lambda row: _processor_a_gb(row),
     "hardware": lambda row: row["hardware"],
     "commit": lambda row: row["commit"],
 }
@@ -58,6 +59,11 @@ def markdown(found: Sequence[dict[str, str]], left_out: Sequence[str] = ()) -> s
 def _stage(row: dict[str, str], name: str) -> str:
     found = re.search(rf"\b{name}=([\d.]+)", row["stages"])
     return f"{float(found[1]):.3g}" if found else ""
+
+
+def _processor_a_gb(row: dict[str, str]) -> str:
+    seconds, nbytes = _stage(row, "processor"), float(row["bytes"] or 0)
+    return f"{float(seconds) / nbytes * 1e9:.2g} s" if seconds and nbytes else ""
 
 
 def _seconds(text: str) -> str:

@@ -148,6 +148,10 @@ class RunOptions(Options):
 
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     memory: ByteSize = Field(ByteSize(2 << 30), gt=0, description="host memory for tensors in flight, e.g. 2GiB")
+    io: Literal["auto", "direct", "buffered"] = Field(
+        "auto", description="read local files past the page cache (direct) or through it; auto measures where they are "
+        "larger than memory",
+    )  # fmt: skip
     dry_run: bool = Field(False, description="print the plan, its bytes and its memory; write nothing")
     cache: bool = Field(False, description="keep the shards read from the Hub, whole, in its cache")
     cache_budget: ByteSize | None = Field(

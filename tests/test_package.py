@@ -50,7 +50,7 @@ def test_options_of_the_contract(method: str) -> None:
 
 
 def test_run_options_of_the_contract() -> None:
-    names = {"device", "memory", "dry_run", "cache", "cache_budget", "overwrite", "quiet", "strict"}
+    names = {"device", "memory", "dry_run", "cache", "cache_budget", "io", "overwrite", "quiet", "strict"}
     assert set(RunOptions.model_fields) == names
     assert {"aligned", "calibration", "output", "samples", "max_tokens", "seed"} <= Calibrate.model_fields.keys()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import resource
 import tempfile
 import threading
 import time
@@ -18,10 +19,21 @@ from safetensors import safe_open
 
 from safeshard.bench.inputs.models import prepare
 from safeshard.bench.machine.measure import Bench, Sample, plain_read, tensor_files
+from safeshard.streamer.clock import Clock
+from safeshard.streamer.inputs.checkpoint import open_checkpoint
+from safeshard.streamer.inputs.read import Read, Step
+from safeshard.streamer.run.flow.reading import IO, choose_reading, readers_for
+from safeshard.streamer.run.flow.steps import workers_for
+from safeshard.streamer.run.flow.stream import Buffers, run_steps
+from safeshard.streamer.sources import open_source
+from safeshard.streamer.sources.direct import blocks
+from safeshard.streamer.tensor_names import natural
 
 PIECE = 8 << 20
 BLOCK = 4096  # direct I/O: alignment of offsets, lengths and memory
 THREADS = 2
+DISK, DISK_THREADS = "the disk alone, O_DIRECT", 4
+JOB_MEMORY = 2 << 30  # the default of --memory
 
 
 def run(folder: Path, shape: str, layers: int | None, runs: int, cold: bool) -> None:
@@ -37,15 +49,66 @@ def run(folder: Path, shape: str, layers: int | None, runs: int, cold: bool) -> 
             print(f"{what}: skipped: {error}")
             continue
         bench.measure(what, partial(_timed, method, files), dtype="bf16")
+    _run_jobs_reading(bench, folders, files)
     bench.measure("a process that reads every tensor, pread", partial(plain_read, folders), dtype="bf16")
     written = sum(file.stat().st_size for file in tensor_files(folders[:1]))
     bench.measure("write and sync", partial(write, folder, written), dtype="bf16")
 
 
+def _run_jobs_reading(bench: Bench, folders: Sequence[Path], files: Sequence[Path]) -> None:
+    """Read as a job does, each way, in turn with what the disk gives to one who only reads."""
+    ways = {
+        DISK: lambda: _timed(_whole_blocks, files),
+        "as a job reads, --io direct": lambda: _as_a_job("direct", folders),
+        "as a job reads, --io buffered": lambda: _as_a_job("buffered", folders),
+    }
+    bench.measure_in_turn(ways, floor=DISK, dtype="bf16")
+
+
+def _whole_blocks(files: Sequence[Path]) -> None:
+    """Read whole blocks past the page cache into memory that each thread has, in order and with no other thought."""
+    local, fds = threading.local(), [os.open(file, os.O_RDONLY | os.O_DIRECT) for file in files]
+
+    def read(place: tuple[int, int]) -> None:
+        if not hasattr(local, "memory"):
+            local.memory = blocks(PIECE)
+        os.preadv(place[0], [local.memory], place[1])
+
+    try:
+        with ThreadPoolExecutor(DISK_THREADS) as pool:
+            list(pool.map(read, [(fd, at) for fd in fds for at in range(0, os.fstat(fd).st_size, PIECE)]))
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _as_a_job(io: IO, folders: Sequence[Path]) -> Sample:
+    """Read the linears of all folders through a job's buffers, and compute nothing."""
+    checkpoints = [open_checkpoint(open_source(folder)) for folder in folders]
+    sources = [checkpoint.source for checkpoint in checkpoints]
+    choose_reading(io, sources)
+    names = sorted((name for name in checkpoints[0].tensors if "_proj." in name), key=natural)
+    reads = [[Read(checkpoint.source, checkpoint.tensors[name]) for checkpoint in checkpoints] for name in names]
+    steps = [Step(name, {read.key: read for read in group}) for name, group in zip(names, reads, strict=True)]
+    before, start = _processor(), time.perf_counter()
+    run_steps(
+        steps, lambda *_: None, buffers=Buffers(JOB_MEMORY), clock=Clock(), workers=workers_for(torch.device("cpu")),
+        readers=readers_for(sources),
+    )  # fmt: skip
+    seconds, processor = time.perf_counter() - start, _processor() - before
+    return Sample(seconds, nbytes=sum(step.nbytes for step in steps), stages={"processor": processor})
+
+
+def _processor() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
 def _timed(method: Callable[[Sequence[Path]], None], files: Sequence[Path]) -> Sample:
-    start = time.perf_counter()
+    before, start = _processor(), time.perf_counter()
     method(files)
-    return Sample(time.perf_counter() - start, nbytes=sum(file.stat().st_size for file in files))
+    seconds, processor = time.perf_counter() - start, _processor() - before
+    return Sample(seconds, nbytes=sum(file.stat().st_size for file in files), stages={"processor": processor})
 
 
 def _preadv(files: Sequence[Path], buffer_of: Callable[[int], memoryview], flags: int = 0) -> None:

@@ -76,12 +76,34 @@ class Bench:
             floor: seconds of a process that reads the same bytes.
             against: the name and the result of what the job is compared with.
         """
-        samples = []
-        for _ in range(self.runs + (not self.cold)):  # the first warm run fills the cache and does not count
-            if self.cold:
-                drop_caches(self.files)
-            samples.append(job())
-        samples = samples[-self.runs :]
+        (samples,) = self._samples([job])
+        return self._record(what, samples, floor, against, columns)
+
+    def measure_in_turn(self, jobs: Mapping[str, Callable[[], Sample]], *, floor: str, **columns: Any) -> None:
+        """Repeat jobs one after the other, so that all meet the machine alike; append and print a row of each.
+
+        `floor` names the one whose rate is what the others' could be.
+        """
+        taken = dict(zip(jobs, self._samples(list(jobs.values())), strict=True))
+        a_byte = statistics.median(sample.seconds for sample in taken[floor]) / taken[floor][0].nbytes
+        for what, samples in taken.items():
+            own = {} if what == floor else {"ceiling": floor}
+            self._record(what, samples, a_byte * samples[0].nbytes if own else 0.0, None, own | columns)
+
+    def _samples(self, jobs: Sequence[Callable[[], Sample]]) -> list[list[Sample]]:
+        """So many runs of each job, in turn; the first warm ones fill the cache and do not count."""
+        samples: list[list[Sample]] = [[] for _ in jobs]
+        for _ in range(self.runs + (not self.cold)):
+            for own, job in zip(samples, jobs, strict=True):
+                if self.cold:
+                    drop_caches(self.files)
+                own.append(job())
+        return [own[-self.runs :] for own in samples]
+
+    def _record(
+        self, what: str, samples: Sequence[Sample], floor: float, against: tuple[str, Sample] | None,
+        columns: Mapping[str, Any],
+    ) -> Sample:  # fmt: skip
         middle = sorted(samples, key=lambda s: s.seconds)[len(samples) // 2]
         result = replace(
             middle, seconds=statistics.median(s.seconds for s in samples), peak=max(s.peak for s in samples),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.sources import Source
+from safeshard.streamer.sources.direct import into_room, passes_by, room_of
 
 ALIGN = 64  # torch's own alignment: vectorised arithmetic takes the same path wherever a tensor lies in a buffer
 
@@ -35,6 +36,28 @@ class Read:
     def key(self) -> Hashable:
         return (self.source.identity, self.ref.file, self.ref.offset, self.ref.nbytes, self.ref.name)
 
+    @property
+    def room(self) -> int:
+        """Bytes of a step's buffer for it: of a large one whole blocks, whichever way it is read."""
+        return aligned(room_of(self.ref.nbytes))
+
+    @property
+    def passes_by(self) -> bool:
+        """Whether it is read past the page cache and used where its bytes come to lie."""
+        return passes_by(self.source, self.ref.offset, self.ref.item_bytes)
+
+    def into(self, room: memoryview) -> int:
+        """Read into its room; returns where in it the tensor begins.
+
+        Where it begins in a block as in its file nothing is copied. Values of more than two bytes are: matrix products
+        take them as they lie, and may round otherwise where they lie otherwise; smaller ones are converted first.
+        """
+        ref = self.ref
+        if ref.item_bytes <= 2 and self.passes_by:
+            return into_room(self.source, ref.file, ref.offset, ref.nbytes, room)
+        self.source.readinto(ref.file, ref.offset, room[: ref.nbytes])
+        return 0
+
 
 @dataclass
 class Step:
@@ -56,9 +79,21 @@ class Step:
         return sum(aligned(r.ref.nbytes) for r in self.reads.values())
 
     @property
+    def buffer(self) -> int:
+        """Bytes of the buffer that it is read into."""
+        return aligned(sum(read.room for read in self.reads.values()), GRAIN)
+
+    @property
     def cost(self) -> int:
         """Host bytes the step holds while it is in flight."""
-        return aligned(self.nbytes, GRAIN) + self.scratch
+        return self.buffer + self.scratch
+
+    def rooms(self) -> Iterator[tuple[Read, int]]:
+        """Its reads, and where in the buffer the room of each begins: of large ones at a block."""
+        offset = 0
+        for read in sorted(self.reads.values(), key=lambda read: -read.room):
+            yield read, offset
+            offset += read.room
 
 
 def aligned(nbytes: int, grain: int = ALIGN) -> int:

@@ -35,6 +35,7 @@ from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish, rounded
 from safeshard.streamer.run.ending.settled import public_offences, settle_finished
 from safeshard.streamer.run.flow.compute import compute_step
+from safeshard.streamer.run.flow.reading import choose_reading, readers_for
 from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps, pass_steps, workers_for
 from safeshard.streamer.run.flow.stream import Buffers, run_steps
 from safeshard.streamer.run.part_work import (
@@ -50,7 +51,6 @@ from safeshard.streamer.write.journal import HeldError
 from safeshard.streamer.write.part_record import PartRecord
 from safeshard.streamer.write.writer import Writer
 
-NEAR_READERS, FAR_READERS = 2, 8  # threads that read ahead: a disk is quick, a server takes its time
 log = logging.getLogger(__name__)
 
 
@@ -345,6 +345,7 @@ class Pass:
     def execute(self, runs: Sequence[JobRun]) -> None:
         """Decide what needs only its own module; then what needs numbers of all modules, as far as they are known."""
         self._sources = [source for job_run in runs for source in job_run.plan.sources()]
+        choose_reading(self.options.io, self._sources)
         with exact_products():
             self._execute(runs)
 
@@ -393,7 +394,7 @@ class Pass:
             clock=self.clock,
             # A step of the calibrated pass may fill the device, so that one runs at a time there.
             workers=1 if compute and self.device.type == "cuda" else workers_for(self.device),
-            readers=FAR_READERS if any(source.far for source in self._sources) else NEAR_READERS,
+            readers=readers_for(self._sources),
             device=self.device,
             stop=self._stop,
             done=lambda step: progress.done(step.name, step.nbytes + step.copied),

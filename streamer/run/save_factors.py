@@ -54,6 +54,7 @@ from safeshard.streamer.plan.written.places import (
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import batches_at_once
 from safeshard.streamer.run.downloads import Download, download_of, download_offences, forward_reads, shard_cache
+from safeshard.streamer.run.flow.reading import choose_reading
 from safeshard.streamer.run.flow.steps import workers_for
 from safeshard.streamer.run.flow.stream import Buffers, run_steps
 from safeshard.streamer.sources import LocalSource, open_source
@@ -138,6 +139,7 @@ def run_calibrate(options: Calibrate, run: RunOptions) -> Factors:
     with journal:
         try:
             layers = _finished(calibration, journal)
+            choose_reading(run.io, [aligned.source])
             with exact_products():
                 layers += _write_layers(calibration, len(layers), options, run, device, journal)
             index = _index(calibration, options, layers)

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from safeshard.streamer.sources.base import MAX_JSON_BYTES, Source, in_parallel, read_json, reason, refuse
+from safeshard.streamer.sources.base import MAX_JSON_BYTES, Source, in_parallel, read_json, reason, refuse, side_by_side
 from safeshard.streamer.sources.bucket import SCHEMES, BucketSource, has_obstore
 from safeshard.streamer.sources.http import PIECE
 from safeshard.streamer.sources.hub import HUB_NAME, ShardCache, hub_cache, open_hub, pinned
@@ -21,7 +21,7 @@ from safeshard.streamer.sources.web import WebSource
 
 __all__ = [
     "MAX_JSON_BYTES", "PIECE", "LocalSource", "ShardCache", "Source", "hub_cache", "in_parallel", "is_pattern",
-    "is_url", "matching", "open_source", "pinned", "read_json",
+    "is_url", "matching", "open_source", "pinned", "read_json", "side_by_side",
 ]  # fmt: skip
 
 

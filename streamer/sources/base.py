@@ -71,17 +71,28 @@ class Source(Protocol):
         """Give up every read under way and to come: they raise. For another thread, once the run has failed."""
 
 
+class Stops(Protocol):
+    """A place whose requests can be given up."""
+
+    def stop(self) -> None:
+        """Give up every request under way and to come: they raise. For another thread."""
+
+
 def in_parallel(source: Source, work: Callable[[S], T], items: Iterable[S]) -> Iterable[T]:
     """`work` of each item, in order; side by side where each takes a round trip."""
-    if not source.far:
-        return map(work, items)
+    return side_by_side(work, items, [source]) if source.far else map(work, items)
+
+
+def side_by_side(work: Callable[[S], T], items: Iterable[S], places: Iterable[Stops]) -> list[T]:
+    """`work` of each item, in order, several at a time; at a signal all requests to `places` are given up."""
     with ThreadPoolExecutor(FAR_READERS, "far") as pool:
         try:
             return list(pool.map(work, items))
         except Exception:
             raise
         except BaseException:  # a signal: the pool's end waits for what is under way, which may be stalled
-            source.stop()
+            for place in places:
+                place.stop()
             raise
 
 

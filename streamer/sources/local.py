@@ -5,21 +5,29 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from safeshard.manifests.errors import RunError
 from safeshard.streamer.sources.base import Checked, Transfer, reason, refuse, short
+from safeshard.streamer.sources.direct import LEAST, open_direct, read_around, read_aside
 
 
 class LocalSource:
-    """A local folder, read with positional reads so that a truncated file is an error and not a signal."""
+    """A local folder, read with positional reads so that a truncated file is an error and not a signal.
+
+    Attributes:
+        direct: whether large reads go past the page cache, where the file system can.
+    """
 
     far = False
+    direct = False
 
     def __init__(self, folder: Path, spec: str, revision: str | None = None) -> None:
         self.folder, self.spec, self.revision = folder.resolve(), spec, revision
         self.identity = str(self.folder)
         self._files: dict[str, int] = {}
+        self._direct: dict[str, int | None] = {}
         self._lock = threading.Lock()
         try:
             self._stamps = {p.name: _stamp(p) for p in sorted(self.folder.iterdir()) if p.is_file()}
@@ -69,16 +77,46 @@ class LocalSource:
         return bytes(buffer)
 
     def readinto(self, name: str, offset: int, view: memoryview) -> None:
-        where, position = f"{self.spec}/{name}", 0
+        with self._said(name):
+            fd = self._open_direct(name) if self.direct and len(view) >= LEAST else None
+            done = 0 if fd is None else read_aside(fd, offset, view)
+            self._through_cache(name, offset + done, view[done:])
+
+    def readinto_room(self, name: str, offset: int, nbytes: int, room: memoryview) -> int:
+        """As `into_room`."""
+        with self._said(name):
+            fd = self._open_direct(name) if self.direct and nbytes >= LEAST else None
+            head, done = (0, 0) if fd is None else read_around(fd, offset, nbytes, room)
+            self._through_cache(name, offset + done, room[head + done : head + nbytes])
+        return head
+
+    def _through_cache(self, name: str, offset: int, view: memoryview) -> None:
+        position, file = 0, self._open(name)
+        while position < len(view):
+            count = os.preadv(file, [view[position:]], offset + position)
+            if count == 0:
+                raise short(f"{self.spec}/{name}", offset + position, offset + len(view))
+            position += count
+
+    def takes_direct(self, name: str) -> bool:
+        """Whether the file system that a file lies in has reads past the page cache."""
+        with self._said(name):
+            return self._open_direct(name) is not None
+
+    def _open_direct(self, name: str) -> int | None:
+        with self._lock:
+            if name not in self._direct:
+                self._direct[name] = open_direct(self._path(name))
+            return self._direct[name]
+
+    @contextlib.contextmanager
+    def _said(self, name: str) -> Iterator[None]:
+        """Inside, what the system says of a file is an error that names it."""
         try:
-            file = self._open(name)
-            while position < len(view):
-                count = os.preadv(file, [view[position:]], offset + position)
-                if count == 0:
-                    raise short(where, offset + position, offset + len(view))
-                position += count
+            yield
         except OSError as error:
-            raise RunError(f"{where}: reading failed: {reason(error)}", "check the file, then run again") from error
+            problem = f"{self.spec}/{name}: reading failed: {reason(error)}"
+            raise RunError(problem, "check the file, then run again") from error
 
     def prefetch(self, name: str, offset: int, nbytes: int) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -92,8 +130,10 @@ class LocalSource:
             return self._files[name]
 
     def __del__(self) -> None:
-        for file in getattr(self, "_files", {}).values():  # a signal may have ended __init__ before it began
-            os.close(file)
+        for files in (getattr(self, "_files", {}), getattr(self, "_direct", {})):  # a signal may have ended __init__
+            for file in files.values():
+                if file is not None:
+                    os.close(file)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:

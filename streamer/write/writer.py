@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from torch import Tensor
 
 from safeshard.manifests.errors import RunError
@@ -31,6 +32,7 @@ from safeshard.streamer.disk import (
     clear_errors,
     copy_range,
     open_own,
+    start_writeback,
     sync_path,
     write_all,
     write_file,
@@ -38,6 +40,7 @@ from safeshard.streamer.disk import (
 from safeshard.streamer.plan.job_plan import Copy, OutputFile
 from safeshard.streamer.plan.ours import NUMBERS
 from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.sources.direct import passes_by, pieces
 from safeshard.streamer.write import staging
 from safeshard.streamer.write.destinations import Destination
 from safeshard.streamer.write.finite import check_copy
@@ -216,6 +219,9 @@ class Writer:
         """
         file, ref = self._places[copy.name]
         fd = self._fds[file]
+        if passes_by(copy.source, copy.ref.offset, copy.ref.item_bytes):
+            self._finished(copy.name, self._copy_past_cache(copy, fd, ref), ref.nbytes)
+            return
         path = copy.source.local_path(copy.ref.file)
         with clear_errors(self._here):
             if path is None or not copy_range(path, fd, copy.ref.offset, ref):
@@ -226,6 +232,20 @@ class Writer:
                     write_all(fd, view, ref.offset + begin)
             digest = self._hash_region(fd, ref, partial(check_copy, copy))
         self._finished(copy.name, digest, ref.nbytes)
+
+    def _copy_past_cache(self, copy: Copy, fd: int, ref: TensorRef) -> str:
+        """Take over bytes that are read past the page cache, hashed as they pass; returns the hash."""
+        hasher, offset = blake3(), ref.offset
+        for piece in pieces(copy.source, copy.ref.file, copy.ref.offset, ref.nbytes, CHUNK_BYTES):
+            check_copy(copy, piece)
+            with clear_errors(self._here):
+                write_all(fd, piece, offset)
+            start = time.perf_counter()
+            hasher.update(piece)
+            self.clock.add("hash", start)
+            offset += len(piece)
+        start_writeback(fd, ref.offset, ref.nbytes)
+        return hasher.hexdigest()
 
     def record(self, kind: str, **payload: Any) -> None:
         """Note something in the journal; durable with the next commit."""

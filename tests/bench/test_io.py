@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from safeshard.bench import durability, rows
+from safeshard.bench.documents import markdown
 from safeshard.bench.inputs.models import prepare
 from safeshard.bench.machine import io, measure
 
@@ -59,11 +60,19 @@ def test_rows_count_the_bytes_of_both_files(
     made = {row["what"]: row for row in rows.read("io")}
     size = [(paths[name] / "model.safetensors").stat().st_size for name in ("aligned", "unaligned")]
     assert {"preadv into a reused buffer", "safetensors, mmap", "write and sync"} <= made.keys()
-    for what in made.keys() & io.METHODS.keys():
+    for what in made.keys() & {*io.METHODS, io.DISK}:
         assert int(made[what]["bytes"]) == sum(size), what
     assert int(made["write and sync"]["bytes"]) == size[0]
     assert [pair.split("=")[0] for pair in made["write and sync"]["stages"].split()] == ["sync", "write"]
     assert {row["cache"] for row in made.values()} == {"cold"}
+    read = measure.tensor_bytes([paths["aligned"], paths["unaligned"]], "_proj")
+    for way in ("direct", "buffered"):
+        row = made[f"as a job reads, --io {way}"]
+        assert int(row["bytes"]) == pytest.approx(read, abs=64 * 100)  # each tensor begins at 64
+        rates = int(row["bytes"]) / float(row["median_s"]), sum(size) / float(made[io.DISK]["median_s"])
+        assert float(row["share_of_ceiling"]) == pytest.approx(rates[0] / rates[1], abs=2e-3, rel=2e-3)
+        assert re.fullmatch(r"processor=[0-9.]+", row["stages"])
+    assert "| processor a GB |" in markdown([made[io.DISK]])
 
 
 def test_a_pattern_chooses_what_is_read(models: tuple[Path, dict[str, Path]]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,9 +14,9 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, MAX_MANIFEST
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.sources import side_by_side
 from safeshard.streamer.sources.stores import Store, Stored, open_store
 
-LOOKS = 16  # places that are looked at side by side
 SHARDS_HERE = 4  # of an output in a bucket, the shards that the work folder holds at a time, about
 MAX_JOURNAL_BYTES = 1 << 28  # of a million tensors it is about 200 MB
 REPLACED_KIND = "replaced"  # of the journal's record that names the files of an output to be replaced
@@ -106,40 +105,54 @@ class There:
 
 def look_at(urls: Iterable[str]) -> tuple[dict[str, There], list[Offence]]:
     """What lies at each of some outputs' places, and the offences of those that cannot be looked at."""
-    found: dict[str, There] = {}
-    offences: list[Offence] = []
+    stores, refused = _opened(urls)
 
-    def look(url: str) -> There | list[Offence]:
+    def look(store: Store) -> There | list[Offence]:
         try:
-            return There.look(open_store(url))
+            return There.look(store)
         except RequestError as error:
             return list(error.offences)
         except RunError as error:
             return [Offence(error.message, remedy=error.remedy)]
 
-    wanted = list(dict.fromkeys(urls))
-    with ThreadPoolExecutor(LOOKS, "look") as pool:
-        for url, there in zip(wanted, pool.map(look, wanted), strict=True):
-            if isinstance(there, There):
-                found[url] = there
-            else:
-                offences += there
+    found: dict[str, There] = {}
+    offences = [offence for each in refused.values() for offence in each]
+    for url, there in zip(stores, side_by_side(look, stores.values(), stores.values()), strict=True):
+        if isinstance(there, There):
+            found[url] = there
+        else:
+            offences += there
     return found, offences
 
 
 def without_finished(jobs: Sequence[Job]) -> list[Job]:
     """The jobs whose outputs are not finished yet, whatever those that are were made of."""
+    stores, _ = _opened(job.afar for job in jobs if job.afar is not None)  # what is refused the plan says
 
     def is_finished(job: Job) -> bool:
         if not isinstance(job.output, str) and not (job.output / MANIFEST_NAME).is_file():
             return False
+        if job.afar is None:
+            return True
         try:
-            return job.afar is None or MANIFEST_NAME in open_store(job.afar).names()
+            return job.afar in stores and MANIFEST_NAME in stores[job.afar].names()
         except SafeshardError:  # which the plan says
             return False
 
-    with ThreadPoolExecutor(LOOKS, "look") as pool:
-        return [job for job, finished in zip(jobs, pool.map(is_finished, jobs), strict=True) if not finished]
+    done = side_by_side(is_finished, jobs, stores.values())
+    return [job for job, finished in zip(jobs, done, strict=True) if not finished]
+
+
+def _opened(urls: Iterable[str]) -> tuple[dict[str, Store], dict[str, list[Offence]]]:
+    """The stores behind some outputs' URLs, before anything is asked of them: all can be given up at a signal."""
+    stores: dict[str, Store] = {}
+    refused: dict[str, list[Offence]] = {}
+    for url in dict.fromkeys(urls):
+        try:
+            stores[url] = open_store(url)
+        except RequestError as error:
+            refused[url] = list(error.offences)
+    return stores, refused
 
 
 def across(url: str, inputs: Iterable[str]) -> Iterator[Offence]:

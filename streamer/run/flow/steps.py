@@ -19,10 +19,12 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.leak import strength_for
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
 from safeshard.streamer.run.flow.assemble import Assembler
+from safeshard.streamer.sources.direct import BLOCK
 from safeshard.streamer.tensor_names import layer_of, natural
-from safeshard.streamer.write.writer import Writer
+from safeshard.streamer.write.writer import CHUNK_BYTES, Writer
 
 STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
+COPY_BYTES = 2 * CHUNK_BYTES + 4 * BLOCK  # of a tensor that is taken over, two pieces: one is read, one is written
 DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
 BUNDLE_BYTES = 128 << 20  # of experts that are treated together: those of fused LoRA are read once for all of them
 EXPERTS = ".experts."
@@ -274,7 +276,7 @@ def _elementwise(name: str, tasks: Sequence[ModuleTask | CopyTask]) -> Step:
     nbytes = sum(read.ref.nbytes for read in reads.values())
     added = [task.added.ref.nbytes for task in tasks if task.added is not None]
     scratch = 4 * 4 * PIECE + min(nbytes, len(reads) * STRIP_BYTES)  # pieces in fp32, and strips
-    scratch += min(max(added, default=0), STRIP_BYTES)
+    scratch += min(max(added, default=0), STRIP_BYTES) + len(reads) * 4 * BLOCK
     return Step(name, {}, [*tasks], scratch=scratch, copied=nbytes + sum(added), strips=True)
 
 
@@ -286,11 +288,8 @@ def copy_steps(runs: Sequence[JobRun]) -> list[Step]:
         for copy in job_run.plan.copies:
             if job_run.writer is None or copy.name not in job_run.writer.hashes:
                 task = CopyTask(job_run, copy, cast=dtypes[copy.name] != copy.ref.dtype or copy.added is not None)
-                steps.append(
-                    _elementwise(copy.name, [task])
-                    if task.cast
-                    else Step(copy.name, {}, [task], copied=copy.ref.nbytes)
-                )
+                whole = Step(copy.name, {}, [task], scratch=min(copy.ref.nbytes, COPY_BYTES), copied=copy.ref.nbytes)
+                steps.append(_elementwise(copy.name, [task]) if task.cast else whole)
     return steps
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from safeshard.manifests.errors import RunError
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import own_stream
-from safeshard.streamer.inputs.read import GRAIN, TORCH_DTYPES, Read, Step, aligned
+from safeshard.streamer.inputs.read import TORCH_DTYPES, Step
 from safeshard.streamer.pinned import host_memory
 
 
@@ -26,7 +26,7 @@ class Buffers:
 
     def __init__(self, limit: int, pinned: bool = False) -> None:
         self.limit, self.pinned = limit, pinned
-        self.used = self.peak = 0
+        self.used = self.peak = self._most = 0
         self._free: list[Tensor] = []
         self._changed = threading.Condition()
 
@@ -39,12 +39,13 @@ class Buffers:
                     f"{step.name} needs {cost} bytes of host memory, --memory is {self.limit}", "raise --memory"
                 )
             self._changed.wait_for(lambda: self.used + cost <= self.limit)
-            size = aligned(step.nbytes, GRAIN)
+            size = step.buffer
             largest = min(2 * size, size + self.limit - self.used - cost)
             fits = [b for b in self._free if size <= b.numel() <= largest]
             buffer = min(fits, key=Tensor.numel, default=None)
             self._free = [b for b in self._free if b is not buffer]
             self.used += cost + (0 if buffer is None else buffer.numel() - size)
+            self._most = max(self._most, self.used)
             self._trim(self.limit - self.used)
             if buffer is None:
                 buffer = host_memory(size, pinned=self.pinned)
@@ -54,9 +55,10 @@ class Buffers:
     def give(self, step: Step, buffer: Tensor) -> None:
         """Return a step's buffer."""
         with self._changed:
-            self.used -= step.cost + buffer.numel() - aligned(step.nbytes, GRAIN)
+            self.used -= step.cost + buffer.numel() - step.buffer
             self._free.append(buffer)
-            self._trim(self.used)  # large tensors are few: their buffers must not outlive them
+            # Fresh memory costs more than to read into it; but large tensors are few, and must not leave theirs behind.
+            self._trim(max(self.used, self._most - self.used))
             self._changed.notify_all()
 
     def _trim(self, room: int) -> None:
@@ -90,13 +92,13 @@ def run_steps(
         failures.append(error)
         stop()
 
-    def work(step: Step, buffer: Tensor) -> None:
+    def work(step: Step, buffer: Tensor, begins: Mapping[Hashable, int]) -> None:
         try:
             if not failures:
                 torch.set_num_threads(1)
                 start = time.perf_counter()
                 with own_stream(device):
-                    compute(step, _views(step, buffer))
+                    compute(step, _views(step, buffer, begins))
                 if not step.strips:  # whose reading is not computing
                     clock.add("compute", start)
                 done(step)
@@ -107,16 +109,17 @@ def run_steps(
             slots.release()
 
     def fetch(step: Step, buffer: Tensor) -> None:
+        begins: dict[Hashable, int] = {}
         try:
             start = time.perf_counter()
             view = buffer.numpy().data
-            for read, offset in _places(step) if not failures else ():
-                read.source.readinto(read.ref.file, read.ref.offset, view[offset : offset + read.ref.nbytes])
+            for read, offset in step.rooms() if not failures else ():
+                begins[read.key] = offset + read.into(view[offset : offset + read.room])
             clock.add("read", start, sum(r.ref.nbytes for r in step.reads.values()))
         except BaseException as error:
             fail(error)
         try:
-            computing.submit(work, step, buffer)
+            computing.submit(work, step, buffer, begins)
         except BaseException as error:  # the system gives no thread
             fail(error)
             buffers.give(step, buffer)
@@ -141,15 +144,8 @@ def run_steps(
         raise failures[0]
 
 
-def _places(step: Step) -> Iterable[tuple[Read, int]]:
-    offset = 0
-    for read in step.reads.values():
-        yield read, offset
-        offset += aligned(read.ref.nbytes)
-
-
-def _views(step: Step, buffer: Tensor) -> dict[Hashable, Tensor]:
+def _views(step: Step, buffer: Tensor, begins: Mapping[Hashable, int]) -> dict[Hashable, Tensor]:
     return {
-        read.key: buffer[offset : offset + read.ref.nbytes].view(TORCH_DTYPES[read.ref.dtype]).view(read.ref.shape)
-        for read, offset in _places(step)
+        key: buffer[begins[key] : begins[key] + read.ref.nbytes].view(TORCH_DTYPES[read.ref.dtype]).view(read.ref.shape)
+        for key, read in step.reads.items()
     }

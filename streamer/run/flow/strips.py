@@ -6,7 +6,7 @@ So no embedding needs memory of its own size, and what is read once is not writt
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from safeshard.streamer.methods.base import Edit, Module
 from safeshard.streamer.plan.job_plan import Weight
 from safeshard.streamer.run.flow.effects import effect, measured_tiles
 from safeshard.streamer.run.flow.steps import STRIP_BYTES, CopyTask, ModuleTask
+from safeshard.streamer.sources.direct import pieces
 from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
 from safeshard.streamer.write.tensor_write import TensorWrite
 
@@ -47,12 +48,22 @@ def _compute(tasks: Sequence[ModuleTask | CopyTask], numel: int, clock: Clock) -
     """Run tasks whose tensors all have `numel` elements."""
     reads = {read.key: read for task in tasks for read in task.reads()}
     length = _length(reads.values())
-    buffers = {key: torch.empty(min(length, numel), dtype=TORCH_DTYPES[read.ref.dtype]) for key, read in reads.items()}
+    buffers = {
+        key: torch.empty(min(length, numel), dtype=TORCH_DTYPES[read.ref.dtype])
+        for key, read in reads.items()
+        if not read.passes_by
+    }
     writes = {id(task): _begin(task) for task in tasks}
     edits: dict[int, Edit] = {}
     tallies = {id(task): Tally(numel, MEASURED, torch.device("cpu")) for task in tasks}
+    passing = {key: _pass_by(read, length) for key, read in reads.items() if read.passes_by}
     for start in range(0, max(numel, 1), length):  # one strip of nothing where there is nothing
-        strip = {key: _read(read, start, buffers[key][: numel - start], clock) for key, read in reads.items()}
+        strip = {
+            key: _next(read, passing[key], clock)
+            if key in passing
+            else _read(read, start, buffers[key][: numel - start], clock)
+            for key, read in reads.items()
+        }
         began = time.perf_counter()
         for task in tasks:
             try:
@@ -92,6 +103,20 @@ def _read(read: Read, start: int, strip: Tensor, clock: Clock) -> Tensor:
     read.source.readinto(ref.file, ref.offset + offset, view)
     clock.add("read", began, len(view))
     return strip
+
+
+def _pass_by(read: Read, length: int) -> Iterator[memoryview]:
+    """The strips of a tensor, `length` elements each, read past the page cache."""
+    ref = read.ref
+    return pieces(read.source, ref.file, ref.offset, ref.nbytes, length * ref.item_bytes)
+
+
+def _next(read: Read, strips: Iterator[memoryview], clock: Clock) -> Tensor:
+    began = time.perf_counter()
+    view = next(strips)
+    clock.add("read", began, len(view))
+    dtype = TORCH_DTYPES[read.ref.dtype]
+    return torch.frombuffer(view, dtype=dtype) if len(view) else torch.empty(0, dtype=dtype)
 
 
 def _add_rows(task: ModuleTask | CopyTask, write: TensorWrite, clock: Clock) -> None:

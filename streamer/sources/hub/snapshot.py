@@ -30,6 +30,10 @@ class Snapshot(LocalSource):
         self.check(name)
         super().readinto(name, offset, view)
 
+    def readinto_room(self, name: str, offset: int, nbytes: int, room: memoryview) -> int:
+        self.check(name)
+        return super().readinto_room(name, offset, nbytes, room)
+
     def read(self, name: str, start: int, stop: int) -> bytes:
         if not name.endswith(".safetensors"):
             self.check(name)
