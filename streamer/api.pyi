@@ -141,6 +141,7 @@ def lssf(
     safety_rank: int | None = None,
     device: str = "auto",
     memory: int | str = 2147483648,
+    io: Literal["auto", "direct", "buffered"] = "auto",
     dry_run: bool = False,
     cache: bool = False,
     cache_budget: int | str | None = None,
