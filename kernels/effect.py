@@ -16,11 +16,14 @@ Example: D = [[3, 4]] and N = [[3, 0]] give |D|^2 = 25, <N, D> = 9 and |N|^2 = 9
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from safeshard.kernels.backend import blocks, launch, resolve, upload
+from safeshard.kernels.lang import tl, triton
 
 # Elements of a factor, taken to fp64 at a time: on the CPU in its cache, on a device in one launch.
 ELEMENTS, DEVICE_ELEMENTS = 1 << 15, 1 << 24
@@ -28,6 +31,10 @@ ELEMENTS, DEVICE_ELEMENTS = 1 << 15, 1 << 24
 # Entries of a weight that are measured together: on the CPU they stay in a core's cache.
 PIECE, DEVICE_PIECE = 1 << 14, 1 << 20
 WHOLE = 1 << 18  # entries up to which a weight is always measured throughout
+
+# Triton, deltas of a batch: rows of one product, rows of one program, the tile of a Gram matrix that a program owns.
+BLOCK_N, CHUNK_N, BLOCK_R, BLOCK_SUM = 16, 512, 16, 256
+LAUNCH = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 
 
 class Products(NamedTuple):
@@ -69,6 +76,157 @@ def lora_products(a: Tensor, b: Tensor, scaling: float, new_a: Tensor, new_b: Te
     both_b, after_b = (gram_b, gram_b) if new_b is b else (_gram(b, new_b), _gram(new_b))
     after = (after_a * after_b).sum().clamp_min(0) * new_scaling**2
     return Products(before, after, (both_a * both_b).sum() * (scaling * new_scaling))
+
+
+class Pair(NamedTuple):
+    """A LoRA delta that came in and the one written in its place, as `lora_products` takes them.
+
+    A' and B' are rounded to `kind_a` and `kind_b` first, in which they are written.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    new_a: Tensor
+    new_b: Tensor
+    new_scaling: float
+    kind_a: torch.dtype
+    kind_b: torch.dtype
+
+    @property
+    def likeness(self) -> Hashable:
+        """Equal for pairs that are measured together."""
+        shapes = self.a.shape, self.b.shape, self.new_a.shape, self.new_b.shape
+        return shapes, self.kind_a, self.kind_b, self.a_stays, self.b_stays
+
+    @property
+    def a_stays(self) -> bool:
+        """Whether A' is A to the bit."""
+        return self.new_a is self.a and self.kind_a == self.a.dtype
+
+    @property
+    def b_stays(self) -> bool:
+        """Whether B' is B to the bit."""
+        return self.new_b is self.b and self.kind_b == self.b.dtype
+
+
+def products_of_each(pairs: Sequence[Pair]) -> list[Products]:
+    """`lora_products` of many pairs on one device, those of one shape together, in few launches.
+
+    The products of a pair do not depend, to the bit, on the others.
+    """
+    wide = any(kind == torch.float64 for p in pairs for kind in (p.a.dtype, p.b.dtype, p.kind_a, p.kind_b))
+    if not pairs or wide or resolve("auto", *(pair.a for pair in pairs)) == "torch":
+        return [
+            lora_products(p.a, p.b, p.scaling, p.new_a.to(p.kind_a), p.new_b.to(p.kind_b), p.new_scaling) for p in pairs
+        ]
+    alike: dict[Hashable, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        alike.setdefault(pair.likeness, []).append(index)
+    found: dict[int, Products] = {}
+    for members in alike.values():
+        found |= dict(zip(members, _products_triton([pairs[index] for index in members]), strict=True))
+    return [found[index] for index in range(len(pairs))]
+
+
+@triton.jit
+def _grams_kernel(
+    x_ptr,  # n x R, fp32, strided: the old factors of all pairs side by side, then the new ones that are others
+    out_ptr,  # chunks x members x 3 x most x most, fp64
+    n,
+    rank,  # of an old factor
+    new_rank,
+    new_first,  # where the new ones begin: 0 where they are the old ones
+    most,  # the larger rank
+    stride_n,
+    stride_r,
+    CHUNK: tl.constexpr,  # rows of a program, a multiple of BLOCK_N
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[c, member] = X^T X, X^T X', X'^T X' over the c-th chunk of rows of a pair's old X and new X', in fp64.
+
+    Grid: (tiles of most x tiles of most, members x 3, chunks).
+    """
+    tiles = tl.cdiv(most, BLOCK_R)
+    member, which, part = tl.program_id(1) // 3, tl.program_id(1) % 3, tl.program_id(2)
+    i = tl.program_id(0) // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    rank_i, rank_j = tl.where(which == 2, new_rank, rank), tl.where(which == 0, rank, new_rank)
+    first_i = tl.where(which == 2, new_first + member * new_rank, member * rank)
+    first_j = tl.where(which == 0, member * rank, new_first + member * new_rank)
+    cols_i, cols_j = (first_i + i).to(tl.int64) * stride_r, (first_j + j).to(tl.int64) * stride_r
+    acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float64)
+    for start in range(part * CHUNK, tl.minimum((part + 1) * CHUNK, n), BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        offsets, inside = rows.to(tl.int64)[:, None] * stride_n, (rows < n)[:, None]
+        x = tl.load(x_ptr + offsets + cols_i[None, :], inside & (i < rank_i)[None, :], 0.0).to(tl.float64)
+        y = tl.load(x_ptr + offsets + cols_j[None, :], inside & (j < rank_j)[None, :], 0.0).to(tl.float64)
+        acc += tl.sum(x[:, :, None] * y[:, None, :], axis=0)
+    place = part.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    out = (place * most + i[:, None]) * most + j[None, :]
+    tl.store(out_ptr + out, acc, (i < most)[:, None] & (j < most)[None, :])
+
+
+@triton.jit
+def _inner_kernel(
+    a_ptr,  # a_chunks x members x 3 x size, fp64: of A^T
+    b_ptr,  # b_chunks x members x 3 x size, fp64: of B
+    scale_ptr,  # members x 3, fp64
+    out_ptr,  # members x 3, fp64
+    size,
+    a_chunks,
+    b_chunks,
+    BLOCK: tl.constexpr,
+):
+    """out = scale sum(A's Gram * B's Gram), each the sum of its chunks. Grid: (members x 3,)."""
+    own, count = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    acc = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, size, BLOCK):
+        entry = start + tl.arange(0, BLOCK)
+        inside = entry < size
+        a, b = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+        for chunk in range(a_chunks):
+            a += tl.load(a_ptr + (chunk * count + own) * size + entry, inside, 0.0)
+        for chunk in range(b_chunks):
+            b += tl.load(b_ptr + (chunk * count + own) * size + entry, inside, 0.0)
+        acc += a * b
+    tl.store(out_ptr + own, tl.sum(acc) * tl.load(scale_ptr + own))
+
+
+def _grams_triton(wide: Tensor, members: int, rank: int, new_rank: int) -> Tensor:
+    """chunks x members x 3 x most x most of `_grams_kernel`, of an n x R view of all factors."""
+    n, most = len(wide), max(rank, new_rank)
+    tiles = blocks(most, BLOCK_R)
+    chunk = CHUNK_N * tiles * tiles  # as many programs for each rank, and as much memory
+    chunks = max(1, blocks(n, chunk))
+    out = torch.empty((chunks, members, 3, most, most), dtype=torch.float64, device=wide.device)
+    new_first = members * rank if wide.shape[1] > members * rank else 0
+    launch(
+        _grams_kernel, (tiles * tiles, members * 3, chunks), wide, out, n, rank, new_rank, new_first, most,
+        *wide.stride(), CHUNK=chunk, BLOCK_N=BLOCK_N, BLOCK_R=BLOCK_R, **LAUNCH,
+    )  # fmt: skip
+    return out
+
+
+def _products_triton(pairs: Sequence[Pair]) -> list[Products]:
+    """Of pairs that are alike."""
+    first, members = pairs[0], len(pairs)
+    rank, new_rank = len(first.a), len(first.new_a)
+
+    wide_a, wide_b = torch.cat([p.a for p in pairs]).float(), torch.cat([p.b for p in pairs], 1).float()
+    if not first.a_stays:
+        wide_a = torch.cat((wide_a, torch.cat([p.new_a for p in pairs]).to(first.kind_a).float()))
+    if not first.b_stays:
+        wide_b = torch.cat((wide_b, torch.cat([p.new_b for p in pairs], 1).to(first.kind_b).float()), 1)
+    a, b = (_grams_triton(wide, members, rank, new_rank) for wide in (wide_a.T, wide_b))
+    scales = [(p.scaling**2, p.scaling * p.new_scaling, p.new_scaling**2) for p in pairs]
+    out = torch.empty((members, 3), dtype=torch.float64, device=a.device)
+    launch(
+        _inner_kernel, (members * 3,), a, b, upload(torch.tensor(scales, dtype=torch.float64), a.device), out,
+        max(rank, new_rank) ** 2, len(a), len(b), BLOCK=BLOCK_SUM, **LAUNCH,
+    )  # fmt: skip
+    return [Products(before, after, inner) for before, inner, after in (row.unbind() for row in out.unbind())]
 
 
 class Tally:

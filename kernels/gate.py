@@ -246,11 +246,18 @@ def _gates_triton(aligned: Weight, unaligned: Weight, adapters: Sequence[tuple[T
     cosines = _cosine(dots, projected_squares, delta_squares, squared_norm).unbind()
     sound = (means >= LEAST).all(0) & (means <= MOST).all(0) & (delta_squares >= CANCELLED * apart)
     sound &= _fits(squared_norm / max(1, aligned.numel()))
-    projected = _over_norm(z, squared_norm).split(ranks, dim=1)
+    projected = _split(_over_norm(z, squared_norm), ranks)
     at = {index: place for place, index in enumerate(order)}
     places_of, parts = [at[index] for index in range(len(adapters))], sound.unbind()
     gates = [Gate(cosines[p], projected[index]) for index, p in enumerate(places_of)]
     return gates, torch.stack([parts[p] for p in places_of])
+
+
+def _split(wide: Tensor, ranks: list[int]) -> Sequence[Tensor]:
+    """Each delta's columns; contiguous, which takes one launch, where all ranks are equal."""
+    if len(set(ranks)) > 1:
+        return wide.split(ranks, dim=1)
+    return wide.view(len(wide), len(ranks), ranks[0]).transpose(0, 1).contiguous().unbind()
 
 
 def _group_sums(a: Tensor, b: Tensor, z: Tensor, first: Tensor, rank: int) -> Tensor:

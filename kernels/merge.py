@@ -11,7 +11,8 @@ Example: linear([[1, 2], [3, 4]], [0.5, 2]) = [6.5, 9].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -62,6 +63,26 @@ def _accumulate_kernel(
     if not FIRST:
         out = tl.load(out_ptr + entry, mask, 0.0)
     tl.store(out_ptr + entry, out + weight * x, mask)
+
+
+@triton.jit
+def _accumulate_each_kernel(
+    x_ptr,  # members x n, bf16/fp16/fp32, contiguous
+    weight_ptr,  # members, fp32
+    out_ptr,  # members x n, fp32, contiguous
+    n,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_accumulate_kernel` without DROP for many: out[member] += weight[member] x[member]. Grid: (blocks, members)."""
+    member = tl.program_id(1).to(tl.int64)
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = entry < n
+    x = tl.load(x_ptr + member * n + entry, mask, 0.0).to(tl.float32)
+    out = tl.zeros((BLOCK,), tl.float32)
+    if not FIRST:
+        out = tl.load(out_ptr + member * n + entry, mask, 0.0)
+    tl.store(out_ptr + member * n + entry, out + tl.load(weight_ptr + member) * x, mask)
 
 
 def _accumulate_triton(out: Tensor, x: Tensor, weight: float, density: float, key: int, *, first: bool) -> None:
@@ -129,6 +150,63 @@ def linear(tensors: Sequence[Tensor], weights: Sequence[float], *, backend: Back
         ValueError: numbers or shapes differ, or the backend cannot run.
     """
     return _weighted_sum(tensors, weights, 1.0, [0] * len(tensors), backend)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A `linear` that is still to be formed: on a device many are formed together."""
+
+    tensors: Sequence[Tensor]
+    weights: Sequence[float]
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the result."""
+        return self.tensors[0].shape
+
+    def formed(self) -> Tensor:
+        """The sum by itself."""
+        return linear(self.tensors, self.weights)
+
+
+def linear_of_each(sums: Sequence[Sum]) -> list[Tensor]:
+    """`linear` of many sums of one device, to the bit; those of one shape together, in a few launches.
+
+    Raises:
+        ValueError: as `linear`.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for index, each in enumerate(sums):
+        kinds = tuple((tensor.shape, tensor.dtype) for tensor in each.tensors)
+        alike.setdefault((kinds, len(each.weights)), []).append(index)
+    found: dict[int, Tensor] = {}
+    for members in alike.values():
+        group = [sums[index] for index in members]
+        together = len(group) > 1 and resolve("auto", *(t for each in group for t in each.tensors)) == "triton"
+        formed = _each_triton(group) if together else [each.formed() for each in group]
+        found |= dict(zip(members, formed, strict=True))
+    return [found[index] for index in range(len(sums))]
+
+
+def _each_triton(sums: Sequence[Sum]) -> list[Tensor]:
+    shape, n, members = sums[0].shape, sums[0].tensors[0].numel(), len(sums)
+    if len({tensor.shape for tensor in sums[0].tensors}) != 1 or len(sums[0].tensors) != len(sums[0].weights):
+        return [each.formed() for each in sums]  # which says what is wrong
+    by_term = torch.tensor([each.weights for each in sums], dtype=torch.float32).T.contiguous()
+    weights = upload(by_term, sums[0].tensors[0].device)
+    out = torch.empty((members, n), device=weights.device)
+    for term, own in enumerate(weights):
+        x = torch.cat([each.tensors[term].reshape(-1) for each in sums])
+        launch(
+            _accumulate_each_kernel, (blocks(n, 4 * BLOCK), members), x, own, out, n, FIRST=term == 0, BLOCK=4 * BLOCK,
+            **LAUNCH,
+        )  # fmt: skip
+    return [row.view(shape) for row in out.unbind()]
+
+
+def linear_or_later(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor | Sum:
+    """`linear`, formed at once on a CPU; on a device a `Sum`, to be formed together with others."""
+    return Sum(tensors, weights) if tensors[0].is_cuda else linear(tensors, weights)
 
 
 def dare_linear(

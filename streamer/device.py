@@ -68,6 +68,7 @@ class Arrivals:
         self._device = device
         self._landing = torch.empty(0, dtype=torch.uint8)
         self._used = 0
+        self._coming: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, slice]]] = {}
         self._due: list[Callable[[], None]] = []
 
     @contextmanager
@@ -86,15 +87,14 @@ class Arrivals:
 
     def add(self, tensor: Tensor, dtype: torch.dtype, use: Callable[[Tensor], None]) -> None:
         """Let `use` have a device's tensor on the host, cast to `dtype` before, flat, in pieces if it is large."""
-        flat = tensor.to(dtype).reshape(-1)
-        for piece in torch.split(flat, LANDING_BYTES // dtype.itemsize):
+        for piece in torch.split(tensor.reshape(-1), LANDING_BYTES // dtype.itemsize):
             nbytes = piece.numel() * dtype.itemsize
             if self._used + nbytes > LANDING_BYTES:
                 self._wait_and_use()
-            place = self._landing[self._used : self._used + nbytes].view(dtype)
-            place.copy_(piece, non_blocking=True)
+            place = slice(self._used, self._used + nbytes)
+            self._coming.setdefault((piece.dtype, dtype), []).append((piece, place))
             self._used += -(-nbytes // 64) * 64
-            self._due.append(lambda place=place: use(place))  # type: ignore[misc]
+            self._due.append(lambda place=place: use(self._landing[place].view(dtype)))  # type: ignore[misc]
 
     def then(self, action: Callable[[], None]) -> None:
         """Do something once all that was added before has been used."""
@@ -104,7 +104,15 @@ class Arrivals:
             action()
 
     def _wait_and_use(self) -> None:
-        due, self._due, self._used = self._due, [], 0
+        due, used, coming = self._due, self._used, self._coming
+        self._due, self._used, self._coming = [], 0, {}
+        if coming:  # cast and laid side by side by a launch for each kind, and brought by one copy
+            staging = torch.empty(used, dtype=torch.uint8, device=self._device)
+            for (_, dtype), pieces in coming.items():
+                torch._foreach_copy_(
+                    [staging[place].view(dtype) for _, place in pieces], [piece for piece, _ in pieces]
+                )
+            self._landing[:used].copy_(staging, non_blocking=True)
         wait(self._device)
         for action in due:
             action()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # nobody waits for torch to read a method's options
 
     from safeshard.kernels.factor import Factor
     from safeshard.kernels.grams import Grams
+    from safeshard.kernels.merge import Sum
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")
 # A cosine this close to the threshold is marked in the manifest: the published codes, which round it to five decimals,
@@ -75,11 +76,11 @@ class Module:
 class Edit:
     """What becomes of a module: its new tensors ("a" and "b", or "weight"), and the manifest's fields about it.
 
-    A tensor may come as its row tiles.
+    A tensor may come as its row tiles, or as a sum that is still to be formed.
     """
 
     decision: Decision
-    tensors: Mapping[str, Tensor | Iterator[Tensor]]
+    tensors: Mapping[str, Tensor | Sum | Iterator[Tensor]]
     fields: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -313,7 +314,8 @@ def pad_rank(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _written_pair(edit: Edit, old: Lora, job: Job) -> tuple[Tensor, Tensor]:
     """The pair that an edit gives, in fp32 for a scaling of 1."""
-    a, b = edit.tensors.get("a", old.a), edit.tensors.get("b", old.b)
+    given = edit.tensors.get("a", old.a), edit.tensors.get("b", old.b)
+    a, b = (x.formed() if isinstance(x, kernels.merge.Sum) else x for x in given)
     assert not isinstance(a, Iterator)
     assert not isinstance(b, Iterator)
     return a.float(), b.float() * (1.0 if job.rescales else old.scaling)

@@ -30,6 +30,9 @@ from safeshard.streamer.methods.recipe import Published
 from safeshard.streamer.options import Finite, Place
 
 if TYPE_CHECKING:
+    from safeshard.kernels.merge import Sum
+
+if TYPE_CHECKING:
     from torch import Tensor
 
 Combine = Literal["linear", "dare_linear", "exact", "svd"]
@@ -124,19 +127,20 @@ class SafeMerge(GatedJob, Served, Published):
         a, b = self._merge(module, fields) if merged else self._keep(module.finetuned, module.safe)
         return Edit(decision, {"a": a, "b": b}, fields | {"rank": a.shape[0]})
 
-    def _keep(self, finetuned: Lora, safe: Lora | None) -> tuple[Tensor, Tensor]:
+    def _keep(self, finetuned: Lora, safe: Lora | None) -> tuple[Tensor | Sum, Tensor | Sum]:
         if self.combine in (
             "linear",
             "dare_linear",
         ):  # PEFT's merge of one adapter: the root of its scaling on each side
             sign, root = _signed_root(finetuned.scaling)
-            return kernels.merge.linear([finetuned.a], [sign * root]), kernels.merge.linear([finetuned.b], [root])
+            later = kernels.merge.linear_or_later
+            return later([finetuned.a], [sign * root]), later([finetuned.b], [root])
         rank = finetuned.a.shape[0] + (safe.a.shape[0] if safe and self.combine == "exact" else 0)
         return pad_rank(
             finetuned.a.float(), kernels.merge.linear([finetuned.b], [finetuned.scaling]), max(rank, self.rank or 0)
         )
 
-    def _merge(self, module: Module, fields: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _merge(self, module: Module, fields: dict[str, Any]) -> tuple[Tensor | Sum, Tensor | Sum]:
         assert isinstance(module.finetuned, Lora)
         pairs = [p for p in (module.finetuned, module.safe) if isinstance(p, Lora)]
         weights = [w * p.scaling for w, p in zip(self.weights, pairs, strict=False)]
@@ -151,9 +155,9 @@ class SafeMerge(GatedJob, Served, Published):
         fields["lost_fraction"] = float(lost)
         return a, b
 
-    def _sum(self, name: str, side: str, tensors: list[Tensor], weights: list[float]) -> Tensor:
+    def _sum(self, name: str, side: str, tensors: list[Tensor], weights: list[float]) -> Tensor | Sum:
         if self.combine == "linear":
-            return kernels.merge.linear(tensors, weights)
+            return kernels.merge.linear_or_later(tensors, weights)
         assert self.density is not None
         keys = [random_key(self.seed, name, role, side) for role in ("finetuned", "safe")[: len(tensors)]]
         return kernels.merge.dare_linear(tensors, weights, self.density, keys)

@@ -29,7 +29,7 @@ class Scale(Job, Served):
 
     def edit(self, module: Module) -> Edit:
         if isinstance(module.finetuned, Lora):
-            return Edit("scaled", {"b": kernels.merge.linear([module.finetuned.b], [self.factor])})
+            return Edit("scaled", {"b": kernels.merge.linear_or_later([module.finetuned.b], [self.factor])})
         assert module.aligned is not None
         dtype = self.dense_dtype(module.aligned)
         return Edit(

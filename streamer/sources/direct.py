@@ -1,8 +1,8 @@
 """Reading past the page cache (O_DIRECT): the disk writes straight into our memory.
 
-A read through the page cache copies every byte, and drops what others keep there. Past it a gigabyte costs a tenth of
-the processor time. The system wants offsets, lengths and memory in whole blocks: a span of blocks is read around the
-bytes that are wanted, and these begin somewhere in its first block.
+A read through the page cache copies every byte, and drops what others keep there. Past it a gigabyte costs a fraction
+of the processor time (bench/results/io.csv). The system wants offsets, lengths and memory in whole blocks: a span of
+blocks is read around the bytes that are wanted, and these begin somewhere in its first block.
 
 io_uring is not used: it saves the system calls of small reads, and a read of megabytes is one.
 """

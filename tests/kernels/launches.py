@@ -24,10 +24,11 @@ from triton.runtime.jit import JITFunction
 
 from safeshard.kernels import backend
 from safeshard.kernels.alignment.coded import Coded, Kind
+from safeshard.kernels.effect import Pair, products_of_each
 from safeshard.kernels.gate import dense_gate, lora_gate
 from safeshard.kernels.gram import accumulate
 from safeshard.kernels.half import pack, packed_size, unpack
-from safeshard.kernels.merge import dare_linear, linear
+from safeshard.kernels.merge import Sum, dare_linear, linear, linear_of_each
 from safeshard.kernels.projection import project
 from safeshard.kernels.safedelta.row_compensation import _chunk_triton
 from safeshard.kernels.safedelta.selection import column_squares
@@ -78,6 +79,19 @@ def rows_of_a_chunk() -> None:
     _chunk_triton(x[:, own], x[:, own], kept[:, 128:256], u[own, own], error[:, 128:256], 4)
 
 
+def effect(count: int, rank: int, new_rank: int) -> None:
+    def pair() -> Pair:
+        a, b, new_a, new_b = empty(rank, NARROW), empty(WIDE, rank), empty(new_rank, NARROW), empty(WIDE, new_rank)
+        return Pair(a, b, 2.0, new_a, new_b, 1.0, BF16, BF16)
+
+    products_of_each([pair() for _ in range(count)])
+
+
+def merges() -> None:
+    """Of many adapters, merged with one and the same."""
+    linear_of_each([Sum([empty(NARROW, 16, dtype=BF16)] * 2, [0.8, 0.2]) for _ in range(64)])
+
+
 OPERATIONS: dict[str, Callable[[], Any]] = {
     "gate 16": lambda: gate(1, 16),
     "gate 8 x 16": lambda: gate(8, 16),
@@ -86,6 +100,8 @@ OPERATIONS: dict[str, Callable[[], Any]] = {
     "gate of MXFP4": lambda: coded_gate(coded("e2m1"), coded("e2m1")),
     "gram bf16": lambda: accumulate(empty(WIDE, WIDE), empty(4096, WIDE, dtype=BF16)),
     "merge": lambda: linear([empty(NARROW, 2048, dtype=BF16)] * 2, [0.8, 0.2]),
+    "merges": merges,
+    "effect 64 x 16": lambda: effect(64, 16, 16),
     "columns": lambda: column_squares(empty(NARROW, WIDE)[:, 2048:4096], empty(NARROW, WIDE)[:, 2048:4096]),
     "rows": rows_of_a_chunk,
 }
@@ -106,6 +122,7 @@ MORE: dict[str, Callable[[], Any]] = {
     ),
     "gate of fp8 by tensor and MXFP4": lambda: coded_gate(coded("e4m3", block=(WIDE, NARROW)), coded("e2m1"), 256),
     "gate of fp8 of odd shape": lambda: coded_gate(*[coded("e4m3", 1001, 777, (100, 50))] * 2),
+    "effect of other ranks": lambda: effect(3, 7, 40),
     "dense gate": lambda: dense_gate(*[empty(WIDE, NARROW, dtype=BF16)] * 3),
     "gram fp32": lambda: accumulate(empty(NARROW, NARROW), empty(4096, NARROW)),
     "gram fp16": lambda: accumulate(empty(NARROW, NARROW), empty(4096, NARROW, dtype=torch.float16)),

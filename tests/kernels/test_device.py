@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from safeshard.kernels.factor import safety_factor
 from safeshard.kernels.gate import dense_gate, lora_gate
 from safeshard.kernels.gram import accumulate
-from safeshard.kernels.merge import dare_linear, linear
+from safeshard.kernels.merge import Sum, dare_linear, linear, linear_of_each
 from safeshard.kernels.safedelta.compensation import safe_delta_dense, safe_delta_lora
 
 
@@ -71,6 +71,21 @@ def test_merging_waits_for_nothing() -> None:
         dense_gate(x, y, x, project=True)
         accumulate(torch.zeros(50, 50, device=DEVICE), x)
         assert not device.waits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_sums_are_each_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    terms = [1, 2, 2, 1, 2, 1]
+    sums = [Sum([x.to(dtype) for x in draw(k, *[(30, 41)] * n)], [0.3 + k, -0.7][:n]) for k, n in enumerate(terms)]
+    sums.append(Sum([draw(9, (5, 7))[0]], [2.0]))
+    with stand_in() as device:
+        moved = [Sum([x.to(DEVICE) for x in each.tensors], each.weights) for each in sums]
+        device.launches.clear()
+        device.waits.clear()
+        formed = linear_of_each(moved)
+        assert not device.waits
+        assert len(device.launches) <= 2 * 2 + 2 + 2
+        assert all(torch.equal(own.cpu(), each.formed()) for own, each in zip(formed, sums, strict=True))
 
 
 @pytest.mark.parametrize("strength", [0.0, 3e4, 1e12])

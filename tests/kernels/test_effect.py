@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standin import DEVICE, stand_in
 from torch import Tensor
 
-from safeshard.kernels.effect import PIECE, WHOLE, Products, Tally, lora_products
+from safeshard.kernels.effect import PIECE, WHOLE, Pair, Products, Tally, lora_products, products_of_each
 
 EVERY, CPU = 32, torch.device("cpu")
 
@@ -56,6 +57,64 @@ def test_what_stayed_is_the_same_to_the_bit() -> None:
     a, b = torch.randn(3, 40), torch.randn(50, 3)
     before, after, inner = floats(lora_products(a, b, 2.0, a, b, 2.0))
     assert before == after == inner > 0
+
+
+def drawn(seed: int, rank: int, new_rank: int, dtype: torch.dtype, stays: str) -> Pair:
+    """A pair of 70 x 600 and what is written of it; `stays` names the sides that are as they were."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    a, b = random(rank, 600), random(70, rank)
+    new_a, new_b = a if "a" in stays else random(new_rank, 600).float(), b if "b" in stays else random(70, new_rank)
+    return Pair(a, b, 1.5, new_a, new_b, -0.25, dtype, dtype)
+
+
+def test_a_device_measures_many_together_and_each_as_if_alone() -> None:
+    kinds = [
+        (4, 4, "", torch.float32),
+        (3, 5, "", torch.bfloat16),
+        (17, 17, "a", torch.float32),
+        (4, 4, "ab", torch.float16),
+    ]
+    pairs = [drawn(seed, *kinds[seed % 4][:2], kinds[seed % 4][3], kinds[seed % 4][2]) for seed in range(14)]
+    expected = [
+        floats(lora_products(p.a, p.b, p.scaling, p.new_a.to(p.kind_a), p.new_b.to(p.kind_b), p.new_scaling))
+        for p in pairs
+    ]
+    with stand_in() as device:
+        moved = [
+            p._replace(
+                a=a,
+                b=b,
+                new_a=a if p.new_a is p.a else p.new_a.to(DEVICE),
+                new_b=b if p.new_b is p.b else p.new_b.to(DEVICE),
+            )
+            for p in pairs
+            for a, b in [(p.a.to(DEVICE), p.b.to(DEVICE))]
+        ]
+        device.launches.clear()
+        device.waits.clear()
+        together = products_of_each(moved)
+        assert len(device.launches) <= 4 * 12
+        assert not device.waits
+        several, alone = [floats(p) for p in together], [floats(products_of_each([p])[0]) for p in moved]
+    assert several == alone
+    for own, other in zip(several, expected, strict=True):
+        assert own == [pytest.approx(e, rel=1e-12, abs=1e-12 * max(other[:2])) for e in other]
+
+
+def test_a_device_sees_what_is_left_of_rank_pairs_that_cancel() -> None:
+    torch.manual_seed(0)
+    a, b, small = torch.randn(2, 50), torch.randn(60, 2), torch.randn(60, 2) * 1e-4
+    wide_a, wide_b = torch.cat((a, a)), torch.cat((b + small, -b), 1)
+    left = (wide_b[:, :2].double() - b.double()) @ a.double()
+    with stand_in():
+        wide_a, wide_b = wide_a.to(DEVICE), wide_b.to(DEVICE)
+        [own] = products_of_each([Pair(wide_a, wide_b, 1.0, wide_a, wide_b, 1.0, torch.float32, torch.float32)])
+        assert own.before.item() == pytest.approx(float(left.square().sum()), rel=1e-6)
+        assert floats(own) == [own.before.item()] * 3
 
 
 @pytest.mark.parametrize("numel", [1, PIECE - 1, PIECE + 5, WHOLE])

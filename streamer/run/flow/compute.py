@@ -15,22 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeshard.kernels.effect import Pair as WrittenPair
 from safeshard.kernels.effect import Products, Tally
 from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
 from safeshard.kernels.grams import Grams
+from safeshard.kernels.merge import Sum
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import Arrivals, memory_errors, relieved
 from safeshard.streamer.inputs.codecs.base import Encoded
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
-from safeshard.streamer.methods.base import Job, Lora, Module, merged, served
+from safeshard.streamer.methods.base import Edit, Job, Lora, Module, merged, served
 from safeshard.streamer.plan.job_plan import Pair
-from safeshard.streamer.run.flow.effects import effect, measured_pair, measured_tiles
+from safeshard.streamer.run.flow.effects import effect, measured_tiles, written_pair
 from safeshard.streamer.run.flow.encoded import encoding_fields, known_parts
 from safeshard.streamer.run.flow.on_device import Inputs
 from safeshard.streamer.run.flow.steps import CopyTask, ModuleTask
 from safeshard.streamer.run.flow.strips import compute_strips
+from safeshard.streamer.run.flow.together import Together
 from safeshard.streamer.write.finite import NotFiniteError
 
 Given = Factor | Grams | str  # what a job gets of a module's calibration, or why there is no factor
@@ -93,6 +96,7 @@ def _compute(
     noted: Mapping[str, Any],
 ) -> None:
     inputs, arrivals = Inputs(loaded, device), Arrivals(device)
+    together = Together(arrivals, device)
     curves: dict[Hashable, list[float]] = {}
     with arrivals.landing():
         gates = _gates([t for t in tasks if isinstance(t, ModuleTask)], inputs)
@@ -103,7 +107,8 @@ def _compute(
                 if isinstance(task, CopyTask):
                     _copy(task, inputs, clock)
                 elif not task.run.is_done(task.plan.name):
-                    _decide(task, inputs, decided, clock, given, noted, arrivals, curves, modules)
+                    _decide(task, inputs, decided, clock, given, noted, arrivals, together, curves, modules)
+        together.finish()
 
 
 @contextmanager
@@ -179,6 +184,7 @@ def _decide(
     given: Callable[[Job], Given] | None,
     noted: Mapping[str, Any],
     arrivals: Arrivals,
+    together: Together,
     curves: dict[Hashable, list[float]],
     modules: Mapping[int, Module],
 ) -> None:
@@ -206,26 +212,22 @@ def _decide(
         edit = merged(edit, module, task.job)
     if (rank := job_run.plan.serve_rank) is not None and isinstance(module.finetuned, Lora):
         edit = served(edit, module.finetuned, task.job, rank)
-    encoded: list[Encoded] = []
-    left = _write(task, module, edit.tensors, inputs, clock, arrivals, encoded)
-    fields: dict[str, Any] = {
-        "cosine": cosine,
-        "threshold": job_run.limit,
-        **edit.fields,
-        **noted,
-        **encoding_fields(encoded),
-    }
-    if job_run.job.gated and cosine is None:
-        fields["note"] = UNDEFINED
+    fields: dict[str, Any] = {"cosine": cosine, "threshold": job_run.limit, **edit.fields, **noted}
+
+    def write(edit: Edit) -> None:
+        encoded: list[Encoded] = []
+        formed = {name: tensor for name, tensor in edit.tensors.items() if not isinstance(tensor, Sum)}
+        left = _write(task, module, formed, inputs, clock, arrivals, encoded)
+        fields.update(encoding_fields(encoded))
+        if job_run.job.gated and cosine is None:
+            fields["note"] = UNDEFINED
+        together.measure(left, decide)
 
     def decide(products: Sequence[float]) -> None:
         entry = ModuleEntry(name=plan.name, decision=edit.decision, effect=effect(*products), **fields)
         job_run.decide(plan.name, entry.model_dump(mode="json", exclude_none=True))
 
-    if inputs.on_device:
-        arrivals.add(torch.stack(list(left)).to(inputs.device), torch.float64, lambda values: decide(values.tolist()))
-    else:
-        decide([value.item() for value in left])
+    together.write(edit, write)
 
 
 def _measured(task: ModuleTask, module: Module, curves: dict[Hashable, list[float]]) -> list[float]:
@@ -279,8 +281,8 @@ def _write(
     clock: Clock,
     arrivals: Arrivals,
     encoded: list[Encoded],
-) -> Products:
-    """Write a module's new tensors, and measure what they leave of its delta; `encoded` gets what was encoded."""
+) -> WrittenPair | Products:
+    """Write a module's new tensors; what tells what they leave of its delta. `encoded` gets what was encoded."""
     writer, plan = task.run.writer, task.plan
     assert writer is not None
 
@@ -316,7 +318,7 @@ def _write(
         assert isinstance(old, Lora)
         assert isinstance(pair, Pair)
         dtypes = {part: writer.place(ref.name).dtype for part, ref in (("a", pair.lora.a), ("b", pair.lora.b))}
-        return measured_pair(old, new, 1.0 if task.run.job.writes_unit_scaling else old.scaling, dtypes)
+        return written_pair(old, new, 1.0 if task.run.job.writes_unit_scaling else old.scaling, dtypes)
 
 
 def _write_weight(

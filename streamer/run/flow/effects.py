@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from safeshard.kernels.effect import Products, Tally, lora_products
+from safeshard.kernels.effect import Pair, Tally
 from safeshard.manifests.schema import Effect
 from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.methods.base import Lora, Module
@@ -26,12 +26,11 @@ def total(entries: Iterable[Mapping[str, Any]]) -> Effect | None:
     return effect(before, after, inner) if before else None
 
 
-def measured_pair(old: Lora, tensors: Mapping[str, Tensor], scaling: float, dtypes: Mapping[str, str]) -> Products:
-    """The products of a pair that is written as `dtypes`, to be read with `scaling`; a part without tensor stayed."""
-    new = {
-        part: tensors.get(part, given).to(TORCH_DTYPES[dtypes[part]]) for part, given in (("a", old.a), ("b", old.b))
-    }
-    return lora_products(old.a, old.b, old.scaling, new["a"], new["b"], scaling)
+def written_pair(old: Lora, tensors: Mapping[str, Tensor], scaling: float, dtypes: Mapping[str, str]) -> Pair:
+    """A pair that came in, and what is written as `dtypes`, to be read with `scaling`; a part without tensor stayed."""
+    new = {part: tensors.get(part, given) for part, given in (("a", old.a), ("b", old.b))}
+    kinds = {part: TORCH_DTYPES[dtype] for part, dtype in dtypes.items()}
+    return Pair(old.a, old.b, old.scaling, new["a"], new["b"], scaling, kinds["a"], kinds["b"])
 
 
 def measured_tiles(module: Module, tiles: Iterable[Tensor], dtype: str, tally: Tally) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from safeshard.kernels.dense import PIECE
 from safeshard.kernels.effect import Tally
+from safeshard.kernels.merge import Sum
 from safeshard.manifests.schema import ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
@@ -155,7 +156,9 @@ def _edit(
         base, theirs = (strip[next(place.reads()).key] for place in (aligned, tuned))
         module = Module(task.plan.name, finetuned=theirs, aligned=base)
         edit = edits[id(task)] = task.run.job.edit(module)
-        pieces = measured_tiles(module, edit.tensors["weight"], write.dtype, tally)
+        weight = edit.tensors["weight"]
+        assert not isinstance(weight, Sum)  # of pairs alone
+        pieces = measured_tiles(module, weight, write.dtype, tally)
     for piece in pieces:
         write.add(piece)
     clock.add("write", began)

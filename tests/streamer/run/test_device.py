@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from standin import stand_in as bare_stand_in
 
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import TensorRef
+from safeshard.streamer import batch, safemerge
 from safeshard.streamer import device as own
-from safeshard.streamer import safemerge
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs.read import GRAIN, Read, Step
 from safeshard.streamer.pinned import host_memory
@@ -66,6 +67,40 @@ def test_safemerge_on_a_device_decides_and_writes_alike(
     waits = Counter(wait.partition(" at ")[0] for wait in device.waits)
     assert waits == {"copy down": 7, "synchronize": 7}, chr(10).join(device.waits)
     assert device.streams <= 4
+
+
+def launched(world: Any, count: int, method: str, output: str, **options: Any) -> tuple[int, list[Any]]:
+    """Launches of a batch of so many adapters on the device, and the manifests."""
+    jobs = [
+        {"method": method, "adapter": f"{world.root}/a{k}", "output": f"{world.root}/{output}-{k}"} | options
+        for k in range(count)
+    ]
+    file = world.root / f"{output}.yaml"
+    file.write_text(json.dumps({"jobs": jobs}))  # which is YAML, too
+    with stand_in() as device:
+        results = batch(file, device="cuda:1", quiet=True)
+    return len(device.launches), [result.manifest for result in results]
+
+
+@pytest.mark.parametrize(
+    ("method", "threshold", "dtype"),
+    [("safemerge", 2.0, "bfloat16"), ("safemerge", -2.0, "float32"), ("safelora", 2.0, "bfloat16")],
+)
+def test_a_module_takes_as_many_launches_whatever_the_batch(
+    world: Any, method: str, threshold: float, dtype: str
+) -> None:
+    """Gates, merges, what is left of the deltas and what is written: few launches, and each output as if alone."""
+    trio = {role: str(place) for role, place in world.trio(layers=1).items()}
+    for k in range(5):
+        world.adapter(f"a{k}", world.llama(1, seed=1), seed=10 + k)
+    wanted = ("aligned", "unaligned") + (("safe_adapter",) if method == "safemerge" else ())
+    options = {role: trio[role] for role in wanted} | {"threshold": threshold, "dtype": dtype}
+    few, _ = launched(world, 2, method, "few", **options)
+    many, together = launched(world, 5, method, "many", **options)
+    assert few == many < 100 * len(together[0].modules)
+    _, [alone] = launched(world, 1, method, "alone", **options)
+    assert alone.modules == together[0].modules
+    assert alone.tensors == together[0].tensors
 
 
 # Workers.
