@@ -145,7 +145,7 @@ class BucketStore:
     def delete(self, names: Sequence[str]) -> None:
         """Remove files, in order; one that is gone already is removed."""
         for name in names:
-            patiently(self._line, f"{self.spec}/{name}", partial(self._store.delete, name))
+            patiently(self._line, f"{self.spec}/{name}", partial(self._gone, name))
 
     def delete_all(self, names: Sequence[str]) -> None:
         """Remove files side by side, in no order."""
@@ -153,7 +153,7 @@ class BucketStore:
         self._line.all(where, [partial(self._line.patiently, where, partial(self._gone, n), UNDERWAY) for n in names])
 
     def _gone(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):  # by an attempt whose answer was lost, or by another's hand
+        with contextlib.suppress(FileNotFoundError):  # S3 does not tell; Google and Azure do
             self._store.delete(name)
 
     def bring_all(self, store: BucketStore, named: Mapping[str, tuple[str, int]]) -> dict[str, Stored]:
