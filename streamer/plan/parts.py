@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,9 +42,14 @@ class Part:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.number}-of-{self.count}"
+
     def folder(self, output: Path) -> Path:
         """Where it keeps what it did of an output: its tensors, its journal and, once it is done, its record."""
-        return parts_of(output) / f"{self.number}-of-{self.count}"
+        return parts_of(output) / self.name
 
 
 def parts_of(output: Path) -> Path:
@@ -52,12 +57,21 @@ def parts_of(output: Path) -> Path:
     return output.with_name(output.name + ".parts")
 
 
+def parts_afar(url: str) -> str:
+    """The same of an output in a bucket: a prefix beside its own."""
+    return url.rstrip("/") + ".parts"
+
+
+def parts_named(names: Iterable[str]) -> list[Part]:
+    """The parts whose folders have these names, in whatever cuts."""
+    matches = filter(None, map(_FOLDER.fullmatch, names))
+    return sorted(Part(int(match[1]), int(match[2])) for match in matches)
+
+
 def parts_there(output: Path) -> list[Part]:
     """The parts of an output that were begun, in whatever cuts."""
     folder = parts_of(output)
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    matches = filter(None, map(_FOLDER.fullmatch, names))
-    return sorted(Part(int(match[1]), int(match[2])) for match in matches)
+    return parts_named(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def place_of_parts_offences(output: Path) -> Iterator[Offence]:

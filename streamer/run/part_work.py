@@ -14,39 +14,53 @@ from typing import Any
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.schema import ModuleEntry
 from safeshard.streamer.calibration.factor_files import SavedFactors
-from safeshard.streamer.disk import clear_errors, sync_path, write_file
 from safeshard.streamer.plan.identity import checks_of, fingerprint
-from safeshard.streamer.plan.job_plan import JobPlan, OutputFile
-from safeshard.streamer.plan.ours import NUMBERS, PART_RECORD
-from safeshard.streamer.plan.parts import Part, parts_there, place_of_parts_offences
-from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.plan.job_plan import JobPlan
+from safeshard.streamer.plan.ours import PART_RECORD
+from safeshard.streamer.plan.parts import Part, parts_afar
 from safeshard.streamer.run.ending.finish import Measured, run_of, tool_versions
 from safeshard.streamer.run.flow.steps import JobRun
-from safeshard.streamer.write.journal import Journal, differences
-from safeshard.streamer.write.part_record import Numbers, PartRecord, read_numbers, read_record
-from safeshard.streamer.write.staging import part_of, remove
+from safeshard.streamer.write.journal import differences
+from safeshard.streamer.write.part_record import Numbers, PartRecord
+from safeshard.streamer.write.shelf_afar import ToShelf, shelf_of
+from safeshard.streamer.write.writer import Writer
 
 
 def part_offences(plans: Sequence[JobPlan], count: int, overwrite: bool) -> Iterator[Offence]:
     """Offences of jobs that cannot be cut into `count` parts."""
-    for plan in (p for p in plans if not p.finished):
-        shown = str(plan.job.output)
-        if plan.job.afar is not None:
-            yield afar_offence(plan)
-            continue
+    yield from hub_offences(plans)
+    for plan in (p for p in plans if not p.finished and not is_hub(p)):
+        shown, shelf = str(plan.job.output), shelf_of(plan.job)
         if plan.factors is not None and not isinstance(plan.factors, SavedFactors):
             expected, remedy = "--factors, which all parts read", "make them once: safeshard calibrate"
             yield Offence(shown, "--part", expected, "calibration data, for which the whole model runs", remedy)
-        yield from place_of_parts_offences(plan.folder)
-        if others := {each.count for each in parts_there(plan.folder) if each.count != count and not overwrite}:
+        yield from shelf.offences()
+        if others := {each.count for each in shelf.there() if each.count != count and not overwrite}:
             got = f"parts of {' and of '.join(map(str, sorted(others)))}"
             yield Offence(shown, "--part", f"one of {count} parts, as those there", got, "--overwrite starts anew")
 
 
-def afar_offence(plan: JobPlan) -> Offence:
-    """Parts are put together in a folder that all workers see."""
-    remedy = "write to a shared folder, and bring what is finished to its place"
-    return Offence(plan.job.afar or "", "parts of a batch", "an output in a folder", "one afar", remedy)
+def hub_offences(plans: Sequence[JobPlan]) -> Iterator[Offence]:
+    """Offences of outputs whose parts have no place: a repository of the Hub shows nothing before its one commit."""
+    remedy = "give a folder that all workers see, and push: `finish` then pushes what it put together"
+    for plan in (p for p in plans if not p.finished and is_hub(p)):
+        expected = "an output in a folder or a bucket"
+        yield Offence(str(plan.job.output), "parts of a batch", expected, "a repository of the Hub", remedy)
+
+
+def is_hub(plan: JobPlan) -> bool:
+    """Whether an output goes to a repository of the Hub, and to no folder."""
+    return isinstance(plan.job.output, str) and plan.job.output.startswith("hf://")
+
+
+def part_writer(plan: JobPlan, request: dict[str, Any], overwrite: bool) -> Writer:
+    """The writer of a part of an output, to a folder beside it."""
+    assert plan.part is not None
+    output = plan.job.output
+    if isinstance(output, Path):
+        return Writer(output, plan.files, request, overwrite, folder=plan.part.folder(output))
+    place = ToShelf(output, plan.part, plan.files)
+    return Writer(f"{parts_afar(output)}/{plan.part.name}", plan.files, request, overwrite, place)
 
 
 def discard_other_cuts(plan: JobPlan) -> None:
@@ -56,11 +70,10 @@ def discard_other_cuts(plan: JobPlan) -> None:
         HeldError: one is underway.
     """
     assert plan.part is not None
-    for part in parts_there(plan.folder):
-        folder = part.folder(plan.folder)
-        if part.count != plan.part.count and (journal := folder / "journal.jsonl").is_file():
-            with clear_errors(folder), Journal.claim(journal):
-                remove(folder, folder)
+    shelf = shelf_of(plan.job)
+    for part in shelf.there():
+        if part.count != plan.part.count:
+            shelf.discard(part)
 
 
 def fingerprint_of(plan: JobPlan, device: str) -> dict[str, Any]:
@@ -72,17 +85,11 @@ def fingerprint_of(plan: JobPlan, device: str) -> dict[str, Any]:
 def finished_part(plan: JobPlan, device: str) -> PartRecord | None:
     """The record of a part that this very request has finished; None where it has not, or where files are gone."""
     assert plan.part is not None
-    folder = plan.part.folder(plan.folder)
-    record = read_record(folder)
+    shelf = shelf_of(plan.job)
+    (record,) = shelf.records([plan.part])
     if record is None or record.fingerprint != fingerprint_of(plan, device):
         return None
-    places = (folder, staging_of(plan.folder))  # where `finish` was interrupted, it may have moved some
-    there = all(any(_is_whole(part_of(place, file.name), file) for place in places) for file in plan.files)
-    return record if there else None
-
-
-def _is_whole(path: Path, file: OutputFile) -> bool:
-    return path.is_file() and path.stat().st_size >= file.nbytes  # what many parts write to is larger
+    return record if shelf.is_whole(plan.part, plan.files, record) else None
 
 
 def know_from_parts(job_run: JobRun) -> None:
@@ -100,12 +107,9 @@ def know_from_parts(job_run: JobRun) -> None:
         curves={name: tuple(job_run.curves[name]) for name in plan.modules if name in job_run.curves},
     )
     writer.commit()
-    if read_numbers(writer.staging) != own:
-        with clear_errors(writer.staging):
-            write_file(writer.staging / NUMBERS, own.to_bytes())
-            sync_path(writer.staging)
-    every = Part.all(plan.part.count)
-    found = [each for part in every if (each := read_numbers(part.folder(plan.folder))) is not None]
+    shelf, every = shelf_of(plan.job), Part.all(plan.part.count)
+    shelf.leave(plan.part, own, writer.staging)
+    found = [each for each in shelf.numbers(every) if each is not None]
     if len(found) < len(every):
         return
     offences = [o for part, each in zip(every, found, strict=True) for o in _unlike(job_run, part, each, own)]
@@ -114,7 +118,7 @@ def know_from_parts(job_run: JobRun) -> None:
     if not offences and max(len(cosines), len(curves)) != plan.shared:
         remedy = "run all parts again, with --overwrite"
         expected = f"numbers of {plan.shared} modules in all parts"
-        offences = [Offence(str(plan.folder), "", expected, str(max(len(cosines), len(curves))), remedy)]
+        offences = [Offence(str(plan.job.output), "", expected, str(max(len(cosines), len(curves))), remedy)]
     if offences:
         raise RequestError(offences)
     job_run.know(cosines, curves)

@@ -18,30 +18,32 @@ import torch
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.manifests.schema import Manifest
-from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.identity import fingerprint, finished
-from safeshard.streamer.plan.job_plan import Copy, JobPlan
-from safeshard.streamer.plan.ours import PART_RECORD
-from safeshard.streamer.plan.parts import Part, parts_of, parts_there
+from safeshard.streamer.plan.job_plan import Copy, JobPlan, OutputFile
+from safeshard.streamer.plan.parts import Part
 from safeshard.streamer.plan.planner import Planner
-from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.plan.written.afar import There
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.cut import cut
 from safeshard.streamer.run.downloads import shard_cache
 from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish
+from safeshard.streamer.run.ending.settled import settle_finished
 from safeshard.streamer.run.flow.steps import JobRun
-from safeshard.streamer.run.part_work import afar_offence, fingerprint_of
+from safeshard.streamer.run.part_work import fingerprint_of, hub_offences, is_hub
 from safeshard.streamer.run.runner import Result, device_name, earlier, refuse_cautions, run
-from safeshard.streamer.sources import LocalSource
+from safeshard.streamer.sources.stores import open_store
+from safeshard.streamer.write.destinations import Made, destination
 from safeshard.streamer.write.journal import HeldError, differences
-from safeshard.streamer.write.part_record import PartRecord, read_numbers, read_record
-from safeshard.streamer.write.staging import part_of, remove, settle
+from safeshard.streamer.write.part_record import PartRecord
+from safeshard.streamer.write.shelf_afar import BucketShelf, content_name, shelf_of
+from safeshard.streamer.write.staging import part_of
 from safeshard.streamer.write.writer import Writer
 
 WAIT_SECONDS = 2.0  # until it is asked again whether the worker that holds a part has ended
+COPIED_AT_MOST = 5 << 30  # bytes that S3 copies in one request; larger shards go through this machine
 AGAIN = "safeshard batch JOBS --part I/N for each"
 log = logging.getLogger(__name__)
 Show = Callable[[int, bool], Progress]
@@ -75,7 +77,7 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
         RunError: it failed underway; the same call resumes.
     """
     plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)
-    if offences := [afar_offence(plan) for plan in plans if plan.job.afar is not None]:
+    if offences := list(hub_offences(plans)):
         raise RequestError(offences)
     for plan in plans:
         plan.finished = plan.finished or _gathered_before(plan)
@@ -97,17 +99,18 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
         raise RunError("; ".join(doubtful), "the same command without --strict finishes what is refused here")
     for plan in plans:
         if plan.finished:
-            with clear_errors(plan.folder):
-                settle(staging_of(plan.folder), plan.folder)
-        _remove_parts(plan.folder)
+            settle_finished(plan)
+        if not is_hub(plan):
+            shelf_of(plan.job).clear()
     return [r if isinstance(r := results.get(id(plan)), Result) else earlier(plan) for plan in plans]
 
 
 def _gathered_before(plan: JobPlan) -> Manifest | None:
     """The manifest of an output that was made of these very parts, or of parts that are gone: with --overwrite, too."""
-    manifest, parts = finished(plan), parts_there(plan.folder)
-    records = [read_record(part.folder(plan.folder)) for part in parts]
-    same = manifest and any(record and record.run.start == manifest.run.start for record in records)
+    shelf, output = shelf_of(plan.job), plan.job.output
+    parts = shelf.there()
+    manifest = finished(plan, There.look(open_store(output)) if isinstance(output, str) else None)
+    same = manifest and any(record and record.run.start == manifest.run.start for record in shelf.records(parts))
     return manifest if same or not parts else None
 
 
@@ -117,12 +120,12 @@ def _parts(plans: Sequence[JobPlan]) -> list[Part]:
     Raises:
         RequestError: there are none, or some of several cuts.
     """
-    counts = {id(plan): {part.count for part in parts_there(plan.folder)} for plan in plans}
+    counts = {id(plan): {part.count for part in shelf_of(plan.job).there()} for plan in plans}
     every = sorted({count for own in counts.values() for count in own})
-    offences = [Offence(str(p.folder), "", "its parts", "none", AGAIN) for p in plans if not counts[id(p)]]
+    offences = [Offence(str(p.job.output), "", "its parts", "none", AGAIN) for p in plans if not counts[id(p)]]
     if len(every) > 1:
         got = f"parts of {' and of '.join(map(str, every))}"
-        shown = [str(plan.folder) for plan in plans if counts[id(plan)]]
+        shown = [str(plan.job.output) for plan in plans if counts[id(plan)]]
         remedy = "--part I/N with --overwrite discards those of another N"
         offences += [Offence(where, "", "parts of one cut", got, remedy) for where in shown]
     if offences:
@@ -132,11 +135,11 @@ def _parts(plans: Sequence[JobPlan]) -> list[Part]:
 
 def _waits(share: JobPlan, parts: Sequence[Part]) -> bool:
     """Whether a part of an output needs the numbers of all parts, which are all there."""
-    assert share.part is not None
-    output = share.folder
-    if not JobRun(share).waits or read_record(share.part.folder(output)) is not None:
+    if not JobRun(share).waits:
         return False
-    return all(read_numbers(part.folder(output)) is not None for part in parts)
+    shelf = shelf_of(share.job)
+    (record,) = shelf.records([_part(share)])
+    return record is None and None not in shelf.numbers(parts)
 
 
 def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[list[PartRecord]]:
@@ -149,18 +152,23 @@ def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[l
     found: list[list[PartRecord]] = []
     offences: list[Offence] = []
     for own in shares:
-        records = [read_record(_folder(share)) for share in own]
+        shelf, parts = shelf_of(own[0].job), [_part(share) for share in own]
+        records, begun = shelf.records(parts), shelf.there()
+        measured = shelf.numbers(parts) if None in records else [None] * len(parts)
         there = [record for record in records if record is not None]
-        for share, record in zip(own, records, strict=True):
-            where = f"{share.folder}: part {share.part}"
-            if record is not None:
+        for share, record, numbers in zip(own, records, measured, strict=True):
+            output = str(share.job.output)
+            where = f"{output}: part {share.part}"
+            if record is not None and not (shelf.afar and not shelf.is_whole(_part(share), share.files, record)):
                 offences += _differences(share, record, there[0])
-            elif JobRun(share).waits and (numbers := read_numbers(_folder(share))) is not None:
+            elif record is not None:
+                offences.append(Offence(output, str(share.part), "a finished part", "one whose files are gone", AGAIN))
+            elif JobRun(share).waits and numbers is not None:
                 remedy = "finish where, and as, the parts were run; or run each once more"  # which decides, too
                 offences += differences(where, numbers.fingerprint, fingerprint_of(share, device), remedy)
             else:
-                got = "an unfinished one" if _folder(share).is_dir() else "none"
-                offences.append(Offence(str(share.folder), str(share.part), "a finished part", got, AGAIN))
+                got = "an unfinished one" if share.part in begun else "none"
+                offences.append(Offence(output, str(share.part), "a finished part", got, AGAIN))
         found.append(there)
     if offences:
         raise RequestError(offences)
@@ -169,7 +177,7 @@ def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[l
 
 def _differences(share: JobPlan, record: PartRecord, first: PartRecord) -> Iterator[Offence]:
     """Where a part was made of something else than is asked for now, or otherwise than the first one was."""
-    where, remedy = f"{share.folder}: part {share.part}", f"--part {share.part} --overwrite makes it anew"
+    where, remedy = f"{share.job.output}: part {share.part}", f"--part {share.part} --overwrite makes it anew"
     expected = fingerprint_of(share, first.tool.device) | {"torch": first.fingerprint.get("torch")}
     expected["part"], theirs = str(share.part), dict(record.fingerprint)
     theirs["part"], own = theirs.get("part", {}).get("part"), theirs.get("part", {}).get("cut")
@@ -193,7 +201,7 @@ def _gathered(
             job_run.entries |= {entry["name"]: entry for entry in entries}
             job_run.fallbacks += record.fallbacks
         if options.strict and (found := cautions(job_run)):
-            return [f"{plan.folder}: {each.text}" for each in found]
+            return [f"{plan.job.output}: {each.text}" for each in found]
         device, wall = records[0].tool.device, time.perf_counter() - began
         manifest = publish(job_run, Measured(device, start, wall, 0, 0, 0, {}), options.overwrite, records)
         cosines = {entry.name: entry.cosine for entry in manifest.modules}
@@ -205,61 +213,65 @@ def _gathered(
 
 def _writer(plan: JobPlan, shares: Sequence[JobPlan], records: Sequence[PartRecord], options: RunOptions) -> Writer:
     """The output's writer, with the shards that one part has written."""
-    first = records[0].fingerprint
-    whole = {file.name: file for file in plan.files}
-    made = {
-        file.name: part_of(_folder(share), file.name)
-        for share in shares
-        for file in share.files
-        if file.header == whole[file.name].header
+    request: dict[str, Any] = fingerprint(plan, records[0].tool.device) | {"torch": records[0].fingerprint["torch"]}
+    headers = {file.name: file.header for file in plan.files}
+    whole = {f.name: (share, f, record) for share, f, record in _files(shares, records) if f.header == headers[f.name]}
+    names, output = frozenset(headers), plan.job.output
+    if isinstance(output, Path):
+        made = {name: part_of(_part(share).folder(output), name) for name, (share, _, _) in whole.items()}
+        return Writer(output, plan.files, request, options.overwrite, destination(plan.job, names), made=made)
+    shelf = BucketShelf(output)
+    hashes = {name: digest for record in records for name, digest in record.hashes.items()}
+    there = {
+        name: (f"{_part(share).name}/{shelf.name_of(file, record.hashes)}", file.nbytes)
+        for name, (share, file, record) in whole.items()
+        if file.nbytes <= COPIED_AT_MOST
     }
-    request: dict[str, Any] = fingerprint(plan, records[0].tool.device) | {"torch": first["torch"]}
-    return Writer(plan.folder, plan.files, request, options.overwrite, made=made)
+    taken = Made(shelf.store, {file.name: content_name(file, hashes) for file in plan.files}, there)
+    return Writer(output, plan.files, request, options.overwrite, destination(plan.job, names, taken))
+
+
+def _files(
+    shares: Sequence[JobPlan], records: Sequence[PartRecord]
+) -> Iterator[tuple[JobPlan, OutputFile, PartRecord]]:
+    """Every file of every part."""
+    for share, record in zip(shares, records, strict=True):
+        yield from ((share, file, record) for file in share.files)
 
 
 def _take_tensors(writer: Writer, shares: Sequence[JobPlan], records: Sequence[PartRecord]) -> None:
-    """Let the output have every tensor of its parts: those of moved shards are there, the others are copied.
+    """Let the output have every tensor of its parts: those of shards that are there are, the others are copied.
 
     Raises:
         RunError: what a part wrote is gone or damaged; that part is no longer finished.
     """
     headers = {file.name: file.header for file in writer.files}
-    for share, record in zip(shares, records, strict=True):
-        folder = _folder(share)
+    shelf = shelf_of(shares[0].job)
+    for share, file, record in _files(shares, records):
+        part = _part(share)
         try:
-            for file in share.files:
-                hashes = {name: record.hashes[name] for name in file.tensors}
-                if file.header == headers[file.name]:
-                    writer.adopt(hashes)
-                else:
-                    _copy(
-                        writer,
-                        folder,
-                        file.name,
-                        [r for n, r in file.tensors.items() if writer.hashes.get(n) != hashes[n]],
-                    )
-                if any(writer.hashes.get(name) != digest for name, digest in hashes.items()):
-                    raise RunError(f"{part_of(folder, file.name)} is gone, or is not what was written there")
+            hashes = {name: record.hashes[name] for name in file.tensors}
+            if file.header == headers[file.name]:
+                writer.adopt(hashes)
+            left = [ref for name, ref in file.tensors.items() if writer.hashes.get(name) != hashes[name]]
+            if left and (shelf.afar or file.header != headers[file.name]):
+                source, name = shelf.source(part), shelf.name_of(file, hashes)
+                for ref in left:
+                    writer.copy(Copy(ref.name, source, replace(ref, file=name)))
+            if any(writer.hashes.get(name) != digest for name, digest in hashes.items()):
+                where = f"{share.job.output}: {file.name} of part {part}"
+                raise _NotWhatWasWrittenError(f"{where} is gone, or is not what was written there")
         except (RunError, RequestError, KeyError) as error:
-            (folder / PART_RECORD).unlink(missing_ok=True)
-            remedy = f"run the part again, --part {share.part}, then this command"
+            if not shelf.afar or isinstance(error, _NotWhatWasWrittenError):  # a network's fault is not the part's
+                shelf.reopen(part)
+            remedy = f"run the part again, --part {part}, then this command"
             raise RunError(f"{error}", remedy) from error
 
 
-def _copy(writer: Writer, folder: Path, name: str, refs: Sequence[Any]) -> None:
-    part = part_of(folder, name).name
-    source = LocalSource(folder, str(folder))
-    for ref in refs:
-        writer.copy(Copy(ref.name, source, replace(ref, file=part)))
+class _NotWhatWasWrittenError(RunError):
+    """A part's file is gone, or its tensors have other hashes than its record."""
 
 
-def _folder(share: JobPlan) -> Path:
+def _part(share: JobPlan) -> Part:
     assert share.part is not None
-    return share.part.folder(share.folder)
-
-
-def _remove_parts(output: Path) -> None:
-    for part in parts_there(output):
-        remove(part.folder(output), part.folder(output))
-    with contextlib.suppress(OSError):  # somebody else's is in it
-        parts_of(output).rmdir()
+    return share.part

@@ -23,13 +23,14 @@ from safeshard.manifests.sizes import human
 from safeshard.streamer.extras import require
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
-from safeshard.streamer.plan.parts import Part, parts_there
+from safeshard.streamer.plan.parts import Part
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.downloads import shard_cache
-from safeshard.streamer.run.part_work import afar_offence
+from safeshard.streamer.run.part_work import hub_offences
 from safeshard.streamer.run.parts import gather, run_part
 from safeshard.streamer.run.runner import Result, run
+from safeshard.streamer.write.shelf_afar import shelf_of
 
 RETRIES = 20  # of a part whose worker or node was lost: one that dies of itself must end some day
 PROCESS_BYTES = 1 << 30  # what a worker holds besides the tensors in flight
@@ -52,12 +53,12 @@ def run_on_ray(jobs: Sequence[Job], options: RunOptions, count: int | None = Non
     if options.dry_run:
         return run(jobs, options, skip_finished=True)
     plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)
-    if offences := [afar_offence(plan) for plan in plans if plan.job.afar is not None]:
+    if offences := list(hub_offences(plans)):
         raise RequestError(offences)  # before a task starts
     with contextlib.redirect_stdout(sys.stderr), _cluster(ray):  # Ray's own words, where stdout is for JSON
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         needs, slots = resources_of_a_part(nodes, options)
-        there = {part.count for plan in plans for part in parts_there(plan.folder)}
+        there = {part.count for plan in plans if not plan.finished for part in shelf_of(plan.job).there()}
         left = Part.all(count or (there.pop() if len(there) == 1 else slots))
         for _ in range(2):  # what needs numbers of all parts takes a second round
             left = _round(ray, jobs, options, left, needs) if left else []

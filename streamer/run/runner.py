@@ -44,6 +44,7 @@ from safeshard.streamer.run.part_work import (
     finished_part,
     know_from_parts,
     part_offences,
+    part_writer,
 )  # fmt: skip
 from safeshard.streamer.sources import Source
 from safeshard.streamer.write.destinations import destination
@@ -255,13 +256,12 @@ def _begin(plan: JobPlan, options: RunOptions) -> JobRun:
     if not plan.job.writes_model:
         return JobRun(plan)
     device = device_name(torch.device(options.resolved_device()))
-    if plan.part is not None:
-        assert isinstance(plan.job.output, Path)  # what is afar has no parts
-        folder, place = plan.part.folder(plan.job.output), None
-    else:
-        folder, place = None, destination(plan.job, frozenset(file.name for file in plan.files))
     request = fingerprint(plan, device)
-    writer = Writer(plan.job.output, plan.files, request, options.overwrite, place, folder=folder)
+    if plan.part is not None:
+        writer = part_writer(plan, request, options.overwrite)
+    else:
+        place = destination(plan.job, frozenset(file.name for file in plan.files))
+        writer = Writer(plan.job.output, plan.files, request, options.overwrite, place)
     entries, cosines = _decided(plan, writer)
     fallbacks = list(writer.journal.sound("fallback", lambda record: Fallback(**record["entry"])))
     curves = {}

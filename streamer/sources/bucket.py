@@ -39,7 +39,7 @@ class BucketSource(RemoteFolder):
 
     def _list(self) -> Mapping[str, Listed]:
         listed = self._store.list_with_delimiter()["objects"]
-        files = {m["path"].rpartition("/")[2]: Listed(m["size"], m["version"] or m["e_tag"]) for m in listed}
+        files = {m["path"].rpartition("/")[2]: Listed(m["size"], _tag(m["e_tag"]) or m["version"]) for m in listed}
         if not files:
             raise Final(f"{self.spec}: no object has this prefix", "check the bucket and the prefix")
         return files
@@ -60,6 +60,11 @@ class BucketSource(RemoteFolder):
         return position
 
 
+def _tag(listed: str | None) -> str | None:
+    """An ETag as If-Match wants it: Azure's listings leave the quotes out."""
+    return listed if not listed or '"' in listed else f'"{listed}"'
+
+
 def open_store(url: str, retries: RetryConfig | None = None) -> ObjectStore:
     """The store of a prefix. Credentials, region and endpoint are those of the environment.
 
@@ -73,6 +78,8 @@ def open_store(url: str, retries: RetryConfig | None = None) -> ObjectStore:
     retries = retries or {"max_retries": 0}
     kind = SCHEMES[parts.scheme]
     if kind == "gs":
+        if os.environ.get("GOOGLE_BASE_URL", "").startswith("http://"):  # an emulator, or a proxy
+            client["allow_http"] = True
         return GCSStore(bucket, prefix=prefix, client_options=client, retry_config=retries)
     if kind == "az":
         return AzureStore(container_name=bucket, prefix=prefix, client_options=client, retry_config=retries)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -60,12 +61,25 @@ class Destination(Protocol):
         """Give up what is under way, for another thread."""
 
 
-def destination(job: Job, files: frozenset[str]) -> Destination | None:
+@dataclass(frozen=True)
+class Made:
+    """What parts of a batch made of an output in a bucket: files that lie there already, in a prefix `beside`.
+
+    `contents` tells the content of each of the output's large files; `whole` are those that one part has written, as
+    their names there and sizes.
+    """
+
+    beside: BucketStore
+    contents: Mapping[str, str]
+    whole: Mapping[str, tuple[str, int]]
+
+
+def destination(job: Job, files: frozenset[str], made: Made | None = None) -> Destination | None:
     """The place afar of a job, if there is one; `files` are the names of its large files."""
     if job.afar is None:
         return None
     store = open_store(job.afar)
-    return ToHub(store, job) if isinstance(store, HubStore) else ToBucket(store, files)
+    return ToHub(store, job) if isinstance(store, HubStore) else ToBucket(store, files, made)
 
 
 class ToBucket:
@@ -73,8 +87,8 @@ class ToBucket:
 
     frees = True
 
-    def __init__(self, store: BucketStore, files: frozenset[str]) -> None:
-        self.spec, self._store, self._large = store.spec, store, files
+    def __init__(self, store: BucketStore, files: frozenset[str], made: Made | None = None) -> None:
+        self.spec, self._store, self._large, self._made = store.spec, store, files, made
         self._there = There(store.spec, {})
         self._mark: Stored | None = None  # of the journal as it lies there
         self._receipts: dict[str, Stored] = {}
@@ -103,9 +117,35 @@ class ToBucket:
             journal.record(REPLACED_KIND, files=sorted(self._replaced))
             journal.commit()
         self._mirror()
-        noted = dict(journal.sound(UPLOADED, read_receipt))
-        self._receipts = {n: s for n, s in noted.items() if n in self._large and n in names and names[n].is_as(s)}
+        noted = dict(journal.sound(UPLOADED, lambda r: (r["file"], (read_receipt(r)[1], r.get("content")))))
+        known = {
+            n: stored for n, (stored, content) in noted.items() if n in self._large and content == self._content(n)
+        }
+        self._receipts = {n: stored for n, stored in known.items() if n in names and names[n].is_as(stored)}
+        self._bring()
         return set(self._receipts)
+
+    def _content(self, name: str) -> str | None:
+        """What a receipt of this file has to say of its content; nothing where it is made in one piece."""
+        return None if self._made is None else self._made.contents[name]
+
+    def _bring(self) -> None:
+        """Let the files that one part has written be here."""
+        whole = {} if self._made is None else self._made.whole
+        if self._made is None or not (left := {n: w for n, w in whole.items() if n not in self._receipts}):
+            return
+        self._clear_way()
+        for name, stored in self._store.bring_all(self._made.beside, left).items():
+            self._note(name, stored)
+        assert self._journal is not None
+        self._journal.commit()
+        self._mirror()
+
+    def _note(self, name: str, stored: Stored) -> None:
+        assert self._journal is not None
+        self._receipts[name] = stored
+        content = self._content(name)
+        self._journal.record(UPLOADED, file=name, **receipt(stored), **({"content": content} if content else {}))
 
     def _mirror(self) -> None:
         """Let the journal there be as it is here; raises where another run has claimed the place."""
@@ -131,8 +171,7 @@ class ToBucket:
     def upload(self, name: str, path: Path, commit: Commit) -> None:
         assert self._journal is not None
         self._clear_way()
-        self._receipts[name] = stored = self._store.upload(name, path, path.stat().st_size)
-        self._journal.record(UPLOADED, file=name, **receipt(stored))
+        self._note(name, self._store.upload(name, path, path.stat().st_size))
         commit()
         self._mirror()
 

@@ -165,6 +165,18 @@ class Journal:
         self.close()
 
 
+def name_and_hash(record: dict[str, Any]) -> tuple[str, str]:
+    """What the journal notes of a finished tensor.
+
+    Raises:
+        TypeError: it is forged.
+    """
+    name, digest = record["name"], record["blake3"]
+    if not isinstance(name, str) or not isinstance(digest, str):
+        raise TypeError
+    return name, digest
+
+
 def _dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 

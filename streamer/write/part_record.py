@@ -62,10 +62,16 @@ def read_numbers(folder: Path) -> Numbers | None:
 
 
 def _read(path: Path, model: type[T]) -> T | None:
-    """A file of ours; None where it is not there, or torn: it is written last."""
     try:
-        text = read_regular(path, MAX_MANIFEST_BYTES)
+        return parse(read_regular(path, MAX_MANIFEST_BYTES), model)
+    except (OSError, TooLargeError):
+        return None
+
+
+def parse(text: bytes, model: type[T]) -> T | None:
+    """A record or numbers; None where they are torn, or not ours."""
+    try:
         refuse_many(text, MAX_MANIFEST_VALUES)
         return model.model_validate_json(text)
-    except (OSError, TooLargeError, ValidationError, ValueError):
+    except (TooLargeError, ValidationError, ValueError):
         return None

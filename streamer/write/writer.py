@@ -44,6 +44,7 @@ from safeshard.streamer.sources.direct import passes_by, pieces
 from safeshard.streamer.write import staging
 from safeshard.streamer.write.destinations import Destination
 from safeshard.streamer.write.finite import check_copy
+from safeshard.streamer.write.journal import name_and_hash
 from safeshard.streamer.write.shipping import Shipping
 from safeshard.streamer.write.tensor_write import TensorWrite
 
@@ -98,14 +99,14 @@ class Writer:
             self._shipping.recover(self.staging)
             self.journal = staging.open_journal(self.staging, self._here, fingerprint, overwrite)
         try:
-            recorded = dict(self.journal.sound("tensor", _name_and_hash))
+            recorded = dict(self.journal.sound("tensor", name_and_hash))
             with clear_errors(self.staging):
                 self.journal.sign()
                 there = self._shipping.begin(self.journal)
                 for spill in self.staging.glob("*".join(SPILL)):  # of a run killed before it could unname it
                     spill.unlink()
                 staging.unname(self.staging, self._names)
-                self._moved = self._move(made or {})
+                self._moved = self._move(made or {}) | there
                 for file in files:
                     self._open(file)
                 sync_path(self.staging)
@@ -140,7 +141,8 @@ class Writer:
     def adopt(self, hashes: Mapping[str, str]) -> None:
         """Count tensors of finished files as written, given their hashes.
 
-        Of a file that an earlier run had moved here, those whose bytes are there.
+        Of a file that an earlier run had moved here, those whose bytes are there. A file that lies at the place afar
+        is the one that these hashes name: the place knows it by them.
         """
         new = {name: digest for name, digest in hashes.items() if self.hashes.get(name) != digest}
         moved = {name: digest for name, digest in new.items() if self._places[name][0] in self._moved}
@@ -174,7 +176,7 @@ class Writer:
                 name: recorded[name] for name, there in zip(names, pool.map(is_there, names), strict=True) if there
             }
         if lost := recorded.keys() - intact.keys():
-            log.warning("%s: %d finished tensors are damaged and are written again", self.staging, len(lost))
+            log.warning("%s: %d finished tensors are gone or damaged, and are written again", self.staging, len(lost))
         return intact
 
     def _send_complete(self, tensors: Iterable[str]) -> None:
@@ -278,11 +280,14 @@ class Writer:
         self.bytes_written += len(data)
 
     def end_part(self) -> None:
-        """Let a part stay where it is. Its record must be in place."""
-        with clear_errors(self._here):
-            sync_path(self.staging)
-        self.journal.close()
-        self._ended = True
+        """Let a part stay where it is, or bring it to its folder afar. Its record must be in place."""
+        if isinstance(self.output, str):
+            self.publish(overwrite=False)
+        else:
+            with clear_errors(self._here):
+                sync_path(self.staging)
+            self.journal.close()
+            self._ended = True
 
     def publish(self, overwrite: bool) -> None:
         """Give the finished folder its name, and bring it to its place afar. The manifest must be in place."""
@@ -365,11 +370,3 @@ class Writer:
             self.bytes_written += nbytes
         self.record("tensor", name=name, blake3=digest)
         self._send_complete([name])
-
-
-def _name_and_hash(record: dict[str, Any]) -> tuple[str, str]:
-    """What the journal notes of a finished tensor."""
-    name, digest = record["name"], record["blake3"]
-    if not isinstance(name, str) or not isinstance(digest, str):
-        raise TypeError
-    return name, digest

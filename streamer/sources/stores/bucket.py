@@ -6,11 +6,13 @@ answer was lost is tried again, finds what it had written itself, and counts as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from safeshard.manifests.errors import without_secrets
 from safeshard.streamer.extras import require
@@ -71,6 +73,14 @@ class BucketStore:
                 raise
             return None
         return data, Stored(len(data), result.meta["e_tag"], result.meta["version"])
+
+    def look_all(self, names: Sequence[str]) -> dict[str, tuple[bytes, Stored]]:
+        """Small files, side by side; those that are there."""
+        found = self._line.all(self.spec, [partial(self._looked, name) for name in names])
+        return {name: look for name, look in zip(names, found, strict=True) if look is not None}
+
+    def _looked(self, name: str) -> tuple[bytes, Stored] | None:
+        return self._line.patiently(f"{self.spec}/{name}", partial(self._look, name), OPENING)
 
     def put(self, name: str, data: bytes) -> Stored:
         """Write a small file, whatever is there."""
@@ -135,7 +145,39 @@ class BucketStore:
     def delete(self, names: Sequence[str]) -> None:
         """Remove files, in order; one that is gone already is removed."""
         for name in names:
-            patiently(self._line, f"{self.spec}/{name}", partial(self._store.delete, name))
+            patiently(self._line, f"{self.spec}/{name}", partial(self._gone, name))
+
+    def delete_all(self, names: Sequence[str]) -> None:
+        """Remove files side by side, in no order."""
+        where = self.spec
+        self._line.all(where, [partial(self._line.patiently, where, partial(self._gone, n), UNDERWAY) for n in names])
+
+    def _gone(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # S3 does not tell; Google and Azure do
+            self._store.delete(name)
+
+    def bring_all(self, store: BucketStore, named: Mapping[str, tuple[str, int]]) -> dict[str, Stored]:
+        """Let files of another prefix of this bucket lie here too; no byte of them goes through this machine.
+
+        `named` are a file's name there and its size, by the name here.
+        """
+        whole = open_store(urlsplit(self.url)._replace(path="").geturl())
+        calls = [partial(self._bring, whole, store, name, *given) for name, given in named.items()]
+        return dict(zip(named, self._line.all(self.spec, calls), strict=True))
+
+    def _bring(self, whole: ObjectStore, store: BucketStore, name: str, theirs: str, size: int) -> Stored:
+        def attempt() -> Stored:
+            whole.copy(f"{store._prefix}/{theirs}", f"{self._prefix}/{name}")
+            found = self._store.head(name)
+            if found["size"] != size:
+                raise BrokenAnswer(f"{found['size']} bytes came, {size} were expected")
+            return Stored(size, found["e_tag"], found["version"])
+
+        return patiently(self._line, f"{store.spec}/{theirs}", attempt)
+
+    @property
+    def _prefix(self) -> str:
+        return urlsplit(self.url).path.strip("/")
 
     def stop(self) -> None:
         self._line.stop()

@@ -23,6 +23,7 @@ from safeshard.streamer import batch, calibrate, finish
 from safeshard.streamer.plan.parts import Part
 from safeshard.streamer.run import parts as parts_of_a_batch
 from safeshard.streamer.sources import LocalSource
+from safeshard.streamer.write.shelf import FolderShelf
 from safeshard.streamer.write.writer import Writer
 
 Contents = dict[str, dict[str, Any]]
@@ -428,7 +429,7 @@ def test_an_output_that_is_there_is_replaced_at_the_end_only(
     for part in Part.all(2):
         adapters.part(str(part), overwrite=True)
     assert (adapters.root / "scale/adapter_model.safetensors").stat().st_ino == kept
-    monkeypatch.setattr(parts_of_a_batch, "_remove_parts", _interrupted)
+    monkeypatch.setattr(FolderShelf, "clear", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         adapters.finish(overwrite=True)
     monkeypatch.undo()
