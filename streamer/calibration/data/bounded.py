@@ -7,6 +7,7 @@ and so is `'a'|center(10**9)`. So the work is done in a fork, which the system e
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import multiprocessing
 import os
@@ -108,6 +109,7 @@ def _serve(work: Callable[[Any], str], connection: Connection, ours: Connection,
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the whole group gets it; whoever asks decides
     for each in (signal.SIGTERM, signal.SIGXCPU):
         signal.signal(each, signal.SIG_DFL)
+    gc.freeze()  # else a collection would write to every page that is shared with who asks
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):  # a library's warning belongs to no one
         os.dup2(nowhere, stream)

@@ -44,7 +44,7 @@ class TestWrites:
     def test_shards_go_up_as_they_are_finished_and_leave_the_disk(
         self, bucket: StandinBucket, full: dict[str, Any], work: Path
     ) -> None:
-        """While the last shard goes up, the others take no room here any more."""
+        """Two go up at once: while the last one does, at least one of the others takes no room here any more."""
         held: list[int] = []
 
         def writing(asked: Asked) -> None:
@@ -56,7 +56,7 @@ class TestWrites:
         order = [a.path.rpartition("/")[2] for a in bucket.taken() if a.method == "PUT" and "model-" in a.path]
         assert order == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
         sizes = bucket.names("out/x")
-        assert held[-1] <= held[0] - sizes[order[0]] - sizes[order[1]] + 1
+        assert held[-1] <= held[0] - min(sizes[order[0]], sizes[order[1]])
 
     def test_no_upload_has_more_parts_than_stores_take(
         self, bucket: StandinBucket, full: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -86,9 +86,9 @@ def test_what_it_may_take_grows_with_what_it_is_asked() -> None:
             pass
         return ""
 
-    ask = Bounded(work, seconds=1)
-    for _ in range(300):  # more than 1 s of processor time in all
-        ask(0.004)
+    ask = Bounded(work, seconds=2)
+    for _ in range(300):  # 3 s of processor time in all, of which 1 s for the first hundred
+        ask(0.01)
     ask.close()
 
 
