@@ -121,7 +121,7 @@ def resta(**options: Any) -> Result:
 
 @_takes(METHODS["lssf"], RunOptions)
 def lssf(**options: Any) -> Result:
-    """LSSF: add the safety vector inside a safety subspace, a baseline.
+    """LSSF: add part of the safety vector, a baseline.
 
     Of what alignment once added, what lies in the directions that answer safe inputs is added (arXiv 2602.00038).
     Keywords are the fields of `safeshard.streamer.methods.lssf.Lssf` and of `RunOptions`.

@@ -149,7 +149,7 @@ def lssf(
     quiet: bool = False,
     strict: bool = False,
 ) -> Result:
-    """LSSF: add the safety vector inside a safety subspace, a baseline.
+    """LSSF: add part of the safety vector, a baseline.
 
     Of what alignment once added, what lies in the directions that answer safe inputs is added (arXiv 2602.00038).
     Keywords are the fields of `safeshard.streamer.methods.lssf.Lssf` and of `RunOptions`.

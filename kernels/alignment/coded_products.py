@@ -182,7 +182,13 @@ def _product(aligned: Weight, unaligned: Weight, x: Tensor, *, transposed: bool)
     (o, i), r = aligned.shape, x.shape[1]
     m, k = (i, o) if transposed else (o, i)
     tiles_m, (splits, chunk) = blocks(m, BLOCK_M), splits_of(m, k)
-    settings = projection.tile(target(x.device), torch.float32, r)
+    architecture = target(x.device)
+    settings = projection.tile(architecture, torch.float32, r)
+    if architecture.backend == "cuda" and architecture.arch in (
+        100,
+        103,
+    ):  # whose compiler gives four warps 80 registers
+        settings["num_warps"] = 8
     partial = x.new_empty((splits, m, r))
     squares = x.new_empty((splits, tiles_m) if transposed else (1,), dtype=torch.float64)
     tile = (BLOCK_K, BLOCK_M) if transposed else (BLOCK_M, BLOCK_K)

@@ -77,7 +77,7 @@ def _by_strips(aligned: Weight, unaligned: Weight, factors: Sequence[Tensor], wi
 def _strips(aligned: Weight, unaligned: Weight, width: int) -> Iterator[Tensor]:
     """Yield strips of V in fp32; the tensor is overwritten by the next step."""
     rows, columns = aligned.shape
-    buffers = torch.empty((2, rows * min(width, columns)), device=aligned.device)
+    buffers = [torch.empty(rows * min(width, columns), device=aligned.device) for _ in range(2)]
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
         strip, other = (buffer[: rows * (part.stop - start)].view(rows, -1) for buffer in buffers)
