@@ -41,8 +41,8 @@ soak: .venv/installed
 # other: ttsem asks for a newer Python and Triton than it needs.
 sanitize: .venv/installed
 	$(BIN)/python -c 'import ttsem' 2>/dev/null || $(BIN)/pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
-	$(BIN)/python -m ttsem.sanitize pytest $(SANITIZED:%=tests/kernels/%.py) -k "triton and not golden" -q
-SANITIZED := test_coded test_dense test_gate test_gram test_merge test_projection safedelta/test_compensation safedelta/test_selection
+	$(BIN)/python -m ttsem.sanitize pytest $(SANITIZED:%=tests/kernels/test_%.py) -k "triton and not golden" -q
+SANITIZED := coded compensation dense gate gram merge projection selection
 
 # The site, in build/site/VERSION. Before it is built: links lead somewhere, tables are made from rows and options, and
 # every command that a page shows runs on small models, unless the page says why not.

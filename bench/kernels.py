@@ -15,9 +15,9 @@ from safeshard.bench.inputs.models import SHAPES
 from safeshard.bench.machine.ceilings import DTYPES, copying, multiplying, timings
 from safeshard.bench.machine.roofline import Bound, Card, bound, find
 from safeshard.bench.rows import record
-from safeshard.kernels.factor import Factor, safety_factor
+from safeshard.kernels.calibrated.factor import Factor, safety_factor
+from safeshard.kernels.calibrated.gram import accumulate
 from safeshard.kernels.gate import lora_gate
-from safeshard.kernels.gram import accumulate
 from safeshard.kernels.merge import linear
 from safeshard.kernels.projection import project
 from safeshard.kernels.safedelta.compensation import safe_delta_dense

@@ -1,6 +1,7 @@
 """Tensors in, tensors out: each operation in torch (the reference, on any device) and, where it pays, in Triton.
 
-A submodule is imported when it is first asked for: whoever only reads options or headers need not wait for torch.
+An operation is `safeshard.kernels.NAME` to whoever uses it, whatever room it lies in. A module is imported when it is
+first asked for: whoever only reads options or headers need not wait for torch.
 """
 
 from __future__ import annotations
@@ -10,13 +11,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safeshard.kernels import dense, factor, grams, leak, merge, ridge, subspace
-    from safeshard.kernels.safedelta import compensation
+    from safeshard.kernels import backend, dense, effect, gate, merge, projection
+    from safeshard.kernels.calibrated import factor, gram, grams, leak, ridge, subspace
+    from safeshard.kernels.safedelta import column_compensation, compensation, row_compensation, selection
 
-__all__ = ["compensation", "dense", "factor", "grams", "leak", "merge", "ridge", "subspace"]
+__all__ = [
+    "backend", "column_compensation", "compensation", "dense", "effect", "factor", "gate", "gram", "grams", "leak",
+    "merge", "projection", "ridge", "row_compensation", "selection", "subspace",
+]  # fmt: skip
+_ROOMS = {
+    "calibrated": {"factor", "gram", "grams", "leak", "ridge", "subspace"},
+    "safedelta": {"column_compensation", "compensation", "row_compensation", "selection"},
+}
 
 
 def __getattr__(name: str) -> ModuleType:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module(f"{__name__}.safedelta.{name}" if name == "compensation" else f"{__name__}.{name}")
+    room = next((f"{room}." for room, names in _ROOMS.items() if name in names), "")
+    return import_module(f"{__name__}.{room}{name}")

@@ -31,8 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from safeshard.kernels import projection
-from safeshard.kernels.alignment import coded_products, tiles
+from safeshard.kernels import coded_products, projection
+from safeshard.kernels.alignment import tiles
 from safeshard.kernels.alignment.coded import Weight, decoded
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
 from safeshard.kernels.lang import tl, triton

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
 from safeshard.kernels.lang import tl, triton
-from safeshard.kernels.safedelta.philox import philox_words
+from safeshard.kernels.philox import philox_words
 
 # torch: counters (four entries each) worked on at a time; their temporaries stay in cache.
 COUNTERS = 1 << 14
@@ -220,7 +220,7 @@ def dare_linear(
     """`linear` of tensors whose entries were dropped with probability 1 - density and otherwise divided by density.
 
     Whether entry i (in row-major order) of tensor k is kept depends only on keys[k] and i: see
-    `kernels/safedelta/philox.py`. Density 1 is `linear`.
+    `kernels/philox.py`. Density 1 is `linear`.
 
     Args:
         tensors: one or more tensors of one shape, bf16, fp16 or fp32.

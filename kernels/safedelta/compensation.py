@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from safeshard.kernels.backend import Backend, upload
-from safeshard.kernels.factor import Factor
+from safeshard.kernels.calibrated.factor import Factor
 from safeshard.kernels.safedelta.column_compensation import compensate_columns
 from safeshard.kernels.safedelta.row_compensation import CHUNK, compensate_rows
 from safeshard.kernels.safedelta.selection import BlockSelection, column_squares, select_block, select_rows

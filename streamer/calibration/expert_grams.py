@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safeshard.kernels import gram as gram_kernel
+from safeshard.kernels.calibrated import gram as gram_kernel
 from safeshard.manifests.errors import RunError
 from safeshard.streamer.calibration.gram_collector import not_finite
 from safeshard.streamer.calibration.model.experts import Experts

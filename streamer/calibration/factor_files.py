@@ -1,7 +1,7 @@
 """Factors and Grams on disk: one safetensors file a decoder layer, and factors.json, which ties them to model and data.
 
-A factor is an I x I tensor under the name of its first module; a Gram lies packed (`safeshard.kernels.half`) under that
-name and its role: `model.layers.0.mlp.up_proj:safe`. A layer's experts have files of their own, several in one, and
+A factor is an I x I tensor under the name of its first module; a Gram lies packed (`kernels/calibrated/half.py`) under
+that name and its role: `model.layers.0.mlp.up_proj:safe`. Experts have files of their own, several in one, and
 schema 3, which says how many tokens came to each. Folders of schema 1, which hold factors alone, are read as well.
 """
 
@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
-from safeshard.kernels.half import packed_size
+from safeshard.kernels.calibrated.half import packed_size
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.safetensors_header import TensorRef

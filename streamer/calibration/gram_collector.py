@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from safeshard.kernels import gram as gram_kernel
+from safeshard.kernels.calibrated import gram as gram_kernel
 from safeshard.manifests.errors import RunError
 from safeshard.streamer.calibration.model.batches import Batch
 

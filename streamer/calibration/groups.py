@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from safeshard.kernels.factor import Factor, NonFiniteGramError, NotPositiveDefiniteError, safety_factor
-from safeshard.kernels.grams import Grams
-from safeshard.kernels.half import pack, unpack
+from safeshard.kernels.calibrated.factor import Factor, NonFiniteGramError, NotPositiveDefiniteError, safety_factor
+from safeshard.kernels.calibrated.grams import Grams
+from safeshard.kernels.calibrated.half import pack, unpack
 from safeshard.manifests.errors import RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import Input

@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # nobody waits for torch to read a method's options
     import torch
     from torch import Tensor
 
-    from safeshard.kernels.factor import Factor
-    from safeshard.kernels.grams import Grams
+    from safeshard.kernels.calibrated.factor import Factor
+    from safeshard.kernels.calibrated.grams import Grams
     from safeshard.kernels.merge import Sum
 
 ROLES = ("aligned", "unaligned", "adapter", "finetuned", "safe_adapter", "safe")

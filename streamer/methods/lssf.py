@@ -2,7 +2,7 @@
 
     X = D + alpha U U^T (W_aligned - W_unaligned)
 
-See `safeshard.kernels.subspace` for U, and docs/lssf.md for what is the paper's and what is our reading.
+See `safeshard.kernels.calibrated.subspace` for U, and docs/lssf.md for what is the paper's and what is our reading.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safeshard.streamer.options import Finite, Place
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from safeshard.kernels.grams import Grams
+    from safeshard.kernels.calibrated.grams import Grams
 
 
 class Lssf(CalibratedJob, Served):

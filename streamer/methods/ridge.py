@@ -2,8 +2,8 @@
 
     X = D (I + penalty H / mean(diag(H)))^-1
 
-with H the Gram of the safe inputs; of a LoRA adapter only A changes. See `safeshard.kernels.ridge` and `.grams`, and
-docs/ridge.md.
+with H the Gram of the safe inputs; of a LoRA adapter only A changes. See `kernels/calibrated/ridge.py` and `grams.py`,
+and docs/ridge.md.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from safeshard.kernels.factor import Factor
+    from safeshard.kernels.calibrated.factor import Factor
     from safeshard.kernels.safedelta.compensation import Compensated, LoraCompensated, Scores
 
 STRENGTHS = ladder(1e-3, 1e4, 2)

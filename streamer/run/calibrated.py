@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels.alignment.tiles import LANES
-from safeshard.kernels.stacks import STACK
+from safeshard.kernels.calibrated.stacks import STACK
 from safeshard.streamer.calibration.groups import FactorSource, Group, Needs, device_bytes, resident_bytes
 from safeshard.streamer.calibration.hidden_states import HiddenStates, clear_states
 from safeshard.streamer.clock import Clock

@@ -1,7 +1,7 @@
 """A batch on a Ray cluster: its parts are tasks, which Ray places by resources and starts again where one is lost.
 
 What a lost part had done lies beside its outputs, so that another node goes on from there; nothing but progress goes
-through Ray. All nodes see the same files.
+through Ray. All nodes see the same files, or the outputs lie in a bucket.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safeshard.kernels.factor import Factor
-from safeshard.kernels.half import packed_size
+from safeshard.kernels.calibrated.factor import Factor
+from safeshard.kernels.calibrated.half import packed_size
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import HeaderError, layout, read_header

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from safeshard.bench import kernels, published, rows
-from safeshard.kernels.factor import safety_factor
+from safeshard.kernels.calibrated.factor import safety_factor
 from safeshard.kernels.gate import lora_gate
 from safeshard.kernels.safedelta.compensation import safe_delta_dense
 

@@ -24,10 +24,10 @@ from triton.runtime.jit import JITFunction
 
 from safeshard.kernels import backend
 from safeshard.kernels.alignment.coded import Coded, Kind
+from safeshard.kernels.calibrated.gram import accumulate
+from safeshard.kernels.calibrated.half import pack, packed_size, unpack
 from safeshard.kernels.effect import Pair, products_of_each
 from safeshard.kernels.gate import dense_gate, lora_gate
-from safeshard.kernels.gram import accumulate
-from safeshard.kernels.half import pack, packed_size, unpack
 from safeshard.kernels.merge import Sum, dare_linear, linear, linear_of_each
 from safeshard.kernels.projection import project
 from safeshard.kernels.safedelta.row_compensation import _chunk_triton

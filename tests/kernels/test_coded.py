@@ -12,8 +12,8 @@ from torch import Tensor
 
 from safeshard.kernels.alignment import tiles
 from safeshard.kernels.alignment.coded import Coded, Weight, decoded
-from safeshard.kernels.alignment.coded_products import project
 from safeshard.kernels.backend import Backend
+from safeshard.kernels.coded_products import project
 from safeshard.kernels.gate import lora_gate
 
 FP8 = {"tensor": (None, None), "row": (1, None), "128 x 128": (128, 128), "16 x 40": (16, 40), "3 x 1": (3, 1)}

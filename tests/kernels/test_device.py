@@ -9,9 +9,9 @@ from standin import DEVICE, stand_in
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from safeshard.kernels.factor import safety_factor
+from safeshard.kernels.calibrated.factor import safety_factor
+from safeshard.kernels.calibrated.gram import accumulate
 from safeshard.kernels.gate import dense_gate, lora_gate
-from safeshard.kernels.gram import accumulate
 from safeshard.kernels.merge import Sum, dare_linear, linear, linear_of_each
 from safeshard.kernels.safedelta.compensation import safe_delta_dense, safe_delta_lora
 

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safeshard.kernels.factor import LADDER, LEAF, NonFiniteGramError, NotPositiveDefiniteError, safety_factor
+from safeshard.kernels.calibrated.factor import (
+    LADDER,
+    LEAF,
+    NonFiniteGramError,
+    NotPositiveDefiniteError,
+    safety_factor,
+)
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safeshard.kernels.backend import Backend
-from safeshard.kernels.gram import PANEL, SLAB, accumulate, symmetrize
+from safeshard.kernels.calibrated.gram import PANEL, SLAB, accumulate, symmetrize
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from test_ridge import dense, make_delta, make_gram, relative
 from torch import Tensor
 
-from safeshard.kernels import grams as module
-from safeshard.kernels import stacks
-from safeshard.kernels.grams import Grams, near, series
-from safeshard.kernels.leak import energy, lora_energy
-from safeshard.kernels.ridge import Ridge, ridge
+from safeshard.kernels.calibrated import grams as module
+from safeshard.kernels.calibrated import stacks
+from safeshard.kernels.calibrated.grams import Grams, near, series
+from safeshard.kernels.calibrated.leak import energy, lora_energy
+from safeshard.kernels.calibrated.ridge import Ridge, ridge
 
 SIZE = 480  # ten rows of A share a factor
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeshard.kernels.backend import Backend
-from safeshard.kernels.half import PANEL, pack, packed_size, unpack
+from safeshard.kernels.calibrated.half import PANEL, pack, packed_size, unpack
 
 
 def symmetric(seed: int, n: int, device: str) -> torch.Tensor:

@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safeshard.kernels.factor import Factor, safety_factor
-from safeshard.kernels.leak import PROBES, Quadrature, dense_rows, energy, energy_by_factor, lora_rows, quadratures
+from safeshard.kernels.calibrated.factor import Factor, safety_factor
+from safeshard.kernels.calibrated.leak import (
+    PROBES,
+    Quadrature,
+    dense_rows,
+    energy,
+    energy_by_factor,
+    lora_rows,
+    quadratures,
+)
 
 
 def alone(rows: Tensor, apply: Callable[[Tensor], Tensor]) -> Quadrature:

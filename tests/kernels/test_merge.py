@@ -12,8 +12,8 @@ from torch import Tensor
 
 from safeshard.kernels.backend import Backend
 from safeshard.kernels.merge import COUNTERS, DENSE_COLUMNS, concatenate, dare_linear, linear, truncate, truncate_dense
+from safeshard.kernels.philox import philox_words
 from safeshard.kernels.projection import WEIGHT_DTYPES
-from safeshard.kernels.safedelta.philox import philox_words
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 60))
 WEIGHTS = st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=4)  # torch adds up to four in order

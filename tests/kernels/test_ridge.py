@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from safeshard.kernels.factor import NonFiniteGramError, NotPositiveDefiniteError, safety_factor
-from safeshard.kernels.leak import lora_rows
-from safeshard.kernels.ridge import ANCHOR_DAMPING, energies, ridge, spectra
+from safeshard.kernels.calibrated.factor import NonFiniteGramError, NotPositiveDefiniteError, safety_factor
+from safeshard.kernels.calibrated.leak import lora_rows
+from safeshard.kernels.calibrated.ridge import ANCHOR_DAMPING, energies, ridge, spectra
 
 PENALTIES = (0.0, 0.01, 0.3, 1.0, 30.0)
 EPS = torch.finfo(torch.float32).eps

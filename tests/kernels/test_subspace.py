@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_ridge import make_gram
 from torch import Tensor
 
-from safeshard.kernels.factor import NonFiniteGramError
-from safeshard.kernels.subspace import add, directions, inside, subspace
+from safeshard.kernels.calibrated.factor import NonFiniteGramError
+from safeshard.kernels.calibrated.subspace import add, directions, inside, subspace
 
 
 def randn(seed: int, *shape: int, device: str = "cpu") -> Tensor:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safeshard.kernels.calibrated.factor import Factor
+from safeshard.kernels.calibrated.grams import Grams
 from safeshard.kernels.effect import Pair as WrittenPair
 from safeshard.kernels.effect import Products, Tally
-from safeshard.kernels.factor import Factor
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
-from safeshard.kernels.grams import Grams
 from safeshard.kernels.merge import Sum
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock

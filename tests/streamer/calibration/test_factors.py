@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from safeshard.kernels.factor import NotPositiveDefiniteError
+from safeshard.kernels.calibrated.factor import NotPositiveDefiniteError
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import calibrate, safedelta
 from safeshard.streamer.calibration import factors, groups

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safeshard.kernels import grams
-from safeshard.kernels.stacks import Operator, stacked
+from safeshard.kernels.calibrated import grams
+from safeshard.kernels.calibrated.stacks import Operator, stacked
 from safeshard.manifests.errors import RequestError
 from safeshard.manifests.schema import Manifest, load
 from safeshard.streamer import batch, calibrate, ridge, safedelta, verify

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from safeshard.kernels.factor import NotPositiveDefiniteError
+from safeshard.kernels.calibrated.factor import NotPositiveDefiniteError
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import safedelta
 from safeshard.streamer.calibration import groups

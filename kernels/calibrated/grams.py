@@ -9,7 +9,7 @@ K = (I + c0 H)^-1 and a = c / c0
 
 T_j being Chebyshev's polynomials; the eigenvalues k of K lie between 0 and 1. Since |q| < 0.15, ten terms are right to
 fp32, in each eigendirection by itself; each but T_0 is one more solve. A penalty of 0.1, 0.3, 1, 3, ... takes none.
-Adapters that share a factor are solved in one stack (`safeshard.kernels.stacks`).
+Adapters that share a factor are solved in one stack (`safeshard.kernels.calibrated.stacks`).
 
 Shapes: A is r x I in its adapter's dtype, X is r x I fp32, H is I x I fp32.
 """
@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from safeshard.kernels.alignment.tiles import LANES
-from safeshard.kernels.ridge import Ridge, energies, ridge, spectra
-from safeshard.kernels.stacks import STACK, stacked
+from safeshard.kernels.calibrated.ridge import Ridge, energies, ridge, spectra
+from safeshard.kernels.calibrated.stacks import STACK, stacked
 
 T = TypeVar("T")
 SHARE = 48  # columns for each row of A, from which on ten solves cost less than a Cholesky

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safeshard.kernels.backend import Backend
-from safeshard.kernels.factor import Factor, safety_factor
+from safeshard.kernels.calibrated.factor import Factor, safety_factor
 from safeshard.kernels.safedelta.column_compensation import compensate_columns
 from safeshard.kernels.safedelta.compensation import (
     LoraCompensated,

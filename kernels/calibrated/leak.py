@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-from safeshard.kernels.factor import Factor
+from safeshard.kernels.calibrated.factor import Factor
 
 PROBES = 128  # random mixtures of the rows of a full delta that has more than twice as many
 STEPS = 32

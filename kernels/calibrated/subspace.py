@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from safeshard.kernels.calibrated.ridge import mean_diagonal
 from safeshard.kernels.dense import tiles
-from safeshard.kernels.ridge import mean_diagonal
 
 
 class Subspace(NamedTuple):

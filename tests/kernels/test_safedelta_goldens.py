@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from safeshard.kernels.backend import Backend
-from safeshard.kernels.factor import safety_factor
+from safeshard.kernels.calibrated.factor import safety_factor
 from safeshard.kernels.safedelta.compensation import Selection, safe_delta_dense
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 LINEAR = 5e-6  # relative to the change's norm
 MODEL = 1e-5
 

@@ -9,8 +9,8 @@ Safe Delta (arXiv 2505.12038) approximates entry by entry, and the least squares
 safety. On LoRA D = B A gives A' = A (I + c H)^-1 and B as it is: same rank, same shape, W never read.
 
 One Cholesky for each Gram and penalty (I^3 / 3), two triangular solves for each row of D (2 I^2): LAPACK's and BLAS's
-(cuSOLVER's and cuBLAS's), which no Triton kernel betters; `safeshard.kernels.grams` shares both among adapters. The
-plain form is fp32: the identity bounds the smallest eigenvalue, and with a few inputs a thousand times the others' size
+(cuSOLVER's and cuBLAS's), which no Triton kernel betters; `grams` shares both among adapters. The plain
+form is fp32: the identity bounds the smallest eigenvalue, and with a few inputs a thousand times the others' size
 (massive activations) X is within 1e-5 of fp64's up to a penalty of 1000, because Cholesky is as good as the matrix is
 once its diagonal is scaled. With task inputs the smallest eigenvalue is ANCHOR_DAMPING, a condition that fp32 does not
 bear: that form is computed in fp64.
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import torch
 
-from safeshard.kernels.factor import LEAF, NonFiniteGramError, NotPositiveDefiniteError, cholesky_
-from safeshard.kernels.leak import Quadrature, quadratures
-from safeshard.kernels.stacks import stacked
+from safeshard.kernels.calibrated.factor import LEAF, NonFiniteGramError, NotPositiveDefiniteError, cholesky_
+from safeshard.kernels.calibrated.leak import Quadrature, quadratures
+from safeshard.kernels.calibrated.stacks import stacked
 
 ANCHOR_DAMPING = 1e-3
 ROWS = 1024  # of a full delta, solved at a time
@@ -141,7 +141,7 @@ def spectra(deltas: Sequence[torch.Tensor], gram: torch.Tensor, keep: torch.Tens
     """What decides how the energy of each delta falls with the penalty; nodes are in units of the mean diagonal of H.
 
     Args:
-        deltas: Y of each (`safeshard.kernels.leak`), k x I fp32. None changes what another gives.
+        deltas: Y of each (`safeshard.kernels.calibrated.leak`), k x I fp32. None changes what another gives.
         gram: H, I x I fp32, symmetric.
         keep: the Gram that P is made of: with P = R R^T the operator is R^-1 H R^-T, and the rows are Y R.
     """

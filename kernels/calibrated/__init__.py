@@ -1,0 +1,1 @@
+"""What is made of Gram matrices: their sums and factors, closed forms, leaks, subspaces."""
