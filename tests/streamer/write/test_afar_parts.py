@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +114,21 @@ def test_the_bytes_of_one_machine(shards: Workers) -> None:
     assert waits == [False, True, False, True, False, False]
     shards.nothing_looks_finished()
     shards.finish()
+    shards.compare()
+    assert not [name for name in shards.bucket.names("out") if ".parts/" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: safeshard[ray]")
+def test_ray_runs_the_same_parts(shards: Workers) -> None:
+    """As a user starts it: Ray comes up on this machine, and its workers find the bucket."""
+    words = [sys.executable, "-m", "safeshard", "batch", str(shards.file), "--engine", "ray", "--parts", "2"]
+    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    more = ["--device", "cpu", "--memory", "64MiB", "--quiet"]
+    done = subprocess.run([*words, *more], env=env, capture_output=True, text=True, timeout=600)
+    if "Ray did not start" in done.stderr:
+        pytest.skip(done.stderr[-300:])
+    assert done.returncode == 0, done.stderr
     shards.compare()
     assert not [name for name in shards.bucket.names("out") if ".parts/" in name]
 
