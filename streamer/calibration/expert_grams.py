@@ -78,7 +78,7 @@ class ExpertGrams:
         self._experts, self._routed, self._weights = experts, routed, weights
         self._device, self._dtype, self._wanted, self._scale = device, dtype, wanted, scale
         self._workers = 1 if device.type != "cpu" else workers
-        self._next, self._failed = 0, False
+        self._next, self._failed = 0, experts.count  # the first expert that has failed
         self._changed = threading.Condition()
         counts = torch.bincount(routed.index.flatten().clamp(0, experts.count), minlength=experts.count + 1)
         few = int(counts[: experts.count].min()) < needed_tokens(len(routed), experts.width)
@@ -186,15 +186,15 @@ class ExpertGrams:
 
         def wait() -> None:
             with self._changed:
-                self._changed.wait_for(lambda: self._failed or self._next == index)
-                if self._failed:
+                self._changed.wait_for(lambda: self._failed < index or self._next == index)
+                if self._failed < index:
                     raise RunError("an earlier expert failed")  # whose error is the one that is raised
 
         try:
             yield wait
         except BaseException:
             with self._changed:
-                self._failed = True
+                self._failed = min(self._failed, index)
                 self._changed.notify_all()
             raise
         with self._changed:

@@ -95,7 +95,7 @@ class StandinHub:
         self.signed: dict[str, float] = {}  # signature -> when it expires
         self.lifetime = 3600.0  # of signed URLs, seconds
         self.delay = 0.0  # of every answer, seconds
-        self.peak = self._under_way = 0  # requests at the same time
+        self.peak = self._under_way = 0  # requests that waited for their answer at the same time
         self.xet: dict[str, str] = dict(xet or {})  # sha256 -> hash in the content-addressed store
         self.xet_store = ""
         self._folders: list[Path] = []
@@ -187,12 +187,10 @@ class StandinHub:
         with self._lock:
             self._under_way += 1
             self.peak = max(self.peak, self._under_way)
-        try:
-            time.sleep(self.delay)
-            self._route(handler)
-        finally:
-            with self._lock:
-                self._under_way -= 1
+        time.sleep(self.delay)
+        with self._lock:  # before it is answered: what the client asks next is not at the same time
+            self._under_way -= 1
+        self._route(handler)
 
     def _route(self, handler: BaseHTTPRequestHandler) -> None:
         url = urlsplit(handler.path)

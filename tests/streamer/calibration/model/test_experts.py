@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +173,22 @@ def test_an_interrupted_run_goes_on_from_a_layer_s_hidden_states(
     assert all(torch.equal(gram, whole[place][1]) for place, (_, gram) in rest.items())
 
 
-def test_an_expert_that_overflows_is_named_with_the_sample(tmp_path: Path) -> None:
+def test_an_expert_that_overflows_is_named_with_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it fails before the one ahead of it has come to its turn."""
+    failed, take_turns = threading.Event(), expert_grams.ExpertGrams._turn
+
+    @contextlib.contextmanager
+    def turn(self: Any, index: int) -> Iterator[Any]:
+        try:
+            with take_turns(self, index) as wait:
+                if index == 1 and "layers.1" in self._experts.path:
+                    assert failed.wait(60)
+                yield wait
+        finally:
+            if index == 2 and "layers.1" in self._experts.path:
+                failed.set()
+
+    monkeypatch.setattr(expert_grams.ExpertGrams, "_turn", turn)
     make("qwen3_moe", tmp_path / "m")
     file = tmp_path / "m/model.safetensors"
     stored = load_file(file)
