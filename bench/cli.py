@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from safeshard.bench import documents, durability, kernels, peers, pictures, pipeline, remote, rows
+from safeshard.bench import documents, durability, kernels, parts, peers, pictures, pipeline, remote, rows
 from safeshard.bench.inputs import models, support_inputs
 from safeshard.bench.machine import io, roofline
 from safeshard.bench.real import experiment as real
@@ -142,6 +142,18 @@ def measure_pipeline(
     depths = _numbers("--layers", layers) if layers else [None]
     counts, names = _numbers("--adapters", adapters), _names("--jobs", jobs, pipeline.JOBS)
     pipeline.run(folder, shape, depths, repeat, counts, names, runs, cold, memory)
+
+
+@app.command("parts")
+def measure_parts(
+    folder: Folder = Path("bench-models"),
+    shape: Shape = "llama-1b",
+    layers: Layers = None,
+    count: Annotated[int, typer.Option("--parts", help="how many", min=2)] = 4,
+    runs: Runs = 3,
+) -> None:
+    """Add up the processor's seconds of a batch in parts, beside those of one process."""
+    parts.run(folder, shape, layers, count, runs)
 
 
 @app.command("remote")

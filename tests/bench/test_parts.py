@@ -1,0 +1,40 @@
+"""The cost of parts: which commands are run, and what is added up."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from safeshard.bench import parts, rows
+from safeshard.bench.machine.measure import Sample
+
+
+def test_all_parts_and_finish_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    asked: list[list[str]] = []
+    methods: list[str] = []
+
+    def process(command: Sequence[str]) -> Sample:
+        words = [word for word in command if word not in (*parts.SAFESHARD, "--quiet")]
+        methods.append(json.loads(Path(words[1]).read_text())["defaults"]["method"])
+        asked.append([word for word in words if not word.endswith(".yaml")])
+        return Sample(2.0, 100, processor=1.5)
+
+    def clean_run(outputs: Path, command: Sequence[str]) -> Sample:
+        return Sample(5.0, 200, nbytes=1000, processor=6.0, stages={"processor": 6.0})
+
+    monkeypatch.setattr(parts, "process", process)
+    monkeypatch.setattr(parts, "clean_run", clean_run)
+    parts.run(tmp_path, "llama-tiny", 2, 3, 1)
+    each = [["batch", "--part", "1/3"], ["batch", "--part", "2/3"], ["batch", "--part", "3/3"], ["finish"]]
+    assert asked == each * 4  # two batches, each once to warm up
+    assert set(methods) == {"safemerge"}
+    with (tmp_path / "results/parts.csv").open() as file:
+        whole, cut, *_ = csv.DictReader(file)
+    assert (whole["what"], whole["stages"]) == ("safemerge, 8 adapters, one process", "processor=6.000")
+    assert (cut["what"], cut["stages"]) == ("safemerge, 8 adapters, 3 parts and finish", "processor=6.000")
+    assert (cut["median_s"], cut["time_ratio"], cut["peak_rss_bytes"]) == ("8", "0.62", "100")
