@@ -28,7 +28,7 @@ def run(folder: Path, shape: str, layers: int | None, count: int, runs: int) -> 
     """
     label, paths = prepare(folder, shape, layers, finetuned=True, adapters=ADAPTERS, rank=RANK)
     bench = Bench(label, tensor_files(paths.values()), runs, cold=False, file="parts")
-    columns = {"layers": layers or SHAPES[shape].layers}
+    columns: dict[str, Any] = {"layers": layers or SHAPES[shape].layers}
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
         outputs = Path(scratch) / "outputs"
         for what, jobs in _batches(paths, outputs).items():
