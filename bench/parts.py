@@ -44,9 +44,14 @@ def run(folder: Path, shape: str, layers: int | None, count: int, runs: int) -> 
 
 def _batches(paths: Mapping[str, Path], outputs: Path) -> dict[str, dict[str, Any]]:
     places = {name: str(path) for name, path in paths.items()}
-    pair = {"method": "safemerge", "aligned": places["aligned"], "unaligned": places["unaligned"]}
-    adapters = [{"adapter": places[f"adapter-{i}"], "output": str(outputs / str(i))} for i in range(ADAPTERS)]
-    full = {"finetuned": places["finetuned"], "safe": places["finetuned-safe"], "output": str(outputs / "full")}
+    pair = {"aligned": places["aligned"], "unaligned": places["unaligned"]}
+    method = {"method": "safemerge"}
+    adapters = [method | {"adapter": places[f"adapter-{i}"], "output": str(outputs / str(i))} for i in range(ADAPTERS)]
+    full = method | {
+        "finetuned": places["finetuned"],
+        "safe": places["finetuned-safe"],
+        "output": str(outputs / "full"),
+    }
     return {
         f"safemerge, {ADAPTERS} adapters": {"defaults": {**pair, "safe_adapter": places["safe"]}, "jobs": adapters},
         "safemerge, full checkpoint": {"defaults": pair, "jobs": [full]},

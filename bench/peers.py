@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from safeshard.bench.inputs.models import prepare
 from safeshard.bench.machine.measure import SAFESHARD, Bench, Sample, clean_run, tensor_bytes, tensor_files
-from safeshard.manifests.errors import Offence, RequestError
+from safeshard.manifests.errors import Offence, RequestError, RunError
 from safeshard.streamer.extras import require
 
 FACTOR = 0.5  # exact in bf16, so that both weigh alike
@@ -49,7 +49,7 @@ def run(
 
     Raises:
         RequestError: a peer is not there.
-        SystemExit: the outputs differ by more than TOLERANCE.
+        RunError: the outputs differ by more than TOLERANCE.
     """
     executable = _executable(mergekit) if "mergekit" in peers else ""
     if "peft" in peers:
@@ -128,20 +128,20 @@ def compare(theirs: Path, ours: Path) -> None:
     """Compare all tensors of two outputs, one by one.
 
     Raises:
-        SystemExit: they hold other tensors, or values that differ by more than TOLERANCE.
+        RunError: they hold other tensors, or values that differ by more than TOLERANCE.
     """
     left, right = _places(theirs), _places(ours)
     if left.keys() != right.keys():
-        raise SystemExit(f"the outputs hold other tensors: {sorted(left.keys() ^ right.keys())[:4]}")
+        raise RunError(f"the outputs hold other tensors: {sorted(left.keys() ^ right.keys())[:4]}")
     for name in left:
         with safe_open(left[name], "pt") as a, safe_open(right[name], "pt") as b:
             dtypes = [file.get_slice(name).get_dtype() for file in (a, b)]
             x, y = a.get_tensor(name).float(), b.get_tensor(name).float()
         if x.shape != y.shape or dtypes[0] != dtypes[1]:
-            raise SystemExit(f"{name}: {dtypes[0]} {[*x.shape]} by the peer, {dtypes[1]} {[*y.shape]} by safeshard")
+            raise RunError(f"{name}: {dtypes[0]} {[*x.shape]} by the peer, {dtypes[1]} {[*y.shape]} by safeshard")
         difference, limit = float((x - y).abs().max()), TOLERANCE[dtypes[0]] * float(x.abs().max())
         if not difference <= limit:  # NaN is a difference
-            raise SystemExit(f"{name}: the outputs differ by {difference:.3g}, more than {limit:.3g}")
+            raise RunError(f"{name}: the outputs differ by {difference:.3g}, more than {limit:.3g}")
 
 
 def _places(folder: Path) -> dict[str, Path]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from safeshard.bench.rows import record
 from safeshard.manifests import MANIFEST_NAME
+from safeshard.manifests.errors import RunError
 from safeshard.manifests.safetensors_header import Header, read_header
 
 SAFESHARD = (sys.executable, "-m", "safeshard")
@@ -176,11 +177,11 @@ def process(command: Sequence[str]) -> Sample:
     """Run a process; return its wall time, its peak resident memory, and the processor's seconds.
 
     Raises:
-        SystemExit: it failed; says the last it wrote to standard error.
+        RunError: it failed; says the last it wrote to standard error.
     """
     timer = [sys.executable, "-I", "-S", "-c", TIMER, *command]
     run = subprocess.run(timer, capture_output=True, text=True, check=True)
     seconds, processor, peak, status = json.loads(run.stdout)
     if status != 0:
-        raise SystemExit(f"{' '.join(command)[:1000]} failed with status {status}\n{run.stderr[-2000:]}")
+        raise RunError(f"{' '.join(command)[:1000]} failed with status {status}\n{run.stderr[-2000:]}")
     return Sample(seconds, peak, processor=processor)

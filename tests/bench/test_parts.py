@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,16 +10,17 @@ import pytest
 
 from safeshard.bench import parts, rows
 from safeshard.bench.machine.measure import Sample
+from safeshard.streamer.plan.request.jobs_file import read_jobs
 
 
 def test_all_parts_and_finish_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
     asked: list[list[str]] = []
-    methods: list[str] = []
+    jobs: list[int] = []
 
     def process(command: Sequence[str]) -> Sample:
         words = [word for word in command if word not in (*parts.SAFESHARD, "--quiet")]
-        methods.append(json.loads(Path(words[1]).read_text())["defaults"]["method"])
+        jobs.append(len(read_jobs(Path(words[1]))))  # which refuses what is no jobs file
         asked.append([word for word in words if not word.endswith(".yaml")])
         return Sample(2.0, 100, processor=1.5)
 
@@ -32,7 +32,7 @@ def test_all_parts_and_finish_are_added_up(tmp_path: Path, monkeypatch: pytest.M
     parts.run(tmp_path, "llama-tiny", 2, 3, 1)
     each = [["batch", "--part", "1/3"], ["batch", "--part", "2/3"], ["batch", "--part", "3/3"], ["finish"]]
     assert asked == each * 4  # two batches, each once to warm up
-    assert set(methods) == {"safemerge"}
+    assert jobs == [8] * 8 + [1] * 8
     with (tmp_path / "results/parts.csv").open() as file:
         whole, cut, *_ = csv.DictReader(file)
     assert (whole["what"], whole["stages"]) == ("safemerge, 8 adapters, one process", "processor=6.000")
