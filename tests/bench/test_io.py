@@ -16,6 +16,7 @@ from safeshard.bench import durability, rows
 from safeshard.bench.documents import markdown
 from safeshard.bench.inputs.models import prepare
 from safeshard.bench.machine import io, measure
+from safeshard.manifests.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_the_memory_of_this_process_is_not_counted() -> None:
 
 
 def test_a_failure_says_what_failed() -> None:
-    with pytest.raises(SystemExit, match=r"(?s)status 3.*broken"):
+    with pytest.raises(RunError, match=r"(?s)status 3.*broken"):
         measure.process([sys.executable, "-S", "-c", "import sys; sys.stderr.write('broken'); sys.exit(3)"])
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from safeshard.bench import peers, rows
+from safeshard.manifests.errors import RunError
 from safeshard.streamer.cli.app import main
 
 MERGEKIT = shutil.which(os.environ.get("MERGEKIT", "mergekit-yaml"))
@@ -38,7 +39,7 @@ def test_outputs_are_compared_within_a_rounding(tmp_path: Path) -> None:
         ("dtype", {"a": x.clone(), "b": x}, "a: BF16 .* by the peer, F32"),
         ("shape", {"a": x.bfloat16()[:32], "b": x}, r"a: BF16 \[64\]"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(RunError, match=message):
             peers.compare(theirs, _write(tmp_path / name, **tensors))
 
 
