@@ -90,6 +90,6 @@ def test_the_readme_of_a_distribution_has_absolute_links() -> None:
 def test_the_readme_is_drawn_by_what_draws_it_on_pypi() -> None:
     drawn = pytest.importorskip("readme_renderer.markdown").render(publish.absolute("https://host/org/name", "v9"))
     assert drawn is not None
-    assert drawn.count("<img") == 2
+    assert drawn.count("<img") == 3
     assert drawn.count("<table") == 3
     assert "not run" not in re.sub(r"<[^>]*>", "", drawn)
