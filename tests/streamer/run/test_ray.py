@@ -44,9 +44,12 @@ underway = []
 
 def strike():
     first = sorted(json.loads(Path(jobs).read_text())["jobs"], key=lambda job: job["output"])[0]["output"]
-    while len(begun := list(Path(first + ".parts").glob("*/journal.jsonl"))) < 2:  # one a node
+    begun = []
+    while len(begun) < 2:  # one a node
         time.sleep(0.01)
-    underway.extend(path for path in begun if not (path.parent / "part.json").exists())
+        journals = Path(first + ".parts").glob("*/journal.jsonl")
+        begun = [path for path in journals if not (path.parent / "part.json").exists()]
+    underway.extend(begun)
     cluster.remove_node(other, allow_graceful=False)
 
 threading.Thread(target=strike, daemon=True).start()
