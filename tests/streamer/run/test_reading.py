@@ -131,7 +131,7 @@ def test_a_file_that_shrinks_underway(world: Any, ways: Counter[str], monkeypatc
         choose(*args)
         os.truncate(file, file.stat().st_size - 100)
 
-    monkeypatch.setattr("safeshard.streamer.run.runner.choose_reading", then_shrink)
+    monkeypatch.setattr("safeshard.streamer.run.one_pass.choose_reading", then_shrink)
     with pytest.raises(RunError, match=r"model.safetensors has nothing at byte .* truncated"):
         safemerge(**trio, output=world.root / "out", quiet=True, io="direct")
     assert not (world.root / "out").exists()
