@@ -129,8 +129,7 @@ class Readers:
     def journal(self, data: bytes) -> None:
         self._file("out.partial/journal.jsonl", data)
         writer = Writer(self.root / "out", [], {"a": [1]}, overwrite=False)
-        writer.close_files()
-        writer.journal.close()
+        writer.abandon()
 
     def calibration(self, data: bytes) -> None:
         load_prompts(self._file("data.jsonl", data), self.root / "model", samples=1)
