@@ -23,7 +23,8 @@ from safeshard.manifests.safetensors_header import HeaderError, read_header
 from safeshard.streamer import api, calibrate, safemerge, scale, score
 from safeshard.streamer.calibration.data import prompts
 from safeshard.streamer.calibration.model import building
-from safeshard.streamer.inputs import headers, patterns
+from safeshard.streamer.inputs import headers
+from safeshard.streamer.inputs.names import patterns
 from safeshard.streamer.inputs.checkpoint import open_checkpoint
 from safeshard.streamer.plan.request import yaml_file
 from safeshard.streamer.plan.request.jobs_file import read_jobs
