@@ -130,7 +130,8 @@ class Readers:
     def journal(self, data: bytes) -> None:
         self._file("out.partial/journal.jsonl", data)
         writer = Writer(self.root / "out", [], {"a": [1]}, overwrite=False)
-        writer.abandon()
+        writer._parts.close()  # the journal stays, for the next case
+        writer.journal.close()
 
     def calibration(self, data: bytes) -> None:
         load_prompts(self._file("data.jsonl", data), self.root / "model", samples=1)
