@@ -11,7 +11,7 @@ import torch
 import typer
 
 from safeshard.bench import documents, durability, kernels, parts, peers, pictures, pipeline, remote, rows
-from safeshard.bench.inputs import models, support_inputs
+from safeshard.bench.inputs import models, support_planned
 from safeshard.bench.machine import io, roofline
 from safeshard.bench.real import experiment as real
 from safeshard.bench.real import pictures as real_pictures
@@ -199,7 +199,7 @@ _measured("durability", "Time hashing and syncing as a share of a job that write
 @app.command("support")
 def support() -> None:
     """Plan small inputs of every kind with every method, and keep what the planner says for the support table."""
-    print(support_inputs.write_planned())
+    print(support_planned.write_planned())
 
 
 @app.command("report")

@@ -11,13 +11,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from safeshard.kernels import backend, dense, effect, gate, merge, projection
+    from safeshard.kernels import backend, dense, effect, gate, merge, projection, ranks
     from safeshard.kernels.calibrated import factor, gram, grams, leak, ridge, subspace
     from safeshard.kernels.safedelta import column_compensation, compensation, row_compensation, selection
 
 __all__ = [
     "backend", "column_compensation", "compensation", "dense", "effect", "factor", "gate", "gram", "grams", "leak",
-    "merge", "projection", "ridge", "row_compensation", "selection", "subspace",
+    "merge", "projection", "ranks", "ridge", "row_compensation", "selection", "subspace",
 ]  # fmt: skip
 _ROOMS = {
     "calibrated": {"factor", "gram", "grams", "leak", "ridge", "subspace"},

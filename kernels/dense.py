@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from safeshard.kernels import merge
+from safeshard.kernels import merge, ranks
 
 PIECE = 1 << 18  # elements of an element-wise piece, which stays in a core's L2 cache in fp32
 ROWS = 256  # rows a tile; part of dare_linear's random stream, so changing it changes outputs
@@ -82,7 +82,7 @@ def add_low_rank_delta(
     for rows in tiles(aligned.shape[0]):
         base = aligned[rows].float()
         delta[rows] = merge.linear([t[rows].float() - base for t in tuned], weights)
-    low, lost = merge.truncate_dense(delta, rank)
+    low, lost = ranks.truncate_dense(delta, rank)
     return add(aligned, low, dtype), float(lost)
 
 

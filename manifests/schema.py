@@ -7,8 +7,6 @@ function of the content: field order as declared, floats by `repr`, ASCII only, 
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,21 +22,13 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from safeshard.manifests.bounded import MAX_TENSORS, TooLargeError, read_regular, refuse_many
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
+from safeshard.manifests.manifest_text import MANIFEST_NAME as MANIFEST_NAME
+from safeshard.manifests.manifest_text import layout, read_manifest, reject_ambiguous, repeated
 
 SCHEMA = "safeshard.manifest/1"
-MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "journal.jsonl"
-INLINE_CHARS = 300
-MAX_MANIFEST_BYTES = 200_000_000  # of as many tensors as are taken it is some 80 MB
-MAX_MANIFEST_VALUES = 6_000_000
-MAX_SHOWN = 200  # characters of a value that is wrong
-MAX_WIDE_BYTES = 32_000_000
-MAX_OPTIONS_CHARS = 1_000_000  # of the method's options
-MAX_ENTRIES = 2 * MAX_TENSORS  # of one list
-MAX_KEYS = 10_000  # of one table
 
 Decision = Literal["kept", "merged", "projected", "selected", "shrunk", "scaled", "reverted"]
 Action = Literal["copied", "edited", "new"]
@@ -243,8 +233,8 @@ class Manifest(_Entry):
             ("tensor", (t.name for t in self.tensors)),
             ("file", (f.name for f in self.files)),
         ):
-            if repeated := _repeated(names):
-                raise ValueError(f"{kind} named twice: {', '.join(map(repr, repeated))}")
+            if twice := repeated(names):
+                raise ValueError(f"{kind} named twice: {', '.join(map(repr, twice))}")
         with_header = {f.name for f in self.files if f.header_sha256 is not None}
         if unlisted := sorted({t.file for t in self.tensors} - with_header):
             raise ValueError(f"files has no header_sha256 for {', '.join(map(repr, unlisted))}")
@@ -269,13 +259,13 @@ class Manifest(_Entry):
 
     def to_json(self) -> str:
         """The text of manifest.json, sealed, with a trailing newline."""
-        return _layout(self.sealed().model_dump(mode="json", by_alias=True, exclude_none=True)) + "\n"
+        return layout(self.sealed().model_dump(mode="json", by_alias=True, exclude_none=True)) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = MANIFEST_NAME) -> "Manifest":
         """Parse manifest.json; RequestError lists every field that is wrong. `blake3` is kept, not compared."""
         try:
-            _reject_ambiguous(text.encode() if isinstance(text, str) else text)
+            reject_ambiguous(text.encode() if isinstance(text, str) else text)
             return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             details = error.errors(include_url=False, include_context=False)
@@ -290,32 +280,11 @@ def load(path: Path) -> Manifest:
     return Manifest.from_json(read_manifest(file), where=str(file))
 
 
-def read_manifest(file: Path) -> bytes:
-    """The text of a manifest.
-
-    Raises:
-        RequestError: it is not there, cannot be read, or is too large.
-    """
-    try:
-        return read_regular(file, MAX_MANIFEST_BYTES)
-    except TooLargeError as error:
-        raise RequestError(Offence(str(file), "", "at most {} bytes".format(*error.args), str(error.args[1]))) from None
-    except OSError as error:
-        remedy = f"name an output folder of safeshard, with {MANIFEST_NAME} in it"
-        raise RequestError(
-            Offence(str(file), expected="a manifest", got=error.strerror or "", remedy=remedy)
-        ) from error
-
-
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of manifest.json, exported as `manifest.schema.json` beside this file."""
     schema = Manifest.model_json_schema(by_alias=True)
     schema["properties"]["schema"].pop("enum", None)  # older releases of pydantic repeat `const` there
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA, **schema}
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _offence(where: str, detail: ErrorDetails) -> Offence:
@@ -326,43 +295,3 @@ def _offence(where: str, detail: ErrorDetails) -> Offence:
         else repr(value[:200] if isinstance(value, str) else value)
     )
     return Offence(where, ".".join(map(str, detail["loc"])), detail["msg"].removeprefix("Input should be "), got)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        raise ValueError(f"key named twice: {', '.join(map(repr, _repeated(key for key, _ in pairs)))}")
-    if len(table) > MAX_KEYS:
-        raise ValueError(f"a table of {len(table)} keys, more than {MAX_KEYS}")
-    return table
-
-
-def _no_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
-
-
-def _reject_ambiguous(text: bytes) -> None:
-    """Raise ValueError for what parsers read differently (a repeated key, NaN, infinity), and for what is too much."""
-    refuse_many(text, MAX_MANIFEST_VALUES)
-    if len(text) > MAX_WIDE_BYTES and (b"\\u" in text or not text.isascii()):  # such a text takes four times the memory
-        raise ValueError(f"more than {MAX_WIDE_BYTES} bytes with characters beyond ASCII")
-    document = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    method = document.get("method") if isinstance(document, dict) else None
-    if len(json.dumps(method)) > MAX_OPTIONS_CHARS:
-        raise ValueError(f"method has more than {MAX_OPTIONS_CHARS} characters")
-    for key, value in document.items() if isinstance(document, dict) else ():
-        if isinstance(value, list) and len(value) > MAX_ENTRIES:
-            raise ValueError(f"{key} has {len(value)} entries, more than {MAX_ENTRIES}")
-
-
-def _layout(value: Any, depth: int = 0) -> str:
-    """JSON with the two outer levels broken into lines, and deeper ones only where a line would be long."""
-    flat = json.dumps(value, allow_nan=False)
-    if not isinstance(value, dict | list) or not value or (depth >= 2 and len(flat) <= INLINE_CHARS):
-        return flat
-    pad = "  " * (depth + 1)
-    if isinstance(value, dict):
-        brackets, items = "{}", [f"{json.dumps(key)}: {_layout(item, depth + 1)}" for key, item in value.items()]
-    else:
-        brackets, items = "[]", [_layout(item, depth + 1) for item in value]
-    return f"{brackets[0]}\n" + ",\n".join(pad + item for item in items) + f"\n{pad[2:]}{brackets[1]}"

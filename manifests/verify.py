@@ -16,15 +16,9 @@ from typing import Protocol
 
 from safeshard.manifests.errors import RequestError, printable
 from safeshard.manifests.hashing import hash_tensor_region
+from safeshard.manifests.manifest_text import read_manifest
 from safeshard.manifests.safetensors_header import HeaderError, TensorRef, header_digest, read_header
-from safeshard.manifests.schema import (
-    JOURNAL_NAME,
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    TensorEntry,
-    read_manifest,
-)
+from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, FileEntry, Manifest, TensorEntry
 
 Progress = Callable[[int], None]
 UNLISTED = frozenset({MANIFEST_NAME, JOURNAL_NAME, "report.html"})  # the journal: of a run killed in its last step

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         score,
         verify,
     )
-    from safeshard.streamer.run.runner import Result
+    from safeshard.streamer.run.result import Result
 
 __all__ = [
     "Result",
@@ -51,5 +51,5 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(
-        import_module("safeshard.streamer.run.runner" if name == "Result" else "safeshard.streamer.api"), name
+        import_module("safeshard.streamer.run.result" if name == "Result" else "safeshard.streamer.api"), name
     )

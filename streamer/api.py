@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.disk import check_file, replace_file
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
-from safeshard.streamer.options import Options, RunOptions, build, fields_of, local_path, written_place
+from safeshard.streamer.options import RunOptions, build, keywords_of, local_path, written_place
 from safeshard.streamer.recheck.written import manifest_of
 
 if TYPE_CHECKING:  # what computes is imported where it is called: the command line's help need not wait for torch
     from safeshard.manifests.verify import Finding
-    from safeshard.streamer.plan.parts import Part
-    from safeshard.streamer.run.runner import Result
-    from safeshard.streamer.run.save_factors import Factors
+    from safeshard.streamer.run.factors.save_factors import Factors
+    from safeshard.streamer.run.result import Result
 
 __all__ = [
     "batch",
@@ -42,34 +39,10 @@ __all__ = [
     "score",
     "verify",
 ]
-F = TypeVar("F", bound=Callable[..., Any])
 P = TypeVar("P", str, "str | os.PathLike[str]")
 
 
-def _takes(*models: type[Options]) -> Callable[[F], F]:
-    """Show the fields of models as the keywords of a function, in place of its `**options`."""
-
-    def with_signature(function: F) -> F:
-        hints = {name: hint for model in models for name, hint in get_type_hints(model).items()}
-        keywords = {
-            name: Parameter(
-                name,
-                Parameter.KEYWORD_ONLY,
-                default=Parameter.empty if field.is_required() else field.default,
-                annotation=hints[name],
-            )
-            for name, field in fields_of(*models).items()
-        }
-        given = signature(function)
-        own = {name: p for name, p in given.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
-        parameters = sorted((keywords | own).values(), key=lambda p: p.kind)
-        function.__signature__ = Signature(parameters, return_annotation=given.return_annotation)  # type: ignore[attr-defined]
-        return function
-
-    return with_signature
-
-
-@_takes(METHODS["safemerge"], RunOptions)
+@keywords_of(METHODS["safemerge"], RunOptions)
 def safemerge(**options: Any) -> Result:
     """SafeMERGE: merge with a safe model, by a gate.
 
@@ -79,7 +52,7 @@ def safemerge(**options: Any) -> Result:
     return _run_one("safemerge", options)
 
 
-@_takes(METHODS["safelora"], RunOptions)
+@keywords_of(METHODS["safelora"], RunOptions)
 def safelora(**options: Any) -> Result:
     """SafeLoRA: project onto the alignment subspace.
 
@@ -89,7 +62,7 @@ def safelora(**options: Any) -> Result:
     return _run_one("safelora", options)
 
 
-@_takes(METHODS["safedelta"], RunOptions)
+@keywords_of(METHODS["safedelta"], RunOptions)
 def safedelta(**options: Any) -> Result:
     """Safe Delta: keep what a safety budget allows.
 
@@ -99,7 +72,7 @@ def safedelta(**options: Any) -> Result:
     return _run_one("safedelta", options)
 
 
-@_takes(METHODS["ridge"], RunOptions)
+@keywords_of(METHODS["ridge"], RunOptions)
 def ridge(**options: Any) -> Result:
     """Ridge: shrink a delta where safe inputs excite it.
 
@@ -109,7 +82,7 @@ def ridge(**options: Any) -> Result:
     return _run_one("ridge", options)
 
 
-@_takes(METHODS["resta"], RunOptions)
+@keywords_of(METHODS["resta"], RunOptions)
 def resta(**options: Any) -> Result:
     """RESTA: add the safety vector, a baseline.
 
@@ -119,7 +92,7 @@ def resta(**options: Any) -> Result:
     return _run_one("resta", options)
 
 
-@_takes(METHODS["lssf"], RunOptions)
+@keywords_of(METHODS["lssf"], RunOptions)
 def lssf(**options: Any) -> Result:
     """LSSF: add part of the safety vector, a baseline.
 
@@ -129,20 +102,20 @@ def lssf(**options: Any) -> Result:
     return _run_one("lssf", options)
 
 
-@_takes(Calibrate, RunOptions)
+@keywords_of(Calibrate, RunOptions)
 def calibrate(**options: Any) -> Factors:
     """Save Grams and factors for many jobs.
 
     Returns their folder, and the modules of the aligned model that have no factor.
     Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.
     """
-    from safeshard.streamer.run.save_factors import run_calibrate
+    from safeshard.streamer.run.factors.save_factors import run_calibrate
 
     job_options, run_options = _split(options)
     return run_calibrate(build(Calibrate, job_options), run_options)
 
 
-@_takes(METHODS["scale"], RunOptions)
+@keywords_of(METHODS["scale"], RunOptions)
 def scale(**options: Any) -> Result:
     """Shrink a fine-tuned delta: the baseline.
 
@@ -151,7 +124,7 @@ def scale(**options: Any) -> Result:
     return _run_one("scale", options)
 
 
-@_takes(Score, RunOptions)
+@keywords_of(Score, RunOptions)
 def score(
     *,
     adapter: str | Sequence[str] = (),
@@ -172,30 +145,17 @@ def score(
         overwrite: replace existing files.
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
-    from safeshard.streamer.run.runner import run
+    from safeshard.streamer.run.scores import run_scores
 
-    table = local_path("--output", output) if output is not None else None
-    if table is not None:
-        check_file(table, (".csv", ".json"), overwrite)
-    picture = local_path("--plot", plot) if plot is not None else None
-    if picture is not None:
-        from safeshard.streamer.run.ending.figures import check_plot, draw_values
-
-        check_plot(picture, overwrite)
     job_options, run_options = _split(options)
     sources = [{"adapter": s} for s in _listed(adapter)] + [{"finetuned": s} for s in _listed(finetuned)]
     jobs = [build(Score, job_options | source) for source in sources or [{}]]
-    results = run(jobs, run_options)
-    if table is not None and not run_options.dry_run:
-        from safeshard.streamer.run.score_table import score_table
-
-        replace_file(table, score_table(results, table.suffix).encode(errors="backslashreplace"))
-    if picture is not None and not run_options.dry_run:
-        draw_values({r.plan.finetuned.source.spec: r.cosines for r in results}, "cosine", picture)
-    return results
+    table = None if output is None else local_path("--output", output)
+    picture = None if plot is None else local_path("--plot", plot)
+    return run_scores(jobs, run_options, table, picture, overwrite)
 
 
-@_takes(RunOptions)
+@keywords_of(RunOptions)
 def batch(
     jobs: str | os.PathLike[str],
     *,
@@ -223,54 +183,15 @@ def batch(
         options: the fields of `RunOptions`.
     """
     from safeshard.streamer.plan.request.jobs_file import read_jobs
-    from safeshard.streamer.plan.written.afar import without_finished
-    from safeshard.streamer.run.runner import run, run_keeping_going
+    from safeshard.streamer.run.batch import run_batch
 
-    share = _part(part, engine=engine, parts=parts, keep_going=keep_going)
-    read, run_options = read_jobs(Path(jobs)), build(RunOptions, options)
-    if skip_finished and run_options.overwrite:
-        raise RequestError(Offence("--skip-finished", expected="one of the two", got="--overwrite too"))
-    if skip_finished:
-        left = without_finished(read)
-        note(f"{len(read) - len(left)} of {len(read)} jobs are finished already")
-        if not (read := left):
-            return []
-    if engine == "ray":
-        from safeshard.streamer.run.ray_engine import run_on_ray
-
-        return run_on_ray(read, run_options, parts)
-    if share is not None:
-        from safeshard.streamer.run.parts import run_part
-
-        return run_part(read, run_options, share)
-    return run_keeping_going(read, run_options) if keep_going else run(read, run_options, skip_finished=True)
+    return run_batch(
+        read_jobs(Path(jobs)), build(RunOptions, options), keep_going=keep_going, skip_finished=skip_finished,
+        note=note, part=part, engine=engine, parts=parts,
+    )  # fmt: skip
 
 
-def _part(part: str | None, *, engine: str, parts: int | None, keep_going: bool) -> Part | None:
-    """The part that is asked for.
-
-    Raises:
-        RequestError: there is no such part, or it does not go with the other options.
-    """
-    from safeshard.streamer.plan.parts import MAX_PARTS, Part
-
-    offences: list[Offence] = []
-    if engine not in ("local", "ray"):
-        offences.append(Offence("--engine", "", "local or ray", repr(engine)))
-    if part is not None and engine == "ray":
-        offences.append(Offence("--part goes without --engine ray, which does every part"))
-    if parts is not None and engine != "ray":
-        offences.append(Offence("--parts goes with --engine ray; a worker of another cluster takes --part I/N"))
-    if parts is not None and not 1 <= parts <= MAX_PARTS:
-        offences.append(Offence("--parts", "", f"a number from 1 to {MAX_PARTS}", str(parts)))
-    if keep_going and (part is not None or engine == "ray"):
-        offences.append(Offence("--keep-going goes with a whole batch: all parts cut the same jobs"))
-    if offences:
-        raise RequestError(offences)
-    return None if part is None else Part.parse(part)
-
-
-@_takes(RunOptions)
+@keywords_of(RunOptions)
 def finish(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
     """Put the parts of a batch together.
 
@@ -341,46 +262,12 @@ def verify(
         RequestError: no manifest, a URL that the manifest alone names, or inputs to recompute from that changed.
         RunError: recomputing failed underway.
     """
-    from safeshard.manifests.verify import verify as verify_output
-    from safeshard.streamer.progress import Progress
-
     if recompute < 0:
         raise RequestError(Offence("--recompute", "", "a number from 0 on", str(recompute)))
-    place = written_place(output)
-    if isinstance(place, Path):
-        with Progress(_folder_bytes(place), quiet) as bar:
-            findings = verify_output(place, progress=lambda count: bar.done("hashing", count))
-    else:
-        from safeshard.streamer.recheck.afar import THREADS, Afar
+    from safeshard.streamer.recheck.verified import verified
 
-        there = Afar(place)
-        with Progress(there.nbytes, quiet) as bar:
-            findings = verify_output(there, threads=THREADS, progress=lambda count: bar.done("hashing", count))
-    if not inputs and not recompute:
-        return findings
-    try:
-        manifest = manifest_of(output)
-    except RequestError:  # a manifest that cannot be read is among the findings
-        return findings
-    from safeshard.streamer.recheck.inputs import check_inputs, input_places
-
-    places = input_places(manifest, {role: os.fspath(place) for role, place in (sources or {}).items()})
-    changed = check_inputs(manifest, places, note)
-    if changed and recompute:
-        remedy = "restore the input, or name it: --source ROLE=PLACE"
-        raise RequestError([Offence(f.file, f.problem, f.expected, f.got, remedy) for f in changed])
-    if not recompute:
-        return [*findings, *changed]
-    from safeshard.streamer.recheck.recompute import recompute as recompute_modules
-
-    return [*findings, *changed, *recompute_modules(manifest, places, recompute, seed, note)]
-
-
-def _folder_bytes(folder: Path) -> int:
-    try:
-        return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    except OSError:  # which verifying says better
-        return 0
+    places = {role: os.fspath(place) for role, place in (sources or {}).items()}
+    return verified(output, inputs=inputs, recompute=recompute, seed=seed, sources=places, note=note, quiet=quiet)
 
 
 def report(

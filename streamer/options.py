@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -24,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from safeshard.manifests.errors import Offence, RequestError, without_secrets
 
 T = TypeVar("T", bound=BaseModel)
+F = TypeVar("F", bound=Callable[..., Any])
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -232,3 +234,26 @@ def _shown(value: Any) -> str:
         return without_secrets(_LOST_SLASH.sub(r"\1://", repr(value)))[:80]
     except ValueError:
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def keywords_of(*models: type[Options]) -> Callable[[F], F]:
+    """Show the fields of models as the keywords of a function, in place of its `**options`."""
+
+    def with_signature(function: F) -> F:
+        hints = {name: hint for model in models for name, hint in get_type_hints(model).items()}
+        keywords = {
+            name: Parameter(
+                name,
+                Parameter.KEYWORD_ONLY,
+                default=Parameter.empty if field.is_required() else field.default,
+                annotation=hints[name],
+            )
+            for name, field in fields_of(*models).items()
+        }
+        given = signature(function)
+        own = {name: p for name, p in given.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
+        parameters = sorted((keywords | own).values(), key=lambda p: p.kind)
+        function.__signature__ = Signature(parameters, return_annotation=given.return_annotation)  # type: ignore[attr-defined]
+        return function
+
+    return with_signature

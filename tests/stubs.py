@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Literal
 
 from safeshard.manifests.verify import Finding
-from safeshard.streamer.run.runner import Result
-from safeshard.streamer.run.save_factors import Factors
+from safeshard.streamer.run.factors.save_factors import Factors
+from safeshard.streamer.run.result import Result
 
 '''
 PLACE = "str | PathLike[str]"

@@ -16,7 +16,7 @@ from typing import Any
 from safeshard.bench.inputs.synthetic import BLOCK, SCALES, File, Folder, Sizes, Values, check, make
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.inputs.adapter import WEIGHTS
-from safeshard.streamer.inputs.checkpoint import INDEX
+from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.inputs.lora_config import CONFIG
 
 SHARD_BYTES = 5 << 30

@@ -22,7 +22,7 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions, build
 
 if TYPE_CHECKING:
-    from safeshard.streamer.run.runner import Result
+    from safeshard.streamer.run.result import Result
 
 DEFENDED, JOBS, RESULT = "defended", "jobs.yaml", "tune.json"
 FREE = 0.8  # of the room on the disk that outputs to choose from may take

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from safeshard.streamer.methods.base import Job
     from safeshard.streamer.plan.job_plan import JobPlan
     from safeshard.streamer.run.downloads import Download
-    from safeshard.streamer.run.runner import Result
-    from safeshard.streamer.run.save_factors import Factors
+    from safeshard.streamer.run.factors.save_factors import Factors
+    from safeshard.streamer.run.result import Result
 
 MAX_OF_A_KIND = 5
 

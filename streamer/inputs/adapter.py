@@ -7,18 +7,14 @@ from dataclasses import dataclass, field
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef
-from safeshard.streamer.inputs.checkpoint import (
-    ADAPTER,
-    NOT_GATHERED,
-    Checkpoint,
-)
+from safeshard.streamer.inputs.checkpoint import NOT_GATHERED, Checkpoint
 from safeshard.streamer.inputs.expert_lora import (
     PackedRef,
     Packing,
     unpack,
 )
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_file_header
-from safeshard.streamer.inputs.lies_there import instead_of_adapter
+from safeshard.streamer.inputs.lies_there import ADAPTER, instead_of_adapter
 from safeshard.streamer.inputs.lora_config import CONFIG, LoraConfig, read_config
 from safeshard.streamer.inputs.matching import (
     LORA_KEY,

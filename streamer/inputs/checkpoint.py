@@ -6,24 +6,20 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from pathlib import PurePosixPath
 from typing import Any
 
-from safeshard.manifests.bounded import MAX_TENSORS
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.safetensors_header import Header, TensorRef
+from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.codecs import FORMATS, Refused
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_headers
 from safeshard.streamer.inputs.layouts import Modules, Stored, plain
 from safeshard.streamer.inputs.layouts.rotary import interleaved
-from safeshard.streamer.inputs.lies_there import ADAPTER as ADAPTER
-from safeshard.streamer.inputs.lies_there import INDEX as INDEX
-from safeshard.streamer.inputs.lies_there import SINGLE as SINGLE
-from safeshard.streamer.inputs.lies_there import instead_of_checkpoint, shard_sets
+from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.inputs.names.conversions import OWN_EMBEDDING
 from safeshard.streamer.inputs.names.exchange import Names
 from safeshard.streamer.inputs.names.parts import part_of
-from safeshard.streamer.inputs.names.unbuilt import text_config, unbuilt
+from safeshard.streamer.inputs.names.unbuilt import text_config
+from safeshard.streamer.inputs.shards import duplicates, index_offences, indexed_files, unindexed_files, weight_map_of
 from safeshard.streamer.sources import Source, read_json
 from safeshard.streamer.tensor_names import layer_of, natural
 
@@ -190,8 +186,8 @@ def open_checkpoint(source: Source) -> Checkpoint:
         RequestError: no safetensors files, a pickle checkpoint, or an index or header that is wrong; all offenders.
     """
     sizes = source.sizes()
-    weight_map = _weight_map(source) if INDEX in sizes else None
-    names = _unindexed_files(source, sizes) if weight_map is None else _indexed_files(source, sizes, weight_map)
+    weight_map = weight_map_of(source) if INDEX in sizes else None
+    names = unindexed_files(source, sizes) if weight_map is None else indexed_files(source, sizes, weight_map)
     headers, offences = read_headers(source, names, sizes)
     config = read_json(source, "config.json") if "config.json" in sizes else {}
     if not isinstance(config, dict):
@@ -199,9 +195,9 @@ def open_checkpoint(source: Source) -> Checkpoint:
         offences.append(Offence(f"{source.spec}/config.json", "", "a JSON object", got, "check the file"))
     index_note = f"the headers of {len(names)} shards stand in for a missing {INDEX}" if len(names) > 1 else ""
     if not offences:
-        offences += _duplicates(source, headers)
+        offences += duplicates(source, headers)
         if weight_map is not None:
-            index_note, wrong = _index_offences(source, headers, weight_map, config)
+            index_note, wrong = index_offences(source, headers, weight_map, config)
             offences += wrong
     if offences:
         raise RequestError(offences)
@@ -213,89 +209,3 @@ def open_checkpoint(source: Source) -> Checkpoint:
     params = read_json(source, PARAMS) if PARAMS in sizes and OWN_EMBEDDING in tensors else {}
     checkpoint.interleaved = interleaved(tensors, config, params if isinstance(params, dict) else {})
     return checkpoint
-
-
-def _weight_map(source: Source) -> dict[str, str]:
-    index = read_json(source, INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        where = f"{source.spec}/{INDEX}"
-        raise RequestError(Offence(where, "weight_map", "tensor -> file", "malformed", "correct the index"))
-    if len(weight_map) > MAX_TENSORS:
-        where, expected = f"{source.spec}/{INDEX}", f"at most {MAX_TENSORS} tensors"
-        raise RequestError(Offence(where, "weight_map", expected, str(len(weight_map)), "check the index"))
-    return weight_map
-
-
-def _indexed_files(source: Source, sizes: Mapping[str, int], weight_map: Mapping[str, str]) -> list[str]:
-    where, files = f"{source.spec}/{INDEX}", sorted(set(weight_map.values()))
-    offences = []
-    for file in files:
-        if PurePosixPath(file).name != file or "\\" in file:
-            offences.append(Offence(where, file, "a file name in the same folder", "a path", "correct the index"))
-        elif not file.endswith(".safetensors"):
-            remedy = "convert it to safetensors; pickles are never opened"
-            offences.append(Offence(where, file, "safetensors files", "another format", remedy))
-        elif file not in sizes:
-            offences.append(Offence(where, file, "a file in the folder", "no such file", "fetch the missing file"))
-    if SINGLE in sizes and SINGLE not in files:
-        got = f"both {SINGLE} and an index that does not name it"
-        offences.append(Offence(source.spec, "", "one checkpoint in the folder", got, "remove one of them"))
-    if offences:
-        raise RequestError(offences)
-    return files
-
-
-def _unindexed_files(source: Source, sizes: Mapping[str, int]) -> list[str]:
-    """The files of a checkpoint without an index: one, or a whole set of numbered shards, whose headers stand in."""
-    files = sorted(name for name in sizes if name.endswith(".safetensors") and name != ADAPTER)
-    sets = shard_sets(files)
-    if (len(files) == 1 and not sets) or (SINGLE in files and not sets):
-        return [SINGLE] if SINGLE in files else files
-    got, remedy = f"{len(files)} safetensors files without an index", f"add {INDEX}"
-    if not files:
-        got, remedy = instead_of_checkpoint(source)
-    elif SINGLE in files or len(sets) > 1:
-        stems = [SINGLE] * (SINGLE in files) + [f"{stem}-*-of-{count:05d}" for stem, count in sets]
-        got, remedy = f"several without an index: {', '.join(stems[:5])}", "move all but one elsewhere"
-    elif sets:
-        ((_, count), numbered), *_ = sets.items()
-        missing = next((number for number in range(1, count + 1) if number not in numbered), None)
-        if missing is None and len(numbered) == count:
-            return [numbered[number] for number in sorted(numbered)]
-        got, remedy = f"{len(numbered)} of {count} shards without an index", "fetch the missing files"
-    raise RequestError(Offence(source.spec, "", f"{SINGLE} or {INDEX}", got, remedy))
-
-
-def _duplicates(source: Source, headers: Mapping[str, Header]) -> Iterator[Offence]:
-    seen: dict[str, str] = {}
-    for file, header in sorted(headers.items()):
-        for name in header.tensors:
-            if name in seen:
-                where, got = f"{source.spec}/{file}", f"also in {seen[name]}"
-                yield Offence(where, name, "a tensor in one file", got, "remove one of them")
-            seen[name] = file
-
-
-def _index_offences(
-    source: Source, headers: Mapping[str, Header], weight_map: Mapping[str, str], config: Mapping[str, Any]
-) -> tuple[str, list[Offence]]:
-    """Where an index and the headers differ: a note about tensors that no one builds, and offences of all others."""
-    reason = unbuilt(config)
-    where, offences, noted = f"{source.spec}/{INDEX}", [], 0
-    for name, file in weight_map.items():
-        if name not in headers[file].tensors:
-            if reason(name):
-                noted += 1
-                continue
-            remedy = "correct the index or fetch the file again"
-            offences.append(Offence(where, name, f"to be in {file}", "not there", remedy))
-    for file, header in headers.items():
-        for name in sorted(header.tensors.keys() - weight_map.keys()):
-            if reason(name):
-                noted += 1
-                continue
-            got = Offence(f"{source.spec}/{file}", name, "every tensor in the index", "not listed", "correct the index")
-            offences.append(got)
-    note = f"{INDEX} and the files differ by {noted} tensors that transformers never builds: the files are right"
-    return note if noted else "", offences

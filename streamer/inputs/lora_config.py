@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.inputs.patterns import Pattern, Patterns
+from safeshard.streamer.inputs.names.patterns import Pattern, Patterns
 
 # Keys that this module reads.
 CONFIG = "adapter_config.json"

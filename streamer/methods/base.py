@@ -327,7 +327,7 @@ def served(edit: Edit, old: Lora, job: Job, rank: int) -> Edit:
     fields = {**edit.fields, "rank": rank}
     limit = getattr(job, "rank", None) or rank
     if len(a) > limit:
-        a, b, lost = kernels.merge.truncate(a, b, limit)
+        a, b, lost = kernels.ranks.truncate(a, b, limit)
         fields["lost_fraction"] = float(lost)
     a, b = pad_rank(a, b, rank)
     return replace(edit, tensors={"a": a, "b": b}, fields=fields)

@@ -198,7 +198,7 @@ class SafeDelta(CalibratedJob, Calibrated, Served):
         fields = self._fields(result.scores, factor, strength) | {"rank": len(a) * len(result.groups)}
         new_a, new_b = kernels.compensation.groups_to_adapter(result.groups, b)
         if self.rank is not None:
-            new_a, new_b, lost = kernels.merge.truncate(new_a, new_b, self.rank)
+            new_a, new_b, lost = kernels.ranks.truncate(new_a, new_b, self.rank)
             fields |= {"rank": self.rank, "lost_fraction": float(lost)}
         fields |= _leaked(kernels.leak.lora_rows(a, b), kernels.leak.lora_rows(new_a, new_b), factor)
         new_a, new_b = self._padded(module.finetuned, new_a, new_b)

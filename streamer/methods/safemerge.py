@@ -148,10 +148,10 @@ class SafeMerge(GatedJob, Served, Published):
             roots = [_signed_root(w) for w in weights]
             a = self._sum(module.name, "a", [p.a for p in pairs], [sign * root for sign, root in roots])
             return a, self._sum(module.name, "b", [p.b for p in pairs], [root for _, root in roots])
-        a, b = kernels.merge.concatenate([(p.a, p.b) for p in pairs], weights)
+        a, b = kernels.ranks.concatenate([(p.a, p.b) for p in pairs], weights)
         if self.combine == "exact":
             return a, b
-        a, b, lost = kernels.merge.truncate(a, b, self.rank or module.finetuned.a.shape[0])
+        a, b, lost = kernels.ranks.truncate(a, b, self.rank or module.finetuned.a.shape[0])
         fields["lost_fraction"] = float(lost)
         return a, b
 

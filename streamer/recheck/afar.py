@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from blake3 import blake3
 
 from safeshard.manifests.errors import Offence, RequestError, RunError
-from safeshard.manifests.schema import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from safeshard.manifests.manifest_text import MAX_MANIFEST_BYTES
+from safeshard.manifests.schema import MANIFEST_NAME, Manifest
 from safeshard.manifests.verify import Finding, Progress, unlisted
 from safeshard.streamer.sources import Source, open_source
 from safeshard.streamer.sources.bucket import SCHEMES

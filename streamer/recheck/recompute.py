@@ -30,7 +30,8 @@ from safeshard.streamer.plan.written.files import output_file
 from safeshard.streamer.recheck.inputs import Note
 from safeshard.streamer.run.ending.finish import tool_versions
 from safeshard.streamer.run.flow.steps import JobRun
-from safeshard.streamer.run.runner import Pass, largest_step
+from safeshard.streamer.run.one_pass import Pass
+from safeshard.streamer.run.runner import largest_step
 from safeshard.streamer.write.writer import Writer
 
 PLACES = frozenset({*ROLES, "calibration", "factors", "task_data", "keep_data"})

@@ -32,8 +32,10 @@ from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish
 from safeshard.streamer.run.ending.settled import settle_finished
 from safeshard.streamer.run.flow.steps import JobRun
+from safeshard.streamer.run.one_pass import device_name
 from safeshard.streamer.run.part_work import fingerprint_of, hub_offences, is_hub
-from safeshard.streamer.run.runner import Result, device_name, earlier, refuse_cautions, run
+from safeshard.streamer.run.result import Result, earlier
+from safeshard.streamer.run.runner import refuse_cautions, run
 from safeshard.streamer.sources.stores import open_store
 from safeshard.streamer.write.destinations import Made, destination
 from safeshard.streamer.write.journal import HeldError, differences

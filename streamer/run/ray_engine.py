@@ -29,7 +29,8 @@ from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.downloads import shard_cache
 from safeshard.streamer.run.part_work import hub_offences
 from safeshard.streamer.run.parts import gather, run_part
-from safeshard.streamer.run.runner import Result, run
+from safeshard.streamer.run.result import Result
+from safeshard.streamer.run.runner import run
 from safeshard.streamer.write.shelf_afar import shelf_of
 
 RETRIES = 20  # of a part whose worker or node was lost: one that dies of itself must end some day

@@ -5,22 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import resource
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError
-from safeshard.manifests.schema import Caution, Fallback, Manifest, ModuleEntry
+from safeshard.manifests.schema import Caution, Fallback, ModuleEntry
 from safeshard.manifests.sizes import human
-from safeshard.streamer.clock import Clock
-from safeshard.streamer.device import exact_products
-from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.identity import fingerprint
@@ -28,16 +20,14 @@ from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.parts import Part
 from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.progress import Progress
-from safeshard.streamer.run.calibrated import Compute, host_bytes, planned_steps, run_calibrated
+from safeshard.streamer.run.calibrated import host_bytes
 from safeshard.streamer.run.cut import cut
 from safeshard.streamer.run.downloads import download, download_offences, shard_cache
 from safeshard.streamer.run.ending.cautions import cautions
-from safeshard.streamer.run.ending.finish import Measured, publish, rounded
+from safeshard.streamer.run.ending.finish import Measured, publish
 from safeshard.streamer.run.ending.settled import public_offences, settle_finished
-from safeshard.streamer.run.flow.compute import compute_step
-from safeshard.streamer.run.flow.reading import choose_reading, readers_for
-from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps, pass_steps, workers_for
-from safeshard.streamer.run.flow.stream import Buffers, run_steps
+from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps
+from safeshard.streamer.run.one_pass import Pass, device_name
 from safeshard.streamer.run.part_work import (
     discard_other_cuts,
     end_part,
@@ -46,47 +36,12 @@ from safeshard.streamer.run.part_work import (
     part_offences,
     part_writer,
 )  # fmt: skip
-from safeshard.streamer.sources import Source
+from safeshard.streamer.run.result import Result, earlier
 from safeshard.streamer.write.destinations import destination
 from safeshard.streamer.write.journal import HeldError
-from safeshard.streamer.write.part_record import PartRecord
 from safeshard.streamer.write.writer import Writer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, repr=False)
-class Result:
-    """What came of a job: its plan, its manifest (None for a score or a dry run), and each module's cosine.
-
-    `reverted` names the modules that the method could not treat, kept aligned instead, and says why.
-    """
-
-    job: Job
-    plan: JobPlan
-    manifest: Manifest | None
-    cosines: Mapping[str, float | None]
-    reverted: Mapping[str, str] = field(default_factory=dict)
-    record: PartRecord | None = None  # of a part of a batch that is finished
-
-    @property
-    def output(self) -> Path | str:
-        """The folder that was written, or the URL of its place afar."""
-        return self.job.output
-
-    def __repr__(self) -> str:
-        decisions = Counter(entry.decision for entry in self.manifest.modules) if self.manifest else Counter[str]()
-        shown = ", ".join(f"{count} {decision}" for decision, count in decisions.most_common())
-        if self.plan.part is not None:
-            shown = f"part {self.plan.part}, " + ("finished" if self.record else "unfinished")
-        outcome = shown or (f"{len(self.cosines)} cosines" if self.cosines else "nothing written")
-        output = str(self.output) if self.job.writes_model else None
-        return f"Result({self.job.method!r}, output={output!r}, {len(self.plan.modules)} modules: {outcome})"
-
-    @property
-    def warnings(self) -> tuple[Caution, ...]:
-        """What to know before the output is used."""
-        return tuple(self.plan.cautions) if self.manifest is None else self.manifest.warnings or ()
 
 
 def plan_jobs(
@@ -297,113 +252,7 @@ def _refuse_changed(runs: Sequence[JobRun]) -> None:
                 raise RunError(message, "run the same command again once the file is at rest")
 
 
-def device_name(device: torch.device) -> str:
-    """The device as the manifest names it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def earlier(plan: JobPlan) -> Result:
-    """The result of a job whose output was there."""
-    assert plan.finished is not None
-    cosines = {entry.name: entry.cosine for entry in plan.finished.modules}
-    due = plan.factors.modules if plan.factors else frozenset()
-    reverted = {
-        e.name: e.note or "" for e in plan.finished.modules if e.decision == "reverted" and plan.linear(e.name) in due
-    }
-    return Result(plan.job, plan, plan.finished, cosines, reverted)
-
-
 def _finish(job_run: JobRun, measured: Measured, options: RunOptions) -> Result:
     manifest = publish(job_run, measured, options.overwrite) if job_run.writer else None
     cosines = {name: job_run.cosines.get(name) for name in job_run.plan.modules}
     return Result(job_run.job, job_run.plan, manifest, cosines, job_run.untreated())
-
-
-class Pass:
-    """Executes the steps of a set of jobs and measures them.
-
-    `know` gives a run the numbers of all modules of its output, where it waits for them; one that gets none has done
-    what it could. `show` makes what shows the progress.
-    """
-
-    def __init__(
-        self,
-        options: RunOptions,
-        device: torch.device,
-        know: Callable[[JobRun], object] = lambda job_run: job_run.know(job_run.cosines, job_run.curves),
-        show: Callable[[int, bool], Progress] = Progress,
-    ) -> None:
-        self.options, self.device = options, device
-        self._know, self._show = know, show
-        self.clock = Clock()
-        self._sources: list[Source] = []
-        self.buffers = Buffers(int(options.memory), pinned=device.type == "cuda")
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)  # else the manifest would tell of earlier runs
-        self.started, self._start = datetime.now(timezone.utc), time.perf_counter()
-
-    def execute(self, runs: Sequence[JobRun]) -> None:
-        """Decide what needs only its own module; then what needs numbers of all modules, as far as they are known."""
-        self._sources = [source for job_run in runs for source in job_run.plan.sources()]
-        choose_reading(self.options.io, self._sources)
-        with exact_products():
-            self._execute(runs)
-
-    def _execute(self, runs: Sequence[JobRun]) -> None:
-        steps = pass_steps(runs)
-        ranked = [r for r in runs if r.job.ranks_first]
-        second = _bytes(module_steps(ranked))  # at most; what is not chosen then reads less
-        with self._show(_bytes(steps) + second + _bytes(planned_steps(runs)), self.options.quiet) as progress:
-            self._run(steps, progress)
-
-            def serve(runs: Sequence[JobRun]) -> None:
-                run_calibrated(
-                    runs,
-                    lambda steps, compute: self._run(steps, progress, compute),
-                    device=self.device,
-                    buffers=self.buffers,
-                    clock=self.clock,
-                )
-
-            serve([r for r in runs if r.measures])
-            for job_run in [r for r in runs if r.waits]:
-                self._know(job_run)
-            steps = module_steps([r for r in ranked if not r.waits])
-            progress.extend(_bytes(steps) - second)
-            self._run(steps, progress)
-            serve([r for r in runs if not r.waits])
-
-    def measured(self) -> Measured:
-        """The run so far, for the manifest."""
-        cuda = self.device.type == "cuda"
-        return Measured(
-            device=device_name(self.device),
-            start=self.started,
-            wall_s=time.perf_counter() - self._start,
-            bytes_read=sum(self.clock.bytes.values()),
-            peak_buffer_bytes=self.buffers.peak,
-            peak_device_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
-            seconds=rounded(self.clock),
-        )
-
-    def _run(self, steps: Sequence[Step], progress: Progress, compute: Compute | None = None) -> None:
-        run_steps(
-            steps,
-            compute or (lambda step, loaded: compute_step(step, loaded, self.device, self.clock)),
-            buffers=self.buffers,
-            clock=self.clock,
-            # A step of the calibrated pass may fill the device, so that one runs at a time there.
-            workers=1 if compute and self.device.type == "cuda" else workers_for(self.device),
-            readers=readers_for(self._sources),
-            device=self.device,
-            stop=self._stop,
-            done=lambda step: progress.done(step.name, step.nbytes + step.copied),
-        )
-
-    def _stop(self) -> None:
-        for source in self._sources:
-            source.stop()
-
-
-def _bytes(steps: Sequence[Step]) -> int:
-    return sum(step.nbytes + step.copied for step in steps)

@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from safeshard.manifests.bounded import TooLargeError, read_regular, refuse_many
-from safeshard.manifests.schema import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES, Fallback, Hash, ModuleEntry, Run, Tool
+from safeshard.manifests.manifest_text import MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES
+from safeshard.manifests.schema import Fallback, Hash, ModuleEntry, Run, Tool
 from safeshard.streamer.plan.ours import NUMBERS, PART_RECORD
 
 T = TypeVar("T", bound=BaseModel)

@@ -18,7 +18,8 @@ from pydantic import BaseModel
 
 from safeshard.manifests.errors import Offence, RunError
 from safeshard.manifests.hashing import hash_bytes
-from safeshard.manifests.schema import JOURNAL_NAME, MAX_MANIFEST_BYTES
+from safeshard.manifests.manifest_text import MAX_MANIFEST_BYTES
+from safeshard.manifests.schema import JOURNAL_NAME
 from safeshard.streamer.disk import write_file
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import OutputFile

@@ -27,10 +27,10 @@ class TensorWrite:
 
     def __init__(self, writer: Writer, name: str, start: int = 0, count: int | None = None) -> None:
         self._writer, self._name = writer, name
-        file, self._ref = writer._places[name]
+        self._ref = writer.place(name)
         self._begin = self._ref.offset + start * self._ref.item_bytes
         self._nbytes = self._ref.nbytes if count is None else count * self._ref.item_bytes
-        self._fd, self._offset, self._hash = writer._fds[file], self._begin, blake3()
+        self._fd, self._offset, self._hash = writer._parts.fd(name), self._begin, blake3()
 
     def add_tensor(self, tensor: Tensor) -> None:
         """Write a tensor of any size; raises as `Writer.write` does."""

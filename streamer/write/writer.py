@@ -10,46 +10,35 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blake3 import blake3
 from torch import Tensor
 
 from safeshard.manifests.errors import RunError
-from safeshard.manifests.hashing import hash_tensor_region
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.calibration.hidden_states import SPILL
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.disk import (
-    allocate,
     clear_errors,
-    copy_range,
-    open_own,
-    start_writeback,
     sync_path,
-    write_all,
     write_file,
 )
 from safeshard.streamer.plan.job_plan import Copy, OutputFile
 from safeshard.streamer.plan.ours import NUMBERS
 from safeshard.streamer.plan.written.places import staging_of
-from safeshard.streamer.sources.direct import passes_by, pieces
 from safeshard.streamer.write import staging
 from safeshard.streamer.write.destinations import Destination
-from safeshard.streamer.write.finite import check_copy
 from safeshard.streamer.write.journal import name_and_hash
+from safeshard.streamer.write.part_files import PartFiles
 from safeshard.streamer.write.shipping import Shipping
 from safeshard.streamer.write.tensor_write import TensorWrite
 
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
-CHUNK_BYTES = 1 << 22
 log = logging.getLogger(__name__)
 
 
@@ -91,8 +80,7 @@ class Writer:
         self._ended = False
         self.hashes: dict[str, str] = {}
         self._regions: dict[str, int] = {}  # of a tensor that is written region by region, the bytes written
-        self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
-        self._fds: dict[str, int] = {}
+        self._parts = PartFiles(self.staging, self._here, files, self.clock)
         self._lock = threading.Lock()
         self._committed = time.monotonic()
         with clear_errors(self.staging):
@@ -108,13 +96,14 @@ class Writer:
                 staging.unname(self.staging, self._names)
                 self._moved = self._move(made or {}) | there
                 for file in files:
-                    self._open(file)
+                    self._parts.open(file, sparse=self._shipping.frees)
+                    self.bytes_written += len(file.header)
                 sync_path(self.staging)
                 self.hashes = self._intact(recorded, there)
             self._send_complete(self.hashes)
         except BaseException:
             self._shipping.stop()
-            self.close_files()
+            self._parts.close()
             if place is not None and not self.journal.entries("tensor"):  # the place was refused
                 self._remove()
             self.journal.close()
@@ -145,36 +134,14 @@ class Writer:
         is the one that these hashes name: the place knows it by them.
         """
         new = {name: digest for name, digest in hashes.items() if self.hashes.get(name) != digest}
-        moved = {name: digest for name, digest in new.items() if self._places[name][0] in self._moved}
+        moved = {name: digest for name, digest in new.items() if self._parts.file(name) in self._moved}
         for name, digest in (moved | self._intact({n: d for n, d in new.items() if n not in moved}, set())).items():
             self.hashes[name] = digest
             self.record("tensor", name=name, blake3=digest)
 
-    def _open(self, file: OutputFile) -> None:
-        part = staging.part_of(self.staging, file.name)
-        fd = self._fds[file.name] = open_own(part, os.O_RDWR | os.O_CREAT)
-        if self._shipping.frees:  # it takes room as it fills, and gives it back once it is afar
-            os.ftruncate(fd, file.nbytes)
-        elif os.fstat(fd).st_size != file.nbytes:
-            allocate(fd, file.nbytes)
-        write_all(fd, memoryview(file.header), 0)
-        self.bytes_written += len(file.header)
-
-    def _intact(self, recorded: dict[str, str], afar: set[str]) -> dict[str, str]:
-        """Of the tensors that the journal calls finished, those whose bytes are there; the others are done again.
-
-        `afar` are the files that lie at the place afar as they were brought there.
-        """
-
-        def is_there(name: str) -> bool:
-            file, ref = self._places[name]
-            return file in afar or self._hash_region(self._fds[file], ref) == recorded[name]
-
-        names = [name for name in recorded if name in self._places]
-        with ThreadPoolExecutor(2) as pool:
-            intact = {
-                name: recorded[name] for name, there in zip(names, pool.map(is_there, names), strict=True) if there
-            }
+    def _intact(self, recorded: Mapping[str, str], afar: Set[str]) -> dict[str, str]:
+        """Of the tensors that the journal calls finished, those whose bytes are there; the others are done again."""
+        intact = self._parts.intact(recorded, afar)
         if lost := recorded.keys() - intact.keys():
             log.warning("%s: %d finished tensors are gone or damaged, and are written again", self.staging, len(lost))
         return intact
@@ -183,11 +150,11 @@ class Writer:
         """Send the files off that are complete with these tensors."""
         for name in self._shipping.finished(tensors):
             part = staging.part_of(self.staging, name)
-            self._shipping.give(name, part, self.commit, partial(os.ftruncate, self._fds[name], 0))
+            self._shipping.give(name, part, self.commit, partial(self._parts.empty, name))
 
     def place(self, name: str) -> TensorRef:
         """Where an output tensor goes: its dtype, shape, offset."""
-        return self._places[name][1]
+        return self._parts.ref(name)
 
     def write(self, name: str, tensor: Tensor | Iterable[Tensor]) -> None:
         """Write a tensor, or pieces of it in row-major order (any device, any float dtype), cast to the planned dtype.
@@ -219,35 +186,7 @@ class Writer:
             NotFiniteError: it holds NaN or infinity.
             RunError: reading or writing failed.
         """
-        file, ref = self._places[copy.name]
-        fd = self._fds[file]
-        if passes_by(copy.source, copy.ref.offset, copy.ref.item_bytes):
-            self._finished(copy.name, self._copy_past_cache(copy, fd, ref), ref.nbytes)
-            return
-        path = copy.source.local_path(copy.ref.file)
-        with clear_errors(self._here):
-            if path is None or not copy_range(path, fd, copy.ref.offset, ref):
-                buffer = bytearray(min(CHUNK_BYTES, ref.nbytes))
-                for begin in range(0, ref.nbytes, CHUNK_BYTES):
-                    view = memoryview(buffer)[: min(CHUNK_BYTES, ref.nbytes - begin)]
-                    copy.source.readinto(copy.ref.file, copy.ref.offset + begin, view)
-                    write_all(fd, view, ref.offset + begin)
-            digest = self._hash_region(fd, ref, partial(check_copy, copy))
-        self._finished(copy.name, digest, ref.nbytes)
-
-    def _copy_past_cache(self, copy: Copy, fd: int, ref: TensorRef) -> str:
-        """Take over bytes that are read past the page cache, hashed as they pass; returns the hash."""
-        hasher, offset = blake3(), ref.offset
-        for piece in pieces(copy.source, copy.ref.file, copy.ref.offset, ref.nbytes, CHUNK_BYTES):
-            check_copy(copy, piece)
-            with clear_errors(self._here):
-                write_all(fd, piece, offset)
-            start = time.perf_counter()
-            hasher.update(piece)
-            self.clock.add("hash", start)
-            offset += len(piece)
-        start_writeback(fd, ref.offset, ref.nbytes)
-        return hasher.hexdigest()
+        self._finished(copy.name, self._parts.copy(copy), self.place(copy.name).nbytes)
 
     def record(self, kind: str, **payload: Any) -> None:
         """Note something in the journal; durable with the next commit."""
@@ -259,17 +198,17 @@ class Writer:
         """Make all that was written and noted so far durable."""
         self._committed = time.monotonic()
         with clear_errors(self._here):
-            self.journal.commit(sync=self._sync)
+            self.journal.commit(sync=self._parts.sync)
 
     def complete(self) -> None:
         """Sync the safetensors files. All tensors must be written."""
-        missing = self._places.keys() - self.hashes.keys()
+        missing = self._parts.tensors - self.hashes.keys()
         assert not missing, f"tensors not written: {sorted(missing)[:3]}"
         self._shipping.wait()
         self.commit()
         with clear_errors(self._here):
-            self._sync()
-            self.close_files()
+            self._parts.sync()
+            self._parts.close()
             staging.clear(self.staging, self._names)
 
     def add_file(self, name: str, data: bytes) -> None:
@@ -316,7 +255,7 @@ class Writer:
             if self.staging.exists():
                 self.commit()
         finally:
-            self.close_files()
+            self._parts.close()
             begun = any(self.journal.entries(kind) for kind in ("tensor", "module", "cosine", "curve", "moved"))
             begun |= (self.staging / NUMBERS).exists()  # of a part without modules, too
             if not begun and self.staging.exists():
@@ -328,7 +267,7 @@ class Writer:
         """Remove what was written, finished or not, here and afar."""
         self._ended = True
         self._shipping.forget()
-        self.close_files()
+        self._parts.close()
         self._remove()
         self.journal.close()
 
@@ -336,33 +275,14 @@ class Writer:
         with clear_errors(self.staging):
             staging.remove(self.staging, self._here)
 
-    def close_files(self) -> None:
-        """Release the safetensors files."""
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-
-    def _sync(self) -> None:
-        start = time.perf_counter()
-        for fd in self._fds.values():
-            os.fsync(fd)
-        self.clock.add("sync", start)
-
-    def _hash_region(self, fd: int, ref: TensorRef, check: Callable[[memoryview], None] | None = None) -> str:
-        start = time.perf_counter()
-        with clear_errors(self._here / ref.file):
-            digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
-        self.clock.add("hash", start)
-        return digest
-
     def _finished_region(self, name: str, nbytes: int) -> None:
         """Note a region as written; of a tensor whose regions all are, take the hash: they come in any order."""
-        file, ref = self._places[name]
+        whole = self.place(name).nbytes
         with self._lock:
             self._regions[name] = self._regions.get(name, 0) + nbytes
-            complete = self._regions[name] == ref.nbytes
+            complete = self._regions[name] == whole
         if complete:
-            self._finished(name, self._hash_region(self._fds[file], ref), ref.nbytes)
+            self._finished(name, self._parts.hash(name), whole)
 
     def _finished(self, name: str, digest: str, nbytes: int) -> None:
         with self._lock:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from safeshard.bench.inputs.support import COLUMNS, KINDS, NONE, NOTED, REFUSED, YES, Kind, markdown, planned
-from safeshard.bench.inputs.support_inputs import BUILDERS, Inputs, gate_outcomes, plan_kind
+from safeshard.bench.inputs.support_inputs import BUILDERS, Inputs
+from safeshard.bench.inputs.support_planned import gate_outcomes, plan_kind
 
 TESTS = Path(__file__).parent.parent
 

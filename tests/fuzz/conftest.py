@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from safeshard.streamer.inputs import patterns
+from safeshard.streamer.inputs.names import patterns
 
 SECONDS, BYTES = 60, 1 << 30  # hundreds of times what any reader takes; what explodes passes them all the same
 

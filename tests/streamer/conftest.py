@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safeshard.streamer import safedelta
-from safeshard.streamer.run.runner import Result
+from safeshard.streamer.run.result import Result
 
 COMMON = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

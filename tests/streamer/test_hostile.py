@@ -23,7 +23,7 @@ from safeshard.streamer.calibration import factor_files
 from safeshard.streamer.inputs.lora_config import read_config
 from safeshard.streamer.plan.doubts import checks
 from safeshard.streamer.plan.request.jobs_file import read_jobs
-from safeshard.streamer.run.score_table import score_table
+from safeshard.streamer.run.scores import score_table
 from safeshard.streamer.sources import open_source, read_json
 
 

@@ -18,13 +18,14 @@ import transformers
 import yaml
 from safetensors.torch import save_file
 
-from safeshard.manifests import RequestError, bounded, schema
+from safeshard.manifests import RequestError, bounded, manifest_text, schema
 from safeshard.manifests.safetensors_header import HeaderError, read_header
 from safeshard.streamer import api, calibrate, safemerge, scale, score
 from safeshard.streamer.calibration.data import prompts
 from safeshard.streamer.calibration.model import building
-from safeshard.streamer.inputs import headers, patterns
+from safeshard.streamer.inputs import headers
 from safeshard.streamer.inputs.checkpoint import open_checkpoint
+from safeshard.streamer.inputs.names import patterns
 from safeshard.streamer.plan.request import yaml_file
 from safeshard.streamer.plan.request.jobs_file import read_jobs
 from safeshard.streamer.sources import open_source, read_json
@@ -146,7 +147,7 @@ def test_values_are_counted_before_they_are_parsed(tmp_path: Path, monkeypatch: 
 
     many = b"[" + b"[]," * bounded.MAX_VALUES + b"[]]"
     (tmp_path / "config.json").write_bytes(many)
-    (tmp_path / "manifest.json").write_bytes(b"[" + b"[]," * schema.MAX_MANIFEST_VALUES + b"[]]")
+    (tmp_path / "manifest.json").write_bytes(b"[" + b"[]," * manifest_text.MAX_MANIFEST_VALUES + b"[]]")
     monkeypatch.setattr(json, "loads", parsed)
     with pytest.raises(HeaderError, match="more than 3000000 values"):
         header(many)()

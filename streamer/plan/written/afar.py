@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from safeshard.manifests.errors import Offence, RequestError, RunError, SafeshardError
-from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from safeshard.manifests.manifest_text import MAX_MANIFEST_BYTES
+from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, Manifest
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.job_plan import JobPlan

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.adapter import Adapter
-from safeshard.streamer.inputs.checkpoint import SINGLE, Checkpoint, is_head
+from safeshard.streamer.inputs.checkpoint import Checkpoint, is_head
+from safeshard.streamer.inputs.lies_there import SINGLE
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.vocabulary import added_rows, only_rows_differ

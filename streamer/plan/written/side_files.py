@@ -16,7 +16,8 @@ from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME, Fallback
 from safeshard.streamer.inputs import lora_config
-from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint
+from safeshard.streamer.inputs.checkpoint import Checkpoint
+from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.plan.job_plan import JobPlan, SideFile
 from safeshard.streamer.sources import LocalSource, Source
 

@@ -32,7 +32,7 @@ from safeshard.manifests.schema import (
 )  # fmt: skip
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs import lora_config
-from safeshard.streamer.inputs.checkpoint import INDEX
+from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.plan.doubts.bases import known_id
 from safeshard.streamer.plan.identity import checked_inputs
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair

@@ -21,7 +21,8 @@ from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, We
 from safeshard.streamer.run.flow.assemble import Assembler
 from safeshard.streamer.sources.direct import BLOCK
 from safeshard.streamer.tensor_names import layer_of, natural
-from safeshard.streamer.write.writer import CHUNK_BYTES, Writer
+from safeshard.streamer.write.part_files import CHUNK_BYTES
+from safeshard.streamer.write.writer import Writer
 
 STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
 COPY_BYTES = 2 * CHUNK_BYTES + 4 * BLOCK  # of a tensor that is taken over, two pieces: one is read, one is written

@@ -17,7 +17,7 @@ from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import calibrate, safedelta
 from safeshard.streamer.calibration import factors, groups
 from safeshard.streamer.cli.app import main
-from safeshard.streamer.run.save_factors import Factors
+from safeshard.streamer.run.factors.save_factors import Factors
 
 MODULES = 7 * 3  # of the golden Llama
 

@@ -22,7 +22,7 @@ from safeshard.streamer.calibration import hidden_states
 from safeshard.streamer.calibration.hidden_states import SAVED, HiddenStates, clear_states
 from safeshard.streamer.calibration.model.skeleton import Skeleton
 from safeshard.streamer.methods.safedelta import SafeDelta
-from safeshard.streamer.run import save_factors
+from safeshard.streamer.run.factors import factor_layers, save_factors
 from safeshard.streamer.write import staging
 from safeshard.streamer.write.journal import Journal
 
@@ -332,7 +332,7 @@ def test_calibrate_killed_before_it_is_published_runs_nothing_again(
 @pytest.fixture
 def unfinished(place: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What `calibrate` leaves where it fails in the second layer."""
-    save, saved = save_factors._save, []
+    save, saved = factor_layers._save, []
 
     def failing(*args: Any) -> Any:
         if saved:
@@ -341,7 +341,7 @@ def unfinished(place: Place, monkeypatch: pytest.MonkeyPatch) -> Path:
         return saved[0]
 
     with monkeypatch.context() as patch:
-        patch.setattr(save_factors, "_save", failing)
+        patch.setattr(factor_layers, "_save", failing)
         with pytest.raises(RunError, match="a sudden end"):
             calibrate(**place.calibrated("out"))
     return place.root / "out.partial"

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.inputs.checkpoint import INDEX, Checkpoint, open_checkpoint
+from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
+from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.sources import open_source
 from safeshard.streamer.tensor_names import layer_of, natural
 

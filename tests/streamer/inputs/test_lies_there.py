@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from safeshard.manifests import RequestError
 from safeshard.manifests.errors import Offence
 from safeshard.streamer import scale
-from safeshard.streamer.inputs.checkpoint import INDEX, open_checkpoint
+from safeshard.streamer.inputs.checkpoint import open_checkpoint
+from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.sources import open_source
 
 STATE = ["optimizer.pt", "scheduler.pt", "rng_state_0.pth", "training_args.bin", "trainer_state.json"]

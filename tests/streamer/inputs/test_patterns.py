@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safeshard.manifests.errors import RequestError
-from safeshard.streamer.inputs import patterns
 from safeshard.streamer.inputs.lora_config import read_config
-from safeshard.streamer.inputs.patterns import Patterns
+from safeshard.streamer.inputs.names import patterns
+from safeshard.streamer.inputs.names.patterns import Patterns
 
 NAMES = [
     f"{prefix}layers.{layer}.{module}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from safeshard.manifests.errors import RunError
 from safeshard.streamer import calibrate, ridge, safedelta, verify
 from safeshard.streamer.calibration import expert_grams
-from safeshard.streamer.run import save_factors
+from safeshard.streamer.run.factors import factor_layers
 
 LENGTHS = (5, 30, 1, 7, 24, 32, 12)
 KINDS = [kind for kind in mixtures.FAMILIES if kind != "qwen3_vl_moe_text"]
@@ -202,7 +202,7 @@ def test_an_interrupted_calibration_ends_with_the_same_bytes(
     monkeypatch.setattr(expert_grams, "PORTION_BYTES", 1)
     asked = {"aligned": mixture.root / "aligned", "calibration": mixture.data, "samples": len(LENGTHS), "quiet": True}
     calibrate(**asked, output=tmp_path / "whole")
-    count, original = [0], save_factors._write_tensors
+    count, original = [0], factor_layers._write_tensors
 
     def failing(*args: Any) -> None:
         count[0] += 1
@@ -210,7 +210,7 @@ def test_an_interrupted_calibration_ends_with_the_same_bytes(
             raise RunError("interrupted")
         original(*args)
 
-    monkeypatch.setattr(save_factors, "_write_tensors", failing)
+    monkeypatch.setattr(factor_layers, "_write_tensors", failing)
     with pytest.raises(RunError, match="interrupted"):
         calibrate(**asked, output=tmp_path / "out")
     calibrate(**asked, output=tmp_path / "out")

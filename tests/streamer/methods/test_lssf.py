@@ -16,7 +16,7 @@ from safeshard.manifests.errors import RequestError
 from safeshard.manifests.schema import Manifest
 from safeshard.streamer import batch, calibrate, lssf, verify
 from safeshard.streamer.cli.app import main
-from safeshard.streamer.run.runner import Result
+from safeshard.streamer.run.result import Result
 
 ENTROPY = 0.5
 

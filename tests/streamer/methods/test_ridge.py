@@ -21,7 +21,7 @@ from safeshard.streamer import batch, calibrate, ridge, safedelta, verify
 from safeshard.streamer.cli.app import main
 from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
-from safeshard.streamer.run.runner import Result
+from safeshard.streamer.run.result import Result
 
 KINDS = ("llama", "qwen2", "phi3", "gpt2")
 CALIBRATION = ("calibration", "samples", "dtype")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from safeshard.manifests.errors import RequestError
 from safeshard.streamer import safedelta
-from safeshard.streamer.run.runner import Result
+from safeshard.streamer.run.result import Result
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 KINDS = ("llama", "qwen2", "phi3", "gpt2")

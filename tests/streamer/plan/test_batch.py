@@ -18,7 +18,7 @@ from safeshard.manifests.errors import RequestError
 from safeshard.streamer import batch, safelora, safemerge, scale
 from safeshard.streamer.plan.request import jobs_file
 from safeshard.streamer.plan.request.jobs_file import read_jobs
-from safeshard.streamer.run import runner as run
+from safeshard.streamer.run import one_pass as run
 from safeshard.streamer.run.flow import compute
 from safeshard.streamer.sources import LocalSource
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from safeshard.manifests.errors import RunError
 from safeshard.streamer import safelora, verify
 from safeshard.streamer.run.flow.assemble import Assembler
-from safeshard.streamer.run.runner import Pass
+from safeshard.streamer.run.one_pass import Pass
 from safeshard.streamer.sources.local import LocalSource
 
 KINDS = ("qwen3_5_moe_text", "qwen3_vl_moe_text", "gpt_oss", "mxfp4")

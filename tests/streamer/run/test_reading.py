@@ -17,7 +17,7 @@ from safeshard.streamer.inputs.read import GRAIN, Read, Step, aligned
 from safeshard.streamer.run.flow import reading, strips
 from safeshard.streamer.sources import LocalSource, direct, local, open_source
 from safeshard.streamer.sources.direct import BLOCK
-from safeshard.streamer.write import writer
+from safeshard.streamer.write import part_files
 
 MEBI = 1 << 20
 
@@ -28,7 +28,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for module in (direct, local):
         monkeypatch.setattr(module, "LEAST", 1)
     monkeypatch.setattr(strips, "NEAR_BYTES", 3000)
-    monkeypatch.setattr(writer, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(part_files, "CHUNK_BYTES", 1024)
     seen = Counter[str]()
     for name in ("read_around", "read_aside"):
         monkeypatch.setattr(local, name, counting(getattr(local, name), name, seen))
@@ -131,7 +131,7 @@ def test_a_file_that_shrinks_underway(world: Any, ways: Counter[str], monkeypatc
         choose(*args)
         os.truncate(file, file.stat().st_size - 100)
 
-    monkeypatch.setattr("safeshard.streamer.run.runner.choose_reading", then_shrink)
+    monkeypatch.setattr("safeshard.streamer.run.one_pass.choose_reading", then_shrink)
     with pytest.raises(RunError, match=r"model.safetensors has nothing at byte .* truncated"):
         safemerge(**trio, output=world.root / "out", quiet=True, io="direct")
     assert not (world.root / "out").exists()

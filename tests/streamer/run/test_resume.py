@@ -29,7 +29,7 @@ from safeshard.streamer.write.writer import Writer
 # at once, so that the journal holds exactly what was finished before.
 DRIVER = """
 import json, os, signal, sys
-import safeshard.streamer.run.runner as run
+import safeshard.streamer.run.one_pass as run
 import safeshard.streamer.write.writer as writer
 from safeshard.streamer import api
 
