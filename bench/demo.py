@@ -62,6 +62,7 @@ def demo(
     if small and (quick or seeds > 1):
         raise RequestError(Offence("--small", "", "neither --quick nor --seeds, which are of the experiment", "both"))
     if small:
+        import_libraries()
         _claim(folder)
         make_small(folder, lambda text: print(text, flush=True))
         print(SMALL_MADE.format(folder=printable(str(folder))))

@@ -15,7 +15,7 @@ from typing import Literal
 from safeshard.manifests.errors import printable
 from safeshard.manifests.grid import MARKS, MEANINGS, NEAR, Stack, arrange, cell_text, effect_text, number_name
 from safeshard.manifests.render import caution_text
-from safeshard.manifests.schema import MANIFEST_NAME, Input, Manifest, ModuleEntry
+from safeshard.manifests.schema import MANIFEST_NAME, Input, Manifest, Method, ModuleEntry
 
 Kind = Literal["adapter", "checkpoint"]
 
@@ -53,7 +53,7 @@ def card(
         f"# {_code(manifest.method.name)} {kind}",
         _opening(manifest, kind),
         "## Method",
-        f"{_code(manifest.method.name)}, {_link(manifest.method.paper)}. Options as resolved, defaults included:",
+        f"{_code(manifest.method.name)}, {_said_of(manifest.method)}. Options as resolved, defaults included:",
         _options(manifest),
         "## Inputs",
         _table(["role", "source", "revision"], (_input_row(*item) for item in manifest.inputs.items())),
@@ -66,6 +66,11 @@ def card(
         "```\nsafeshard verify path/to/this/folder\n```",
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _said_of(method: Method) -> str:
+    """Where a method is published; ridge is not, and its link leads to the method whose question it answers."""
+    return f"which answers the question of {_link(method.paper)}" if method.name == "ridge" else _link(method.paper)
 
 
 def _front_matter(manifest: Manifest, base: str | None, kind: Kind, licence: Mapping[str, str]) -> str:

@@ -23,6 +23,9 @@ OUT_OF_MEMORY = re.compile(  # torch has no one type for it
 )
 
 
+PATIENCE = 2.0  # seconds until a stop that has not come to its end is explained
+
+
 class _Stopped(BaseException):
     """A signal asked for the end; no Exception, so that nothing on the way takes it for an error of its own."""
 
@@ -33,7 +36,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):  # a second one ends the process at once
         signal.signal(each, signal.SIG_DFL)
     _Stopped.by = signal.Signals(number).name
+    signal.signal(signal.SIGALRM, _explain)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     raise _Stopped(_Stopped.by)
+
+
+def _explain(number: int, frame: FrameType | None) -> None:
+    """A large product or factorisation cannot be cut short: say so."""
+    text = f"\nsafeshard: {_Stopped.by} came: what is at work ends first, and is kept; once more ends it at once\n"
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())  # print could be in the middle of a line of the main program
 
 
 def _stop_later(dropped: Any) -> None:

@@ -29,6 +29,7 @@ main({command!r})
     ("command", "missing", "extra"),
     [
         (["demo", "--quick"], {"peft"}, "bench"),
+        (["demo", "--small"], {"transformers"}, "bench"),
         (["demo", "--quick"], {"matplotlib"}, "report"),
         (["bench", "toy", "--seeds", "1"], {"transformers"}, "bench"),
     ],

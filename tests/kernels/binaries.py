@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +55,24 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return signature, constants, known, options
 
 
-def compile_launch(launch: Launch, architecture: GPUTarget) -> dict[str, Any]:
-    """The figures of one launch:
+def compile_launch(launch: Launch, architecture: GPUTarget, disassembled: bool = True) -> dict[str, Any]:
+    """The figures of one launch; of NVIDIA's without `disassembled`, which takes most of the time, the first four:
 
     registers  a thread
     spilled    bytes a thread keeps in memory for want of registers
     shared     bytes a program
+    matrix     matrix instructions, by name: the binary's, or else PTX's, each of which is one of the binary's or more
     loads      of global memory, by width in bits
-    matrix     matrix instructions, by name
     loop       instructions of the longest loop
     layouts    of operands of reductions
     """
     signature, constants, known, options = specialise(launch)
     source = ASTSource(launch.kernel, signature, constants, known)
     compiled = triton.compile(source, target=architecture, options=options)
-    own = _nvidia(compiled.asm["cubin"]) if architecture.backend == "cuda" else _amd(compiled.asm["amdgcn"])
+    if architecture.backend != "cuda":
+        own = _amd(compiled.asm["amdgcn"])
+    else:
+        own = _nvidia(compiled.asm["cubin"]) if disassembled else _undisassembled(compiled.asm)
     return {**own, "shared": compiled.metadata.shared, "layouts": _reduced_layouts(compiled.asm["ttgir"])}
 
 
@@ -87,16 +91,28 @@ def _read(cubin: bytes) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        listing = _run("nvdisasm", "-c", file.name)
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-    used = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
-    instructions, loop = _instructions(listing)
+        usage = _usage(file.name)
+        instructions, loop = _instructions(_run("nvdisasm", "-c", file.name))
     names = [re.sub(r"^@!?U?P[0-9T]+\s+", "", text).split()[0] for text in instructions]
-    return {
-        "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "loop": loop,
-        "loads": Counter(_width(name) for name in names if re.match(r"LDG(STS)?\.", name)),
+    return usage | {
+        "loop": loop, "loads": Counter(_width(name) for name in names if re.match(r"LDG(STS)?\.", name)),
         "matrix": Counter(name for name in names if re.match(r"(U?H?G?MMA|UTC\w*MMA|DMMA)", name)),
     }  # fmt: skip
+
+
+def _undisassembled(asm: Mapping[str, Any]) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        usage = _usage(file.name)
+    names = re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+", asm["ptx"])
+    return usage | {"matrix": Counter(names)}
+
+
+def _usage(cubin: str) -> dict[str, int]:
+    usage = _run("cuobjdump", "--dump-resource-usage", cubin)
+    used = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+    return {"registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"]}
 
 
 def _run(tool: str, *args: str) -> str:

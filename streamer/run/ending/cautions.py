@@ -26,7 +26,10 @@ def cautions(job_run: JobRun) -> list[Caution]:
 
 
 def _found(job_run: JobRun, entries: Sequence[Entry], effect: Effect | None) -> Iterator[Caution]:
-    if entries and all(map(_is_unchanged, entries)):
+    if entries and all(entry.get("effect", {}).get("delta_norm") == 0 for entry in entries):
+        text = f"the fine-tuned delta is zero in all {len(entries)} modules: there was nothing to treat"
+        yield Caution(kind="empty", text=text, remedy="check the fine-tune: an untrained adapter, or an alpha of 0?")
+    elif entries and all(map(_is_unchanged, entries)):
         yield _unchanged(entries)
     elif effect is not None:
         yield from _size(job_run, entries, effect)

@@ -22,6 +22,7 @@ from safeshard import streamer
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer import api
 from safeshard.streamer.cli import app as cli
+from safeshard.streamer.cli import process
 from safeshard.streamer.cli.app import main
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.safemerge import SafeMerge
@@ -375,6 +376,31 @@ def test_a_stop_that_a_finalizer_drops_comes_again(
     printed = capsys.readouterr().err
     assert printed == "safeshard: interrupted by SIGTERM; run the same command again to go on from here\n"
     assert sys.unraisablehook is hook
+
+
+def test_a_stop_that_takes_its_time_is_explained(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+
+    def work(**_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:  # a product that cannot be cut short
+            for _ in range(1000):
+                time.sleep(0.01)
+                if text := capfd.readouterr().err:
+                    said.append(text)
+                    break
+
+    monkeypatch.setattr(process, "PATIENCE", 0.01)
+    monkeypatch.setattr(cli, "app", work)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(SystemExit):
+        cli.main(["scale"])
+    assert said == ["\nsafeshard: SIGINT came: what is at work ends first, and is kept; once more ends it at once\n"]
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 TWICE = {  # command: the option that is given twice

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import RequestError, RunError
@@ -342,3 +342,19 @@ def test_strict_gives_no_doubtful_output_its_name(
         batch(jobs, strict=True, quiet=True)
     assert not (world.root / "batch0").exists()
     assert (world.root / "batch1").exists()
+
+
+@pytest.mark.parametrize("change", ["lora_B", "lora_alpha"])
+def test_an_adapter_that_changes_nothing_is_said_to(
+    capsys: pytest.CaptureFixture[str], world: Any, trio: dict[str, Path], change: str
+) -> None:
+    file = trio["adapter"] / ("adapter_model.safetensors" if change == "lora_B" else "adapter_config.json")
+    if change == "lora_B":
+        tensors = load_file(file)
+        save_file({n: t.zero_() if change in n else t for n, t in tensors.items()}, file, {"format": "pt"})
+    else:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {change: 0}))
+    argv = ["scale", *words({k: trio[k] for k in ("aligned", "adapter")}), "--factor", "0.5", "--output"]
+    status, _, err = command(capsys, *argv, world.root / "out")
+    assert status == 0
+    assert "the fine-tuned delta is zero in all 14 modules" in err
