@@ -13,7 +13,7 @@ from pathlib import Path
 
 YES, NOTED, REFUSED, NONE = "yes", "yes, noted", "refused", ""
 PLANNED = Path(__file__).parent.parent / "results" / "support.csv"
-# `gate` stands for SafeMERGE, SafeLoRA and `score`; `scale` for what needs the aligned model alone.
+# `gate` stands for SafeMERGE, SafeLoRA, `score`, RESTA and LSSF; `scale` for what needs the aligned model alone.
 METHODS = ("scale", "gate", "safedelta", "ridge")
 COLUMNS = tuple(f"{method}_{form}" for form in ("adapter", "full") for method in METHODS)
 

@@ -11,6 +11,8 @@ from typing import Any
 from safeshard.bench.inputs.support import COLUMNS, KINDS, NONE, NOTED, PLANNED, REFUSED, YES
 from safeshard.bench.inputs.support_inputs import BUILDERS, FAMILIES, Inputs
 from safeshard.manifests.errors import RequestError
+from safeshard.streamer.methods.lssf import Lssf
+from safeshard.streamer.methods.resta import Resta
 from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.methods.safelora import SafeLora
@@ -59,10 +61,12 @@ def _cell(method: str, form: str, at: Mapping[str, str], output: Path) -> str:
 
 
 def gate_outcomes(at: Mapping[str, str], output: Path) -> Iterator[tuple[str, str]]:
-    """What SafeLoRA and `score` say of adapters, which the gate's column stands for."""
+    """What methods of no column of their own say of adapters: the gate's column stands for them."""
     gate = {"aligned": at["aligned"], "unaligned": at["unaligned"], "adapter": at["adapter"]}
     yield "safelora", _outcome(SafeLora, **gate, threshold=0.3, output=output)
     yield "score", _outcome(Score, **gate)
+    yield "resta", _outcome(Resta, **gate, output=output)
+    yield "lssf", _outcome(Lssf, **gate, calibration=at["data"], samples=2, output=output)
 
 
 def _outcome(kind: type[Any], **options: Any) -> str:

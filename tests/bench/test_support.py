@@ -19,8 +19,8 @@ def test_the_planner_does_what_the_table_says(tmp_path: Path, kind: Kind) -> Non
     assert plan_kind(kind.name, tmp_path) == planned()[kind.name]
 
 
-@pytest.mark.parametrize("name", ["llama", "twins", "trained_head"])
-def test_the_gate_s_column_stands_for_all_gated_methods(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "twins", "trained_head", "towers", "padded_base", "dora"])
+def test_the_gate_s_column_stands_for_methods_without_one(tmp_path: Path, name: str) -> None:
     it = Inputs(tmp_path, "llama")
     BUILDERS[name](it)
     cell = planned()[name]["gate_adapter"]
