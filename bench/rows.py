@@ -83,7 +83,10 @@ def record(
         stages = row["stages"]
         row["stages"] = " ".join(f"{name}={value:.3f}" for name, value in sorted(stages.items()))
     append(file, row)
-    rate = f"{nbytes / median / 1e9:.2f} GB/s" if nbytes else ""
+    rates = [f"{nbytes / median / 1e9:.2f} GB/s"] if nbytes else []
+    rates += [f"{operations / median / 1e9:.1f} GFLOP/s"] if operations else []
+    rates += [f"{floor / median:.0%} of {columns.get('ceiling') or 'its ceiling'}"] if floor else []
+    rate = ", ".join(rates)
     if row.get("against"):
         memory = f", {row['memory_ratio']} times its memory" if "memory_ratio" in row else ""
         rate += f"; {row['against']} takes {row['time_ratio']} times as long{memory}"
