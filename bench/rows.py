@@ -90,7 +90,8 @@ def record(
     if row.get("against"):
         memory = f", {row['memory_ratio']} times its memory" if "memory_ratio" in row else ""
         rate += f"; {row['against']} takes {row['time_ratio']} times as long{memory}"
-    name = ", ".join(filter(None, (row["what"], row.get("backend"))))
+    of = f"{row['adapters']} of rank {row['rank']}" if row.get("adapters") and row.get("rank") else ""
+    name = ", ".join(filter(None, (row["what"], row.get("backend") or row.get("dtype"), of)))
     print(f"{name:56} {row.get('shape', ''):22} {median:10.4g} s  {rate}", flush=True)
     return median
 

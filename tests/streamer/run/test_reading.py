@@ -189,7 +189,7 @@ def test_auto_measures_where_files_are_larger_than_memory(
 def test_auto_passes_the_cache_by_where_memory_is_smaller_than_the_inputs(
     world: Any, ways: Counter[str], monkeypatch: pytest.MonkeyPatch, machine: str
 ) -> None:
-    """A whole job with nothing said about reading, on a machine that has a byte too little for its inputs, or enough."""
+    """A whole job with nothing said about reading, on a machine with a byte too little for its inputs, or enough."""
     trio = world.trio(layers=1)
     expected = safemerge(**trio, output=world.root / "cached", quiet=True, io="buffered").manifest
     assert not ways
