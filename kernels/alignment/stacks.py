@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LANES, NARROW, WIDE = 16, 128, 512
+LANES = 16
+NARROW, _, WIDE = WIDTHS = (128, 256, 512)
 
 # Rows of a tile that are multiplied at a time where Y comes first: with more, MKL sums in another order.
 PIECE = 128
@@ -58,7 +59,8 @@ ALONE = Widths(0, 0, quick=False)
 def stacked(factors: Sequence[Tensor]) -> list[Stack]:
     """The factors (O x r) in stacks, in order."""
     padded = [_padded(factor) for factor in factors]
-    limit = 0 if len(factors) == 1 else WIDE if sum(padded) > NARROW else NARROW
+    # No wider than they are together: finding out takes as much memory as the products.
+    limit = next((width for width in WIDTHS if width >= sum(padded)), WIDE) if len(factors) > 1 else 0
     groups: list[list[Tensor]] = []
     room = 0
     for factor, width in zip(factors, padded, strict=True):
@@ -114,7 +116,7 @@ def _least(found: Iterable[Widths]) -> Widths:
 def _widest(limit: int, alone: Tensor, product: Callable[[int], Tensor]) -> int:
     """The most rows with which the last LANES of a product (rows x n) are `alone`, those that fewer give as well."""
     widest = 0
-    for width in (NARROW, NARROW * 2, WIDE):
+    for width in WIDTHS:
         if width > limit or not torch.equal(product(width)[-LANES:], alone):
             break
         widest = width

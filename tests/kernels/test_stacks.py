@@ -18,6 +18,9 @@ def test_narrow_factors_are_stacked_and_wide_ones_go_alone() -> None:
     assert [(len(stack.rows), len(stack.spans), stack.limit) for stack in found] == [
         (208, 13, WIDE), (208, 1, 0), (512, 30, WIDE), (16, 1, WIDE),
     ]  # fmt: skip
+    assert [stack.limit for n in (1, 2, 8, 9, 17, 40) for stack in stacked(factors(0, 20, [16] * n))][:5] == [
+        0, NARROW, NARROW, 2 * NARROW, WIDE,
+    ]  # fmt: skip
     for stack in found:
         for width in (0, NARROW, WIDE):
             assert [row for cut in stack.cuts(width) for row in range(cut.start, cut.stop)] == [*range(len(stack.rows))]
