@@ -117,13 +117,18 @@ def measure_kernels(
             raise typer.BadParameter(f"none of {', '.join(c.name for c in roofline.CARDS)}", param_hint="--card")
         kernels.print_roofline(names, shape, *sizes, known)
         return
+    if gpu and (count := torch.cuda.device_count()) <= (torch.device(device).index or 0):
+        raise typer.BadParameter(f"torch {torch.__version__} sees {count} of them", param_hint=f"--device {device}")
     file = "kernels"
     if gpu and rows.RESULTS == rows.DEFAULT_RESULTS:
         rows.RESULTS = Path.cwd()
         file += "-" + re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-").lower()
-    kernels.run(names, shape, *sizes, device, limit if limit is not None else 1.0 if gpu else 10.0, file)
+    failed = kernels.run(names, shape, *sizes, device, limit if limit is not None else 1.0 if gpu else 10.0, file)
     if gpu:
         print(f"All rows are in {rows.RESULTS / file}.csv: to report this card, send this file.")
+    if failed:
+        print(f"{len(failed)} failed, which the report of a card should say too: {'; '.join(failed)}")
+        raise typer.Exit(1)
 
 
 @app.command("pipeline")

@@ -107,8 +107,10 @@ def run(
     device: str,
     limit: float,
     file: str = "kernels",
-) -> None:
+) -> list[str]:
     """Time every case on every backend; append a row each and print it, on a known card beside its static roofline.
+
+    Returns what failed. On a device the rest is measured all the same: the first run on a card tells most.
 
     Args:
         device: "cpu" or "cuda:N". Triton runs on CUDA alone. On a CPU one thread computes, as a job's worker does.
@@ -120,8 +122,11 @@ def run(
     card = None
     if cuda:
         torch.cuda.set_device(device)
-        card = find(torch.cuda.get_device_name(device))
+        card = find(name := torch.cuda.get_device_name(device))
+        if card is None:
+            print(f"{name}: its data sheet is not known here: no static roofline beside the rows")
     _ceilings(device, file)
+    failed: list[str] = []
     for case in distinct(names, shape, ranks, adapters):
         dtype = "bf16" if cuda and case.operation == "gram" else "fp32"
         rate = multiplying(device, dtype).rate
@@ -140,8 +145,16 @@ def run(
                 continue
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
+            try:
+                seconds = timings(function, device)
+            except Exception as error:
+                if not cuda:
+                    raise
+                failed.append(f"{case.label}, {backend}")
+                print(f"{failed[-1]}: failed: {type(error).__name__}: {error}")
+                continue
             median = record(
-                file, timings(function, device), nbytes=case.nbytes, operations=case.operations, floor=floor,
+                file, seconds, nbytes=case.nbytes, operations=case.operations, floor=floor,
                 what=case.operation, shape=label, dtype=dtype, backend=backend, adapters=case.adapters or "",
                 rank=case.rank or "", ceiling="copy and matrix rate", cache="in memory",
                 peak_device_bytes=torch.cuda.max_memory_allocated() if cuda else "",
@@ -149,6 +162,7 @@ def run(
             if backend == "triton" and card is not None and (least := _bound(case, card)) is not None:
                 reached = f"{least.seconds / median:.0%} of it, {least.share:.0%} wanted"
                 print(f"    {card.name} by its data sheet: {least}; {reached}")
+    return failed
 
 
 def _ceilings(device: str, file: str) -> None:

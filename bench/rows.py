@@ -83,11 +83,15 @@ def record(
         stages = row["stages"]
         row["stages"] = " ".join(f"{name}={value:.3f}" for name, value in sorted(stages.items()))
     append(file, row)
-    rate = f"{nbytes / median / 1e9:.2f} GB/s" if nbytes else ""
+    rates = [f"{nbytes / median / 1e9:.2f} GB/s"] if nbytes else []
+    rates += [f"{operations / median / 1e9:.1f} GFLOP/s"] if operations else []
+    rates += [f"{floor / median:.0%} of {columns.get('ceiling') or 'its ceiling'}"] if floor else []
+    rate = ", ".join(rates)
     if row.get("against"):
         memory = f", {row['memory_ratio']} times its memory" if "memory_ratio" in row else ""
         rate += f"; {row['against']} takes {row['time_ratio']} times as long{memory}"
-    name = ", ".join(filter(None, (row["what"], row.get("backend"))))
+    of = f"{row['adapters']} of rank {row['rank']}" if row.get("adapters") and row.get("rank") else ""
+    name = ", ".join(filter(None, (row["what"], row.get("backend") or row.get("dtype"), of)))
     print(f"{name:56} {row.get('shape', ''):22} {median:10.4g} s  {rate}", flush=True)
     return median
 

@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from safeshard.kernels.alignment.coded import Coded, Weight, decoded
+from safeshard.kernels.alignment.stacks import Stack, column_width, row_widths, stacked, strip_widths, turned
 
 # fp32 elements of a tile of rows (2 MiB, which stays in a core's L2 cache) and its fewest rows, below which the
 # products are too thin.
 TILE_ELEMENTS = 1 << 19
 MIN_TILE_ROWS = 64
 
-# Of a strip of columns, of which there are two, and its fewest columns.
+# Of a strip of columns, and its fewest columns; of how many of its rows the two weights are converted in turn.
 STRIP_ELEMENTS = 1 << 19
 MIN_STRIP_COLUMNS = 128
-
-# Factors are padded to whole LANES of columns and multiplied up to STACK columns at a time, half again as fast as one
-# by one at rank 16, where that changes no bit.
-LANES, STACK = 16, 128
+STRIP_ROWS = 512
 
 Products = tuple[list[Tensor], Tensor]  # V (V^T B) for each factor B, and |V|_F^2
 
@@ -60,33 +57,61 @@ def strip_columns(aligned: Weight, unaligned: Weight) -> int:
 def _by_strips(aligned: Weight, unaligned: Weight, factors: Sequence[Tensor], width: int) -> Products:
     """One pass over strips of V's columns."""
     rows, columns = aligned.shape
-    groups = _groups(factors, {(rows, min(width, columns)), (rows, columns % width or min(width, columns))})
-    stacks = [torch.cat(group, dim=1).T.contiguous() for group in groups]
-    projected = [stack.new_zeros((rows, stack.shape[0])) for stack in stacks]
+    shapes = {(rows, min(width, columns)), (rows, columns % width or min(width, columns))}
+    stacks = [(stack, strip_widths(shapes, stack)) for stack in stacked(factors)]
+    projected = [stack.rows.new_zeros((rows, len(stack.rows))) for stack, _ in stacks]
+    # Kept from strip to strip: new memory would cost as much as a tenth of the products.
+    inner = [stack.rows.new_empty(len(stack.rows) * min(width, columns)) for stack, _ in stacks]
     squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
     for strip in _strips(aligned, unaligned, width):
         # Of codes all rounding errors may have one sign: their sums are kept short.
         even = strip.shape[1] % MIN_STRIP_COLUMNS == 0
         squared_norm += _squared_norm(strip.view(-1, MIN_STRIP_COLUMNS) if even else strip)
-        for stack, z in zip(stacks, projected, strict=True):
-            y = stack.new_zeros((stack.shape[0], strip.shape[1])).addmm_(stack, strip)
-            z += torch.mm(strip, y.T)
-    return _ungroup(projected, groups, factors), squared_norm
+        for (stack, widths), room, z in zip(stacks, inner, projected, strict=True):
+            y = room[: len(stack.rows) * strip.shape[1]].view(len(stack.rows), -1).zero_()
+            for cut in stack.cuts(widths.first):
+                y[cut].addmm_(stack.rows[cut], strip)
+            for cut in stack.cuts(widths.second):
+                if widths.quick:
+                    z[:, cut].addmm_(strip, y[cut].T)
+                else:
+                    z[:, cut] += strip @ y[cut].T
+    return _factors(stacks, projected), squared_norm
+
+
+def _factors(stacks: Iterable[tuple[Stack, object]], projected: Iterable[Tensor]) -> list[Tensor]:
+    """The columns of each factor, contiguous, from products O x S."""
+    return [z[:, span].contiguous() for (stack, _), z in zip(stacks, projected, strict=True) for span in stack.spans]
 
 
 def _strips(aligned: Weight, unaligned: Weight, width: int) -> Iterator[Tensor]:
     """Yield strips of V in fp32; the tensor is overwritten by the next step."""
     rows, columns = aligned.shape
-    buffers = [torch.empty(rows * min(width, columns), device=aligned.device) for _ in range(2)]
+    coded = any(isinstance(weight, Coded) for weight in (aligned, unaligned))
+    few = rows if coded else min(rows, STRIP_ROWS)
+    own, other = (torch.empty(n * min(width, columns), device=aligned.device) for n in (rows, few))
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
-        strip, other = (buffer[: rows * (part.stop - start)].view(rows, -1) for buffer in buffers)
-        _convert(aligned, part, strip)
-        yield strip.sub_(_convert(unaligned, part, other))
+        size = part.stop - start
+        strip, theirs = own[: rows * size].view(rows, size), other[: few * size].view(few, size)
+        if isinstance(aligned, Tensor) and isinstance(unaligned, Tensor):
+            _subtract(aligned[:, part], unaligned[:, part], strip, theirs)
+        else:
+            _convert(aligned, part, strip)
+            strip.sub_(_convert(unaligned, part, theirs))
+        yield strip
+
+
+def _subtract(minuend: Tensor, subtrahend: Tensor, out: Tensor, buffer: Tensor) -> None:
+    """out = minuend - subtrahend in fp32, as many rows at a time as `buffer` has: they stay in cache."""
+    few = len(buffer)
+    for own, mine, theirs in zip(out.split(few), minuend.split(few), subtrahend.split(few), strict=True):
+        # twice as fast as subtracting what has another dtype
+        own.copy_(mine).sub_(theirs if theirs.dtype == torch.float32 else buffer[: len(own)].copy_(theirs))
 
 
 def _convert(weight: Weight, part: slice, out: Tensor) -> Tensor:
-    """Some columns of a weight in fp32, in `out` unless it is that already."""
+    """Some columns of a weight in fp32, in `out`."""
     return weight.decode(part, out) if isinstance(weight, Coded) else out.copy_(weight[:, part])
 
 
@@ -94,18 +119,11 @@ def _row_tiles(aligned: Tensor, unaligned: Tensor) -> Iterator[tuple[slice, Tens
     """Yield (rows, V[rows] in fp32) over all rows; the tensor is overwritten by the next step."""
     rows, cols = aligned.shape
     step = max(1, min(rows, _tile_rows(cols)))
-    buffer = aligned.new_empty((step, cols), dtype=torch.float32)
-    few = -(-step // 4)
-    other = aligned.new_empty((0 if unaligned.dtype == torch.float32 else few, cols), dtype=torch.float32)
+    buffer, other = (aligned.new_empty((n, cols), dtype=torch.float32) for n in (step, -(-step // 4)))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         tile = buffer[: part.stop - start]
-        tile.copy_(aligned[part])
-        if len(other):  # twice as fast as subtracting what has another dtype
-            for own, theirs in zip(tile.split(few), unaligned[part].split(few), strict=True):
-                own.sub_(other[: len(own)].copy_(theirs))
-        else:
-            tile.sub_(unaligned[part])
+        _subtract(aligned[part], unaligned[part], tile, other)
         yield part, tile
 
 
@@ -127,75 +145,38 @@ def _squared_norm(tile: Tensor) -> Tensor:
 def _by_rows(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Products:
     """Two passes over row tiles of V, for weights stored by rows; where there is one tile, one."""
     rows, cols = aligned.shape
-    groups = _groups(factors, _shapes(rows, cols))
-    stacks = [torch.cat(group, dim=1).T.contiguous() for group in groups]
-    inner = [stack.new_zeros((stack.shape[0], cols)) for stack in stacks]
+    shapes = _shapes(rows, cols)
+    stacks = [(stack, row_widths(shapes, stack)) for stack in stacked(factors)]
+    inner = [stack.rows.new_zeros((len(stack.rows), cols)) for stack, _ in stacks]
     squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
     kept = [*_row_tiles(aligned, unaligned)] if rows <= _tile_rows(cols) else []
     for part, tile in kept or _row_tiles(aligned, unaligned):
         squared_norm += _squared_norm(tile)
-        for stack, y in zip(stacks, inner, strict=True):
-            y.addmm_(stack[:, part], tile)
-    projected = [stack.new_empty((rows, stack.shape[0])) for stack in stacks]
+        for (stack, widths), y in zip(stacks, inner, strict=True):
+            for cut in stack.cuts(widths.first):
+                y[cut].addmm_(stack.rows[cut, part], tile)
+    # Those whose transpose is made lie by columns.
+    projected = [torch.empty_like(s.rows).T if w.quick else s.rows.new_empty(s.rows.T.shape) for s, w in stacks]
     for part, tile in kept or _row_tiles(aligned, unaligned):
-        for y, z in zip(inner, projected, strict=True):
-            torch.mm(tile, y.T, out=z[part])
-    return _ungroup(projected, groups, factors), squared_norm
+        for (stack, widths), y, z in zip(stacks, inner, projected, strict=True):
+            for cut in stack.cuts(widths.second):
+                if widths.quick:
+                    turned(y[cut], tile, out=z.T[cut, part])
+                else:
+                    torch.mm(tile, y[cut].T, out=z[part, cut])
+    return _factors(stacks, projected), squared_norm
 
 
 def _by_columns(aligned: Tensor, unaligned: Tensor, factors: Sequence[Tensor]) -> Products:
     """One pass over tiles of V's columns, for weights stored transposed: there a column of V is contiguous."""
-    groups = _groups(factors, _shapes(*aligned.T.shape))
-    stacks = [torch.cat(group, dim=1) for group in groups]
-    projected = [torch.zeros_like(stack) for stack in stacks]
+    shapes = _shapes(*aligned.T.shape)
+    stacks = [(stack, column_width(shapes, stack)) for stack in stacked(factors)]
+    parts = [[stack.rows[cut].T.contiguous() for cut in stack.cuts(width)] for stack, width in stacks]
+    projected = [[torch.zeros_like(part) for part in each] for each in parts]
     squared_norm = torch.zeros((), dtype=torch.float64, device=aligned.device)
     for _, tile in _row_tiles(aligned.T, unaligned.T):
         squared_norm += _squared_norm(tile)
-        for stack, z in zip(stacks, projected, strict=True):
-            z.addmm_(tile.T, tile @ stack)
-    return _ungroup(projected, groups, factors), squared_norm
-
-
-def _groups(factors: Sequence[Tensor], tiles: Iterable[tuple[int, int]]) -> list[list[Tensor]]:
-    """The factors in fp32, each padded with zero columns to whole LANES, in groups of up to STACK columns.
-
-    `tiles` are the shapes of what they are multiplied with.
-    """
-    limit = STACK if len(factors) > 1 and all(_stackable(*shape) for shape in tiles) else LANES
-    groups: list[list[Tensor]] = []
-    room = 0
-    for factor in factors:
-        padded = torch.nn.functional.pad(factor.float(), (0, -factor.shape[1] % LANES))
-        if not groups or padded.shape[1] > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(padded)
-        room -= padded.shape[1]
-    return groups
-
-
-def _ungroup(
-    projected: Sequence[Tensor], groups: Sequence[Sequence[Tensor]], factors: Sequence[Tensor]
-) -> list[Tensor]:
-    """The columns of each factor, contiguous, from the products of `_groups`."""
-    wide = [
-        part
-        for z, group in zip(projected, groups, strict=True)
-        for part in z.split([factor.shape[1] for factor in group], dim=1)
-    ]
-    return [part[:, : factor.shape[1]].contiguous() for part, factor in zip(wide, factors, strict=True)]
-
-
-@cache
-def _stackable(rows: int, cols: int) -> bool:
-    """Whether both products with a tile give a factor the same bits alone and in the last place of a stack.
-
-    Matrix libraries choose the order of summation by the sizes; MKL does not by the number of whole lanes.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tile, stack = (torch.randn(size, generator=generator) for size in ((rows, cols), (rows, STACK)))
-    wide, alone = stack.T.contiguous(), stack[:, -LANES:].T.contiguous()
-    y = torch.ones(STACK, cols).addmm_(wide, tile)
-    y_alone = torch.ones(LANES, cols).addmm_(alone, tile)
-    z, z_alone = tile @ y.T, tile @ y_alone.T
-    return torch.equal(y[-LANES:], y_alone) and torch.equal(z[:, -LANES:], z_alone)
+        for own, sums in zip(parts, projected, strict=True):
+            for part, z in zip(own, sums, strict=True):
+                z.addmm_(tile.T, tile @ part)
+    return _factors(stacks, [torch.cat(sums, dim=1) for sums in projected]), squared_norm

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from safeshard.kernels.alignment.tiles import LANES
+from safeshard.kernels.alignment.stacks import LANES
 from safeshard.kernels.calibrated.ridge import Ridge, energies, ridge, spectra
 from safeshard.kernels.calibrated.stacks import STACK, stacked
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 
-from safeshard.kernels.alignment.tiles import LANES
+from safeshard.kernels.alignment.stacks import LANES
 
 STACK = 512  # rows at a time: more are hardly faster, and hold more memory
 _stackable: dict[Hashable, bool] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safeshard.kernels.alignment.tiles import LANES
+from safeshard.kernels.alignment.stacks import LANES
 from safeshard.kernels.calibrated.stacks import STACK
 from safeshard.streamer.calibration.groups import FactorSource, Group, Needs, device_bytes, resident_bytes
 from safeshard.streamer.calibration.hidden_states import HiddenStates, clear_states

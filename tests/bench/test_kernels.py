@@ -75,13 +75,15 @@ def test_on_a_gpu_all_goes_to_one_file_in_the_current_folder(tmp_path: Path, mon
     """The timings are a CPU's: there is no GPU here."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(rows, "RESULTS", rows.DEFAULT_RESULTS)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     asked: list[tuple[object, ...]] = []
 
-    def run(*args: object) -> None:
+    def run(*args: object) -> list[str]:
         asked.append(args)
         rows.append(str(args[-1]), {"what": "gate"})
+        return []
 
     monkeypatch.setattr(kernels, "run", run)
     result = CliRunner().invoke(app, ["kernels", "--device", "cuda:0"])
@@ -95,10 +97,18 @@ def test_on_a_gpu_all_goes_to_one_file_in_the_current_folder(tmp_path: Path, mon
     assert file.name in result.output.replace("\n", "")
 
 
-def test_measured_times_stand_beside_the_roofline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    result = CliRunner().invoke(app, ["kernels", "--device", "cuda:2"])
+    assert result.exit_code == 2
+    assert "sees 2 of them" in result.output
+
+
+@pytest.fixture
+def a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Of 1e12 bytes and operations a second, on which each run takes a millisecond and nothing is computed."""
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
@@ -110,7 +120,38 @@ def test_measured_times_stand_beside_the_roofline(
     monkeypatch.setattr(kernels, "copying", lambda _: ceiling)
     monkeypatch.setattr(kernels, "multiplying", lambda *_: ceiling)
     monkeypatch.setattr(kernels, "timings", lambda *_: [0.001])
-    kernels.run(["gate"], "llama-70b", [16], [1], "cuda:0", 1.0)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "data sheet" in line]
+    return monkeypatch
+
+
+def test_measured_times_stand_beside_the_roofline(
+    a_card: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert kernels.run(["gate"], "llama-70b", [16], [1], "cuda:0", 1.0) == []
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "data sheet" in line]
     assert len(lines) == 4
     assert "at best 0.562 ms (memory); 56% of it, 80% wanted" in lines[-1]
+    # 4 x 28672 x 8192 bytes and as many operations a rank, of a machine that does 1e12 of either
+    assert "GB/s, 15032.4 GFLOP/s, 1503% of copy and matrix rate" in printed
+    a_card.setattr(torch.cuda, "get_device_name", lambda *_: "Voodoo 2")
+    kernels.run(["gate"], "llama-70b", [16], [1], "cuda:0", 1.0)
+    assert "Voodoo 2: its data sheet is not known here" in capsys.readouterr().out
+
+
+def test_what_fails_on_a_card_is_said_and_the_rest_is_measured(a_card: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    a_card.chdir(tmp_path)
+    runs: list[object] = []
+
+    def timings(function: object, device: str) -> list[float]:
+        runs.append(function)
+        if len(runs) == 2:
+            raise RuntimeError("out of shared memory")
+        return [0.001]
+
+    a_card.setattr(kernels, "timings", timings)
+    result = CliRunner().invoke(app, ["kernels", "--device", "cuda:0", "--operations", "gate", "--adapters", "1"])
+    assert result.exit_code == 1
+    assert "gate 8192 x 8192, 1 of rank 16, triton: failed: RuntimeError: out of shared memory" in result.output
+    assert "1 failed" in result.output
+    (file,) = tmp_path.glob("*.csv")
+    assert [row["shape"] for row in csv.DictReader(file.open())] == ["1024 x 8192", "8192 x 28672", "28672 x 8192"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from safeshard.kernels.alignment.tiles import LANES
+from safeshard.kernels.alignment.stacks import LANES
 from safeshard.kernels.dense import PIECE, ROWS
 from safeshard.kernels.effect import ELEMENTS
 from safeshard.manifests.schema import Fallback

@@ -103,6 +103,24 @@ def test_a_module_takes_as_many_launches_whatever_the_batch(
     assert alone.tensors == together[0].tensors
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["safemerge", "safelora"])
+def test_a_step_of_64_adapters_takes_under_100_launches(world: Any, method: str) -> None:
+    """All of one module's step, from its gates to what is written of it."""
+    weights = {name: t for name, t in world.llama(1, seed=1).items() if "_proj" not in name or "down_proj" in name}
+    moved = {name: t + 0.3 * torch.randn_like(t) for name, t in weights.items()}
+    common = {"aligned": world.checkpoint("aligned", weights), "unaligned": world.checkpoint("unaligned", moved)}
+    if method == "safemerge":
+        common["safe_adapter"] = world.adapter("safe", weights, seed=3, target_modules=["down_proj"])
+    for k in range(64):
+        world.adapter(f"a{k}", weights, seed=10 + k, target_modules=["down_proj"])
+    options = {role: str(place) for role, place in common.items()} | {"threshold": 2.0, "dtype": "bfloat16"}
+    launches, manifests = launched(world, 64, method, "many", **options)
+    assert [len(manifest.modules) for manifest in manifests] == [1] * 64
+    assert {m.decision for manifest in manifests for m in manifest.modules} <= {"merged", "projected"}
+    assert launches < 100
+
+
 # Workers.
 
 

@@ -185,6 +185,25 @@ def test_auto_measures_where_files_are_larger_than_memory(
     assert not any(source.direct for source in sources)
 
 
+@pytest.mark.parametrize("machine", ["smaller", "large enough"])
+def test_auto_passes_the_cache_by_where_memory_is_smaller_than_the_inputs(
+    world: Any, ways: Counter[str], monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    """A whole job with nothing said about reading, on a machine with a byte too little for its inputs, or enough."""
+    trio = world.trio(layers=1)
+    expected = safemerge(**trio, output=world.root / "cached", quiet=True, io="buffered").manifest
+    assert not ways
+    # All that lies there, each place once: of adapters, too.
+    size = sum(file.stat().st_size for folder in trio.values() for file in Path(folder).glob("*.safetensors"))
+    monkeypatch.setattr(reading, "memory_bytes", lambda: size - (machine == "smaller"))
+    monkeypatch.setattr(reading, "is_faster", lambda sources: True)  # a clock's word: measured in a test above
+    manifest = safemerge(**trio, output=world.root / "auto", quiet=True).manifest
+    assert bool(ways) == (machine == "smaller")
+    assert outputs(manifest) == outputs(expected)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (world.root / "auto" / name).read_bytes() == (world.root / "cached" / name).read_bytes()
+
+
 def test_a_steps_buffer_holds_the_blocks_around_its_tensors(
     sources: list[LocalSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
