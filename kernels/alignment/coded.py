@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from safeshard.kernels.scratch import scratch
+
 Kind = Literal["e4m3", "e2m1"]
 E2M1_COLUMNS = 32  # that share a scale
 SHIFT = {"e4m3": 2.0**8, "e2m1": 2.0**14}  # what the halves are to be multiplied with
@@ -145,8 +147,8 @@ def _has_nan(codes: Tensor) -> bool:
 def _widen_e4m3(codes: Tensor, out: Tensor, may_be_nan: bool) -> None:
     """The values of codes, but for SHIFT; nobody waits for a device."""
     signed = codes.view(torch.int8)
-    bits = signed.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    out.copy_(bits.view(torch.float16))
+    bits = scratch("bits", codes.numel(), torch.int16, codes.device).view(codes.shape).copy_(signed)
+    out.copy_(bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16))
     if may_be_nan:
         out.masked_fill_(signed.bitwise_and(0x7F) == 0x7F, torch.nan)
 

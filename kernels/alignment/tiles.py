@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels.alignment.coded import Coded, Weight, decoded
+from safeshard.kernels.scratch import scratch
 
 # fp32 elements of a tile of rows (2 MiB, which stays in a core's L2 cache) and its fewest rows, below which the
 # products are too thin.
@@ -75,9 +76,10 @@ def _by_strips(aligned: Weight, unaligned: Weight, factors: Sequence[Tensor], wi
 
 
 def _strips(aligned: Weight, unaligned: Weight, width: int) -> Iterator[Tensor]:
-    """Yield strips of V in fp32; the tensor is overwritten by the next step."""
+    """Yield strips of V in fp32; the tensor is overwritten by the next step, and by this thread's next V."""
     rows, columns = aligned.shape
-    buffers = [torch.empty(rows * min(width, columns), device=aligned.device) for _ in range(2)]
+    size = rows * min(width, columns)
+    buffers = [scratch(name, size, torch.float32, aligned.device) for name in ("strip", "other strip")]
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
         strip, other = (buffer[: rows * (part.stop - start)].view(rows, -1) for buffer in buffers)

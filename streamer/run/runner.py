@@ -36,7 +36,7 @@ from safeshard.streamer.run.ending.finish import Measured, publish, rounded
 from safeshard.streamer.run.ending.settled import public_offences, settle_finished
 from safeshard.streamer.run.flow.compute import compute_step
 from safeshard.streamer.run.flow.reading import choose_reading, readers_for
-from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps, pass_steps, workers_for
+from safeshard.streamer.run.flow.steps import JobRun, bytes_apart, copy_steps, module_steps, pass_steps, workers_for
 from safeshard.streamer.run.flow.stream import Buffers, run_steps
 from safeshard.streamer.run.part_work import (
     discard_other_cuts,
@@ -117,7 +117,8 @@ def plan_jobs(
 
 def largest_step(runs: Sequence[JobRun], device: torch.device) -> tuple[int, str]:
     """The host bytes that the largest step of a pass takes, and the step's name."""
-    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
+    steps = (*module_steps(runs, bytes_apart(device)), *copy_steps(runs))
+    costs = [(step.cost, step.name) for step in steps]
     return max([*costs, (host_bytes(runs, device), "a layer of the calibrated pass")])
 
 
@@ -350,7 +351,7 @@ class Pass:
             self._execute(runs)
 
     def _execute(self, runs: Sequence[JobRun]) -> None:
-        steps = pass_steps(runs)
+        steps = pass_steps(runs, self.device)
         ranked = [r for r in runs if r.job.ranks_first]
         second = _bytes(module_steps(ranked))  # at most; what is not chosen then reads less
         with self._show(_bytes(steps) + second + _bytes(planned_steps(runs)), self.options.quiet) as progress:
@@ -368,7 +369,7 @@ class Pass:
             serve([r for r in runs if r.measures])
             for job_run in [r for r in runs if r.waits]:
                 self._know(job_run)
-            steps = module_steps([r for r in ranked if not r.waits])
+            steps = module_steps([r for r in ranked if not r.waits], bytes_apart(self.device))
             progress.extend(_bytes(steps) - second)
             self._run(steps, progress)
             serve([r for r in runs if not r.waits])

@@ -27,6 +27,7 @@ STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may
 COPY_BYTES = 2 * CHUNK_BYTES + 4 * BLOCK  # of a tensor that is taken over, two pieces: one is read, one is written
 DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
 BUNDLE_BYTES = 128 << 20  # of experts that are treated together: those of fused LoRA are read once for all of them
+NEAR_BYTES = 16 << 20  # of those that read nothing in common, on a CPU: it finds what was read for them in its caches
 EXPERTS = ".experts."
 DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
 
@@ -195,26 +196,30 @@ class CopyTask:
             yield Read(self.copy.source, self.copy.ref)
 
 
-def module_steps(runs: Sequence[JobRun]) -> list[Step]:
-    """Steps for all modules that are not done, layer by layer: a step a module, but for small or entangled experts."""
+def module_steps(runs: Sequence[JobRun], apart: int = BUNDLE_BYTES) -> list[Step]:
+    """Steps for all modules that are not done, layer by layer: a step a module, but for small or entangled experts.
+
+    `apart` are the bytes of a step of experts that read nothing in common.
+    """
     tasks_of: dict[str, list[ModuleTask]] = {}
     for job_run in runs:
         for name, module in job_run.plan.modules.items():
             if not job_run.has_factor(name) and not job_run.is_done(name):
                 tasks_of.setdefault(name, []).append(ModuleTask(job_run, module))
     steps = []
-    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=order_of)}):
+    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=order_of)}, apart):
         tasks = [task for name in names for task in tasks_of[name]]
         whole = all(task.elementwise for task in tasks)  # else all of them, so that each tensor is read once
         steps.append((_elementwise if whole else _together)(names[0], tasks))
     return steps
 
 
-def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]]) -> Iterator[list[str]]:
+def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]], apart: int = BUNDLE_BYTES) -> Iterator[list[str]]:
     """Names of modules to treat in one step, in the order given.
 
     Modules that see one region (gate and up of an expert, where both lie in a block) are never parted, so that it is
-    read once; experts are treated several at a time, as long as they are small.
+    read once; experts are treated several at a time, as long as they are small: `apart` bytes of those that read
+    nothing in common, and `BUNDLE_BYTES` of others.
     """
     bundle: list[str] = []
     path, blocks, reads = "", set[Hashable](), dict[Hashable, int]()
@@ -222,7 +227,8 @@ def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]]) -> Iterator[list[str]]
         seen = {block for task in tasks for block in _shared_blocks(task)}
         more = {read.key: read.ref.nbytes for task in tasks for read in task.reads()}
         experts = name.partition(EXPERTS)[0] if EXPERTS in name else name
-        if bundle and not seen & blocks and (experts != path or sum((reads | more).values()) > BUNDLE_BYTES):
+        limit = BUNDLE_BYTES if reads.keys() & more.keys() else apart
+        if bundle and not seen & blocks and (experts != path or sum((reads | more).values()) > limit):
             yield bundle
             bundle, blocks, reads = [], set(), {}
         path, blocks, reads = experts, blocks | seen, reads | more
@@ -300,10 +306,15 @@ def workers_for(device: torch.device) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pass_steps(runs: Sequence[JobRun]) -> list[Step]:
+def bytes_apart(device: torch.device) -> int:
+    """The bytes of a step of experts that read nothing in common: a CUDA device is waited for once a step."""
+    return BUNDLE_BYTES if device.type == "cuda" else NEAR_BYTES
+
+
+def pass_steps(runs: Sequence[JobRun], device: torch.device) -> list[Step]:
     """All steps of a pass, layer by layer, so that an output's files are finished one after the other."""
     copies = [(-1.0 if (layer := layer_of(step.name)) is None else layer, step) for step in copy_steps(runs)]
-    modules = [(order_of(step.name)[0], step) for step in module_steps(runs)]
+    modules = [(order_of(step.name)[0], step) for step in module_steps(runs, bytes_apart(device))]
     return [step for _, step in sorted([*copies, *modules], key=lambda placed: placed[0])]
 
 
