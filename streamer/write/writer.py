@@ -50,6 +50,7 @@ from safeshard.streamer.write.tensor_write import TensorWrite
 
 COMMIT_SECONDS = 5.0  # of work that a power cut may undo
 CHUNK_BYTES = 1 << 22
+WRITEBACK_BYTES = 1 << 22  # of small tensors that the disk is sent together: each asks for as much of the system
 log = logging.getLogger(__name__)
 
 
@@ -93,6 +94,7 @@ class Writer:
         self._regions: dict[str, int] = {}  # of a tensor that is written region by region, the bytes written
         self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
         self._fds: dict[str, int] = {}
+        self._unsent: dict[int, tuple[int, int, int]] = {}  # of a file: from where to where, and how many bytes
         self._lock = threading.Lock()
         self._committed = time.monotonic()
         with clear_errors(self.staging):
@@ -354,6 +356,16 @@ class Writer:
             digest = hash_tensor_region(fd, ref.offset, ref.nbytes, check=check)
         self.clock.add("hash", start)
         return digest
+
+    def _begin_writeback(self, fd: int, begin: int, nbytes: int) -> None:
+        """Let the kernel bring to the disk what was written, once it is enough; the sync takes the rest."""
+        with self._lock:
+            start, stop, count = self._unsent.pop(fd, (begin, begin, 0))
+            start, stop, count = min(start, begin), max(stop, begin + nbytes), count + nbytes
+            if count < WRITEBACK_BYTES:
+                self._unsent[fd] = start, stop, count
+                return
+        start_writeback(fd, start, stop - start)
 
     def _finished_region(self, name: str, nbytes: int) -> None:
         """Note a region as written; of a tensor whose regions all are, take the hash: they come in any order."""
