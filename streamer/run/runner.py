@@ -34,9 +34,10 @@ from safeshard.streamer.run.downloads import download, download_offences, shard_
 from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish, rounded
 from safeshard.streamer.run.ending.settled import public_offences, settle_finished
+from safeshard.streamer.run.flow.bundles import bytes_apart
 from safeshard.streamer.run.flow.compute import compute_step
 from safeshard.streamer.run.flow.reading import choose_reading, readers_for
-from safeshard.streamer.run.flow.steps import JobRun, bytes_apart, copy_steps, module_steps, pass_steps, workers_for
+from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps, pass_steps, workers_for
 from safeshard.streamer.run.flow.stream import Buffers, run_steps
 from safeshard.streamer.run.part_work import (
     discard_other_cuts,

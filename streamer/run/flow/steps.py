@@ -19,6 +19,7 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.leak import strength_for
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
 from safeshard.streamer.run.flow.assemble import Assembler
+from safeshard.streamer.run.flow.bundles import BUNDLE_BYTES, bundles, bytes_apart
 from safeshard.streamer.sources.direct import BLOCK
 from safeshard.streamer.tensor_names import layer_of, natural
 from safeshard.streamer.write.writer import CHUNK_BYTES, Writer
@@ -26,9 +27,6 @@ from safeshard.streamer.write.writer import CHUNK_BYTES, Writer
 STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
 COPY_BYTES = 2 * CHUNK_BYTES + 4 * BLOCK  # of a tensor that is taken over, two pieces: one is read, one is written
 DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
-BUNDLE_BYTES = 128 << 20  # of experts that are treated together: those of fused LoRA are read once for all of them
-NEAR_BYTES = 16 << 20  # of those that read nothing in common, on a CPU: it finds what was read for them in its caches
-EXPERTS = ".experts."
 DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
 
 
@@ -214,38 +212,6 @@ def module_steps(runs: Sequence[JobRun], apart: int = BUNDLE_BYTES) -> list[Step
     return steps
 
 
-def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]], apart: int = BUNDLE_BYTES) -> Iterator[list[str]]:
-    """Names of modules to treat in one step, in the order given.
-
-    Modules that see one region (gate and up of an expert, where both lie in a block) are never parted, so that it is
-    read once; experts are treated several at a time, as long as they are small: `apart` bytes of those that read
-    nothing in common, and `BUNDLE_BYTES` of others.
-    """
-    bundle: list[str] = []
-    path, blocks, reads = "", set[Hashable](), dict[Hashable, int]()
-    for name, tasks in tasks_of.items():
-        seen = {block for task in tasks for block in _shared_blocks(task)}
-        more = {read.key: read.ref.nbytes for task in tasks for read in task.reads()}
-        experts = name.partition(EXPERTS)[0] if EXPERTS in name else name
-        limit = BUNDLE_BYTES if reads.keys() & more.keys() else apart
-        if bundle and not seen & blocks and (experts != path or sum((reads | more).values()) > limit):
-            yield bundle
-            bundle, blocks, reads = [], set(), {}
-        path, blocks, reads = experts, blocks | seen, reads | more
-        bundle.append(name)
-    if bundle:
-        yield bundle
-
-
-def _shared_blocks(task: ModuleTask) -> Iterator[Hashable]:
-    """The regions of weights of which a module sees only a part."""
-    for place in task.places():
-        if isinstance(place, Weight):
-            for part in place.stored.parts:
-                if part.view.rows or part.view.columns:
-                    yield (place.source.identity, part.block)
-
-
 def module_step(name: str, wanted: Iterable[tuple[JobRun, str]]) -> Step:
     """One step for modules of jobs that share tensors; what is done is left out."""
     return _together(
@@ -304,11 +270,6 @@ def workers_for(device: torch.device) -> int:
     if device.type == "cuda":
         return DEVICE_WORKERS
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def bytes_apart(device: torch.device) -> int:
-    """The bytes of a step of experts that read nothing in common: a CUDA device is waited for once a step."""
-    return BUNDLE_BYTES if device.type == "cuda" else NEAR_BYTES
 
 
 def pass_steps(runs: Sequence[JobRun], device: torch.device) -> list[Step]:
