@@ -48,16 +48,37 @@ class Products(NamedTuple):
     """<N, D>"""
 
 
-def _gram(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """x^T y in fp64, of two factors with the same rows; of one alone x^T x."""
-    other = x if y is None else y
-    total = torch.zeros((x.shape[1], other.shape[1]), dtype=torch.float64, device=x.device)
+def _grams(x: Tensor, *others: Tensor) -> list[Tensor]:
+    """x^T x in fp64, and of another factor y of as many rows and columns x^T y and y^T y, all taken to fp64 once."""
+    count, width = len(others), x.shape[1]
+    totals = [torch.zeros((width, width), dtype=torch.float64, device=x.device) for _ in range(1 + 2 * count)]
     elements = ELEMENTS if x.device.type == "cpu" else DEVICE_ELEMENTS
-    rows = max(1, elements // max(1, x.shape[1], other.shape[1]))
+    rows = max(1, elements // max(1, width))
     for start in range(0, len(x), rows):
-        left = x[start : start + rows].double()
-        total.addmm_(left.T, left if y is None else y[start : start + rows].double())
+        left, *right = (factor[start : start + rows].double() for factor in (x, *others))
+        pairs = [(left, left), *((left, y) for y in right), *((y, y) for y in right)]
+        for total, (one, other) in zip(totals, pairs, strict=True):
+            total.addmm_(one.T, other)
+    return totals
+
+
+def _gram(x: Tensor, y: Tensor) -> Tensor:
+    """x^T y in fp64, of two factors with the same rows."""
+    total = torch.zeros((x.shape[1], y.shape[1]), dtype=torch.float64, device=x.device)
+    elements = ELEMENTS if x.device.type == "cpu" else DEVICE_ELEMENTS
+    rows = max(1, elements // max(1, x.shape[1], y.shape[1]))
+    for start in range(0, len(x), rows):
+        total.addmm_(x[start : start + rows].double().T, y[start : start + rows].double())
     return total
+
+
+def _grams_of(old: Tensor, new: Tensor) -> list[Tensor]:
+    """X^T X, X^T X' and X'^T X' of an old factor X and a new one."""
+    if new is old:
+        return _grams(old) * 3
+    if old.shape == new.shape:
+        return _grams(old, new)
+    return [*_grams(old), _gram(old, new), *_grams(new)]
 
 
 def lora_products(a: Tensor, b: Tensor, scaling: float, new_a: Tensor, new_b: Tensor, new_scaling: float) -> Products:
@@ -68,14 +89,15 @@ def lora_products(a: Tensor, b: Tensor, scaling: float, new_a: Tensor, new_b: Te
         new_a, new_b: r' x I and O x r'.
     """
 
-    gram_a, gram_b = _gram(a.T), _gram(b)
-    before = (gram_a * gram_b).sum().clamp_min(0) * scaling**2
     if new_a is a and new_b is b and new_scaling == scaling:
+        (gram_a,), (gram_b,) = _grams(a.T), _grams(b)
+        before = (gram_a * gram_b).sum().clamp_min(0) * scaling**2
         return Products(before, before, before)
-    both_a, after_a = (gram_a, gram_a) if new_a is a else (_gram(a.T, new_a.T), _gram(new_a.T))
-    both_b, after_b = (gram_b, gram_b) if new_b is b else (_gram(b, new_b), _gram(new_b))
-    after = (after_a * after_b).sum().clamp_min(0) * new_scaling**2
-    return Products(before, after, (both_a * both_b).sum() * (scaling * new_scaling))
+    a_t = a.T
+    grams_a, grams_b = _grams_of(a_t, a_t if new_a is a else new_a.T), _grams_of(b, new_b)
+    before, both, after = ((of_a * of_b).sum() for of_a, of_b in zip(grams_a, grams_b, strict=True))
+    scale = scaling * new_scaling
+    return Products(before.clamp_min(0) * scaling**2, after.clamp_min(0) * new_scaling**2, both * scale)
 
 
 class Pair(NamedTuple):

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from safeshard.kernels.scratch import scratch
+
 Kind = Literal["e4m3", "e2m1"]
 E2M1_COLUMNS = 32  # that share a scale
 SHIFT = {"e4m3": 2.0**8, "e2m1": 2.0**14}  # what the halves are to be multiplied with
@@ -86,7 +88,7 @@ class Coded:
         start, stop, _ = columns.indices(self.shape[1])
         height, width = self.block
         if self.kind == "e4m3":
-            _widen_e4m3(self.codes[:, start:stop], out)
+            _widen_e4m3(self.codes[:, start:stop], out, self._may_be_nan)
         else:
             _widen_e2m1(self.codes[:, start // 2 : stop // 2], out)
         scales = self._numbers[:, start // width : -(-stop // width)]
@@ -105,6 +107,11 @@ class Coded:
     def _exact(self) -> bool:
         """Whether scales can be multiplied with SHIFT, which spares a pass: almost always, and looked for on a CPU."""
         return not self.codes.is_cuda and not bool((self.scales > LARGE[self.kind]).any())
+
+    @cached_property
+    def _may_be_nan(self) -> bool:
+        """Whether to look for NaN among codes of E4M3: all are looked through once, in order; none of a device's."""
+        return self.codes.is_cuda or _has_nan(self.codes)
 
     @cached_property
     def _numbers(self) -> Tensor:
@@ -128,17 +135,21 @@ def widen_e4m3(codes: Tensor, out: Tensor) -> Tensor:
 
     Eight times as fast as torch's own conversion.
     """
-    _widen_e4m3(codes, out)
+    _widen_e4m3(codes, out, _has_nan(codes))
     return out.mul_(SHIFT["e4m3"])
 
 
-def _widen_e4m3(codes: Tensor, out: Tensor) -> None:
+def _has_nan(codes: Tensor) -> bool:
+    """Whether there is E4M3's NaN: the largest number with a sign, or without."""
+    return bool(codes.numel()) and (int(codes.view(torch.int8).max()) == 0x7F or int(codes.max()) == 0xFF)
+
+
+def _widen_e4m3(codes: Tensor, out: Tensor, may_be_nan: bool) -> None:
     """The values of codes, but for SHIFT; nobody waits for a device."""
     signed = codes.view(torch.int8)
-    bits = signed.to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    out.copy_(bits.view(torch.float16))
-    # The codes of NaN are the largest number with a sign, and without.
-    if out.is_cuda or (codes.numel() and (int(signed.max()) == 0x7F or int(codes.max()) == 0xFF)):
+    bits = scratch("bits", codes.numel(), torch.int16, codes.device).view(codes.shape).copy_(signed)
+    out.copy_(bits.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16))
+    if may_be_nan:
         out.masked_fill_(signed.bitwise_and(0x7F) == 0x7F, torch.nan)
 
 

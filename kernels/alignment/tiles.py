@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safeshard.kernels.alignment.coded import Coded, Weight, decoded
 from safeshard.kernels.alignment.stacks import Stack, column_width, row_widths, stacked, strip_widths, turned
+from safeshard.kernels.scratch import scratch
 
 # fp32 elements of a tile of rows (2 MiB, which stays in a core's L2 cache) and its fewest rows, below which the
 # products are too thin.
@@ -85,11 +86,14 @@ def _factors(stacks: Iterable[tuple[Stack, object]], projected: Iterable[Tensor]
 
 
 def _strips(aligned: Weight, unaligned: Weight, width: int) -> Iterator[Tensor]:
-    """Yield strips of V in fp32; the tensor is overwritten by the next step."""
+    """Yield strips of V in fp32; the tensor is overwritten by the next step, and by this thread's next V."""
     rows, columns = aligned.shape
     coded = any(isinstance(weight, Coded) for weight in (aligned, unaligned))
     few = rows if coded else min(rows, STRIP_ROWS)
-    own, other = (torch.empty(n * min(width, columns), device=aligned.device) for n in (rows, few))
+    own, other = (
+        scratch(name, n * min(width, columns), torch.float32, aligned.device)
+        for name, n in (("strip", rows), ("other strip", few))
+    )
     for start in range(0, columns, width):
         part = slice(start, min(start + width, columns))
         size = part.stop - start

@@ -145,7 +145,8 @@ def _done(
 ) -> None:
     if options["dry_run"]:
         given = {name: options[name] for name in RunOptions.model_fields}
-        say(messages.plan([r.plan for r in results], int(build(RunOptions, given).memory)), as_json)
+        run = build(RunOptions, given)
+        say(messages.plan([r.plan for r in results], int(run.memory), run.resolved_device()), as_json)
     elif not options["quiet"]:
         say(messages.summary(results), as_json)
     for line in (lines := messages.warnings(results)):

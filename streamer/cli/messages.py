@@ -99,16 +99,17 @@ def _rank(each: JobPlan) -> list[str]:
     return [f"  rank {each.rank}" + (f": serve it with --max-lora-rank {each.rank}" if each.serve_rank else "")]
 
 
-def plan(plans: Sequence[JobPlan], memory: int) -> str:
+def plan(plans: Sequence[JobPlan], memory: int, device: str = "cpu") -> str:
     """What a dry run says: bytes to read and write, modules, and the memory it takes, of `memory` bytes allowed."""
     import torch
 
     from safeshard.streamer.run.calibrated import arithmetic_bytes, planned_steps
     from safeshard.streamer.run.downloads import download
+    from safeshard.streamer.run.flow.bundles import bytes_apart
     from safeshard.streamer.run.flow.steps import JobRun, module_steps, workers_for
 
     runs = [JobRun(p) for p in plans]
-    steps = [*module_steps(runs), *planned_steps(runs)]
+    steps = [*module_steps(runs, bytes_apart(torch.device(device))), *planned_steps(runs)]
     read = sum(step.nbytes + step.copied * step.strips for step in steps) + sum(
         copy.ref.nbytes for p in plans for copy in p.copies
     )

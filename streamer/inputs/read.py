@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Read:
     source: Source
     ref: TensorRef
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
         return (self.source.identity, self.ref.file, self.ref.offset, self.ref.nbytes, self.ref.name)
 

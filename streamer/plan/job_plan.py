@@ -43,15 +43,18 @@ class Pair:
     source: Source
     lora: LoraModule
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
         """Equal for one place."""
         return tuple((Read(self.source, read_ref(ref)).key, view_of(ref)) for ref in (self.lora.a, self.lora.b))
 
     def reads(self) -> Iterator[Read]:
         """What is read of it."""
-        yield Read(self.source, read_ref(self.lora.a))
-        yield Read(self.source, read_ref(self.lora.b))
+        return iter(self._reads)
+
+    @cached_property
+    def _reads(self) -> tuple[Read, ...]:
+        return tuple(Read(self.source, read_ref(ref)) for ref in (self.lora.a, self.lora.b))
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,18 @@ class Weight:
     source: Source
     stored: Stored
 
-    @property
+    @cached_property
     def key(self) -> Hashable:
         """Equal for one place."""
         return (self.source.identity, self.stored.key)
 
     def reads(self) -> Iterator[Read]:
         """What is read of it."""
-        return (Read(self.source, ref) for ref in self.stored.refs())
+        return iter(self._reads)
+
+    @cached_property
+    def _reads(self) -> tuple[Read, ...]:
+        return tuple(Read(self.source, ref) for ref in self.stored.refs())
 
 
 @dataclass(frozen=True)

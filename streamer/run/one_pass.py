@@ -15,6 +15,7 @@ from safeshard.streamer.options import RunOptions
 from safeshard.streamer.progress import Progress
 from safeshard.streamer.run.calibrated import Compute, planned_steps, run_calibrated
 from safeshard.streamer.run.ending.finish import Measured, rounded
+from safeshard.streamer.run.flow.bundles import bytes_apart
 from safeshard.streamer.run.flow.compute import compute_step
 from safeshard.streamer.run.flow.reading import choose_reading, readers_for
 from safeshard.streamer.run.flow.steps import JobRun, module_steps, pass_steps, workers_for
@@ -58,7 +59,7 @@ class Pass:
             self._execute(runs)
 
     def _execute(self, runs: Sequence[JobRun]) -> None:
-        steps = pass_steps(runs)
+        steps = pass_steps(runs, self.device)
         ranked = [r for r in runs if r.job.ranks_first]
         second = _bytes(module_steps(ranked))  # at most; what is not chosen then reads less
         with self._show(_bytes(steps) + second + _bytes(planned_steps(runs)), self.options.quiet) as progress:
@@ -76,7 +77,7 @@ class Pass:
             serve([r for r in runs if r.measures])
             for job_run in [r for r in runs if r.waits]:
                 self._know(job_run)
-            steps = module_steps([r for r in ranked if not r.waits])
+            steps = module_steps([r for r in ranked if not r.waits], bytes_apart(self.device))
             progress.extend(_bytes(steps) - second)
             self._run(steps, progress)
             serve([r for r in runs if not r.waits])

@@ -26,6 +26,7 @@ from safeshard.streamer.run.downloads import download, download_offences, shard_
 from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish
 from safeshard.streamer.run.ending.settled import public_offences, settle_finished
+from safeshard.streamer.run.flow.bundles import bytes_apart
 from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps
 from safeshard.streamer.run.one_pass import Pass, device_name
 from safeshard.streamer.run.part_work import (
@@ -72,7 +73,8 @@ def plan_jobs(
 
 def largest_step(runs: Sequence[JobRun], device: torch.device) -> tuple[int, str]:
     """The host bytes that the largest step of a pass takes, and the step's name."""
-    costs = [(step.cost, step.name) for step in (*module_steps(runs), *copy_steps(runs))]
+    steps = (*module_steps(runs, bytes_apart(device)), *copy_steps(runs))
+    costs = [(step.cost, step.name) for step in steps]
     return max([*costs, (host_bytes(runs, device), "a layer of the calibrated pass")])
 
 

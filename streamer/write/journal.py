@@ -29,6 +29,7 @@ MAX_BYTES = MAX_JOURNAL_BYTES
 ANEW = "--overwrite starts anew"
 CRC_CHARS = len(',"crc":"00000000"}')
 T = TypeVar("T")
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 log = logging.getLogger(__name__)
 
 
@@ -44,7 +45,8 @@ class Journal:
         self._fd = fd
         self._size = size
         self._committed = committed
-        self._pending: list[dict[str, Any]] = []
+        self._unread: list[str] = []  # committed after those, as JSON: hardly anyone asks for them
+        self._pending: list[str] = []
         self._lock = threading.Lock()
         self._commit_lock = threading.Lock()
         self._broken = False
@@ -83,7 +85,7 @@ class Journal:
     def _begin(cls, path: Path, fd: int, content: bytes, fingerprint: dict[str, Any]) -> "Journal":
         if not MAGIC.encode().startswith(content[: len(MAGIC)].rstrip(b"\0")):
             raise RequestError(Offence(str(path), expected="a safeshard journal", got="another file", remedy=ANEW))
-        line = _line({"journal": "safeshard.journal/1", "fingerprint": fingerprint})
+        line = _line(_dumps({"journal": "safeshard.journal/1", "fingerprint": fingerprint}))
         os.ftruncate(fd, 0)
         write_all(fd, memoryview(line), 0)
         os.fsync(fd)
@@ -106,7 +108,7 @@ class Journal:
 
     def record(self, kind: str, **payload: Any) -> None:
         """Hold a record for the next commit; `payload` is JSON."""
-        record = json.loads(_dumps({"kind": kind, **payload}))
+        record = _dumps({"kind": kind, **payload})
         with self._lock:
             self._pending.append(record)
 
@@ -137,11 +139,13 @@ class Journal:
             self._size += len(lines)
             self._broken = False
             with self._lock:
-                self._committed.extend(chosen)
+                self._unread.extend(chosen)
 
     def entries(self, kind: str) -> list[dict[str, Any]]:
         """The committed records of one kind, in the order of their commits, those of earlier runs first."""
         with self._lock:
+            self._committed.extend(map(json.loads, self._unread))
+            self._unread.clear()
             return [entry for entry in self._committed if entry["kind"] == kind]
 
     def sound(self, kind: str, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
@@ -178,11 +182,11 @@ def name_and_hash(record: dict[str, Any]) -> tuple[str, str]:
 
 
 def _dumps(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(value)
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    body = _dumps(record)[:-1].encode("ascii")
+def _line(record: str) -> bytes:
+    body = record[:-1].encode("ascii")
     return body + b',"crc":"%08x"}\n' % zlib.crc32(body)
 
 

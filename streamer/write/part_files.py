@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from safeshard.streamer.write.finite import check_copy
 from safeshard.streamer.write.staging import part_of
 
 CHUNK_BYTES = 1 << 22
+WRITEBACK_BYTES = 1 << 22  # of small tensors that the disk is sent together: each asks for as much of the system
 
 
 class PartFiles:
@@ -31,6 +33,8 @@ class PartFiles:
         self._staging, self._clock = staging, clock
         self._places = {name: (file.name, ref) for file in files for name, ref in file.tensors.items()}
         self._fds: dict[str, int] = {}
+        self._unsent: dict[int, tuple[int, int, int]] = {}  # of a file: from where to where, and how many bytes
+        self._lock = threading.Lock()
 
     def open(self, file: OutputFile, sparse: bool) -> None:
         """Open or make one, with its header; `sparse`: it takes room as it fills."""
@@ -109,6 +113,16 @@ class PartFiles:
             offset += len(piece)
         start_writeback(fd, ref.offset, ref.nbytes)
         return hasher.hexdigest()
+
+    def begin_writeback(self, fd: int, begin: int, nbytes: int) -> None:
+        """Let the kernel bring to the disk what was written, once it is enough; the sync takes the rest."""
+        with self._lock:
+            start, stop, count = self._unsent.pop(fd, (begin, begin, 0))
+            start, stop, count = min(start, begin), max(stop, begin + nbytes), count + nbytes
+            if count < WRITEBACK_BYTES:
+                self._unsent[fd] = start, stop, count
+                return
+        start_writeback(fd, start, stop - start)
 
     def empty(self, file: str) -> None:
         """Give back the room of one that lies afar."""

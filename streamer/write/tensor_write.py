@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from safeshard.streamer.disk import clear_errors, start_writeback, write_all
+from safeshard.streamer.disk import clear_errors, write_all
 from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.write.finite import NotFiniteError, all_finite
 
@@ -64,7 +64,7 @@ class TensorWrite:
     def finish(self) -> None:
         """Note the tensor as written. All its pieces must be."""
         assert self._offset == self._begin + self._nbytes, f"{self._name}: pieces of another size"
-        start_writeback(self._fd, self._begin, self._nbytes)
+        self._writer._parts.begin_writeback(self._fd, self._begin, self._nbytes)
         if self._nbytes == self._ref.nbytes:
             self._writer._finished(self._name, self._hash.hexdigest(), self._nbytes)
         else:

@@ -52,6 +52,7 @@ class Modules:
         self._interleaved = interleaved or {}
         self._type = model_type(config)
         self.refused: dict[str, Refused] = {}
+        self._found: dict[str, Stored | None] = {}  # a plan asks a dozen times for each of thousands
         self.encodings: dict[str, Encoding] = dict(self._encodings())
         self._fused: dict[tuple[str, str], Encoding | TensorRef] = dict(self._fused_tensors())
 
@@ -113,6 +114,11 @@ class Modules:
 
     def find(self, module: str) -> Stored | None:
         """A module's weight; None where there is none, or it is refused."""
+        if module not in self._found:
+            self._found[module] = self._find(module)
+        return self._found[module]
+
+    def _find(self, module: str) -> Stored | None:
         if (found := self._alone(module)) is not None:
             return found
         match = _EXPERT.fullmatch(module)

@@ -19,6 +19,7 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.leak import strength_for
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
 from safeshard.streamer.run.flow.assemble import Assembler
+from safeshard.streamer.run.flow.bundles import BUNDLE_BYTES, bundles, bytes_apart
 from safeshard.streamer.sources.direct import BLOCK
 from safeshard.streamer.tensor_names import layer_of, natural
 from safeshard.streamer.write.part_files import CHUNK_BYTES
@@ -27,8 +28,6 @@ from safeshard.streamer.write.writer import Writer
 STRIP_BYTES = 16 << 20  # what the gate's tiles and a reader's small buffers may take, and a strip of a large tensor
 COPY_BYTES = 2 * CHUNK_BYTES + 4 * BLOCK  # of a tensor that is taken over, two pieces: one is read, one is written
 DEVICE_WORKERS = 4  # one copies to the device, one computes, one copies back, one hashes and writes
-BUNDLE_BYTES = 128 << 20  # of experts that are treated together: those of fused LoRA are read once for all of them
-EXPERTS = ".experts."
 DENSE_COLUMNS = 1024  # columns of a full delta that the gate treats at once
 
 
@@ -196,49 +195,22 @@ class CopyTask:
             yield Read(self.copy.source, self.copy.ref)
 
 
-def module_steps(runs: Sequence[JobRun]) -> list[Step]:
-    """Steps for all modules that are not done, layer by layer: a step a module, but for small or entangled experts."""
+def module_steps(runs: Sequence[JobRun], apart: int = BUNDLE_BYTES) -> list[Step]:
+    """Steps for all modules that are not done, layer by layer: a step a module, but for small or entangled experts.
+
+    `apart` are the bytes of a step of experts that read nothing in common.
+    """
     tasks_of: dict[str, list[ModuleTask]] = {}
     for job_run in runs:
         for name, module in job_run.plan.modules.items():
             if not job_run.has_factor(name) and not job_run.is_done(name):
                 tasks_of.setdefault(name, []).append(ModuleTask(job_run, module))
     steps = []
-    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=order_of)}):
+    for names in bundles({name: tasks_of[name] for name in sorted(tasks_of, key=order_of)}, apart):
         tasks = [task for name in names for task in tasks_of[name]]
         whole = all(task.elementwise for task in tasks)  # else all of them, so that each tensor is read once
         steps.append((_elementwise if whole else _together)(names[0], tasks))
     return steps
-
-
-def bundles(tasks_of: Mapping[str, Sequence[ModuleTask]]) -> Iterator[list[str]]:
-    """Names of modules to treat in one step, in the order given.
-
-    Modules that see one region (gate and up of an expert, where both lie in a block) are never parted, so that it is
-    read once; experts are treated several at a time, as long as they are small.
-    """
-    bundle: list[str] = []
-    path, blocks, reads = "", set[Hashable](), dict[Hashable, int]()
-    for name, tasks in tasks_of.items():
-        seen = {block for task in tasks for block in _shared_blocks(task)}
-        more = {read.key: read.ref.nbytes for task in tasks for read in task.reads()}
-        experts = name.partition(EXPERTS)[0] if EXPERTS in name else name
-        if bundle and not seen & blocks and (experts != path or sum((reads | more).values()) > BUNDLE_BYTES):
-            yield bundle
-            bundle, blocks, reads = [], set(), {}
-        path, blocks, reads = experts, blocks | seen, reads | more
-        bundle.append(name)
-    if bundle:
-        yield bundle
-
-
-def _shared_blocks(task: ModuleTask) -> Iterator[Hashable]:
-    """The regions of weights of which a module sees only a part."""
-    for place in task.places():
-        if isinstance(place, Weight):
-            for part in place.stored.parts:
-                if part.view.rows or part.view.columns:
-                    yield (place.source.identity, part.block)
 
 
 def module_step(name: str, wanted: Iterable[tuple[JobRun, str]]) -> Step:
@@ -301,10 +273,10 @@ def workers_for(device: torch.device) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def pass_steps(runs: Sequence[JobRun]) -> list[Step]:
+def pass_steps(runs: Sequence[JobRun], device: torch.device) -> list[Step]:
     """All steps of a pass, layer by layer, so that an output's files are finished one after the other."""
     copies = [(-1.0 if (layer := layer_of(step.name)) is None else layer, step) for step in copy_steps(runs)]
-    modules = [(order_of(step.name)[0], step) for step in module_steps(runs)]
+    modules = [(order_of(step.name)[0], step) for step in module_steps(runs, bytes_apart(device))]
     return [step for _, step in sorted([*copies, *modules], key=lambda placed: placed[0])]
 
 

@@ -233,3 +233,15 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, records: list[dict
         assert tensors(journal) == records
     with Journal.open(path, {}) as journal:
         assert tensors(journal) == records
+
+
+def test_records_are_those_of_their_time_and_come_in_order(path: Path) -> None:
+    entry = {"weights": (0.8, 0.2)}
+    with Journal.open(path, FINGERPRINT) as journal:
+        for number in range(3):
+            journal.record("module", entry=entry | {"number": number})
+            entry["weights"] = (number, 0.0)  # what is recorded was recorded as it was
+            journal.commit()
+            found = [record["entry"] for record in journal.entries("module")]
+            assert [each["number"] for each in found] == [*range(number + 1)]
+        assert [each["weights"] for each in found] == [[0.8, 0.2], [0, 0.0], [1, 0.0]]
