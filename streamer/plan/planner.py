@@ -64,7 +64,8 @@ class Planner:
         for plan in (p for p in plans if p.job.writes_model):
             afar = there.get(plan.job.afar or "")
             again = skip_finished or bool(plan.job.push)  # what is finished here may still have to be pushed
-            if (again and not overwrite) or _has_journal(plan.job.output, afar):
+            plan.has_journal = _has_journal(plan.job.output, afar)
+            if (again and not overwrite) or plan.has_journal:
                 plan.finished = finished(plan, afar)
         self.offences += [*offences, *output_offences(jobs, plans, overwrite, there)]
         if self.offences:
