@@ -34,7 +34,7 @@ from safeshard.streamer.plan.job_plan import JobPlan, Pair, Weight
 from safeshard.streamer.plan.layout import left_encoded
 from safeshard.streamer.plan.written.afar import There, look_at
 from safeshard.streamer.plan.written.outputs import plan_outputs
-from safeshard.streamer.plan.written.places import output_offences
+from safeshard.streamer.plan.written.places import output_offences, staging_of
 from safeshard.streamer.plan.written.serving import serve_offences
 from safeshard.streamer.plan.written.side_files import plan_side_files
 from safeshard.streamer.plan.written.whole_tensors import compare_whole
@@ -191,10 +191,10 @@ def _same(places: list[tuple[Place, Place]]) -> bool:
 
 
 def _has_journal(output: Path | str, there: There | None) -> bool:
-    """Whether a run was interrupted right after the output had got its name."""
-    if isinstance(output, str):
-        return there is not None and there.journal is not None
+    """Whether a run was interrupted right after the output had got its name, or its manifest afar."""
+    if isinstance(output, str) and there is not None and there.journal is not None:
+        return True
     try:
-        return (output / JOURNAL_NAME).is_file()
+        return ((staging_of(output) if isinstance(output, str) else output) / JOURNAL_NAME).is_file()
     except OSError:  # the name is too long, which is refused below
         return False

@@ -32,7 +32,7 @@ from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish
 from safeshard.streamer.run.ending.settled import settle_finished
 from safeshard.streamer.run.flow.steps import JobRun
-from safeshard.streamer.run.part_work import fingerprint_of, hub_offences, is_hub
+from safeshard.streamer.run.part_work import fingerprint_of, hub_offences, is_hub, settle_part
 from safeshard.streamer.run.runner import Result, device_name, earlier, refuse_cautions, run
 from safeshard.streamer.sources.stores import open_store
 from safeshard.streamer.write.destinations import Made, destination
@@ -102,6 +102,8 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
             settle_finished(plan)
         if not is_hub(plan):
             shelf_of(plan.job).clear()
+    for share in (each for own in shares for each in own):
+        settle_part(share)
     return [r if isinstance(r := results.get(id(plan)), Result) else earlier(plan) for plan in plans]
 
 

@@ -45,6 +45,7 @@ from safeshard.streamer.run.part_work import (
     know_from_parts,
     part_offences,
     part_writer,
+    settle_part,
 )  # fmt: skip
 from safeshard.streamer.sources import Source
 from safeshard.streamer.write.destinations import destination
@@ -172,6 +173,9 @@ def _run_part(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun],
     device = device_name(pass_.device)
     records = {id(plan): finished_part(plan, device) for plan in plans if not plan.finished}
     left = [plan for plan in plans if not plan.finished and records[id(plan)] is None]
+    for plan in plans:
+        if not plan.finished and records[id(plan)] is not None:
+            settle_part(plan)
     for plan in left if options.overwrite else ():
         discard_other_cuts(plan)
     _start(left, options, runs)

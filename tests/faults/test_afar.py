@@ -1,4 +1,4 @@
-"""Writers to a bucket and to the Hub that are killed, or get no answer, at any request: a rerun ends with the same bytes.
+"""Writers to a bucket and the Hub that are killed, or get no answer, at any request: a rerun ends with the same bytes.
 
 The place outlives them. Each command is struck at a request; what it leaves shows nothing finished that is not, and the
 same command, on this machine or another, ends with the bytes of an undisturbed run.
@@ -156,5 +156,3 @@ def test_killed_again_and_again(afar: Callable[[str], Afar], name: str, struck: 
             if dice.random() < 0.3:
                 case.move()
         case.go_on(struck, about)
-
-

@@ -62,8 +62,8 @@ class Fault:
     kinds: status; reset (the connection, after `after` bytes of the body); truncate (the body ends there, as if it
     were whole); slow (`after` bytes, then one a second); stall (`after` bytes, then nothing);
     ignore_range (200 and everything); flip (one bit of the body's byte `after`); html (a login page with status 200);
-    shorter (a 206 of half the range); elsewhere (a 206 of another range). hangup (nothing is done, nor
-    answered). Of what writes: lost (it is done, and the connection ends without an answer); `then` is called once it is.
+    shorter (a 206 of half the range); elsewhere (a 206 of another range); hangup (nothing is done, nor answered).
+    Of what writes: lost (it is done, and the connection ends without an answer); `then` is called once it is.
     """
 
     match: str
