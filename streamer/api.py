@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_type_hints
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.disk import check_file, replace_file
+from safeshard.streamer.loading import no_collections
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
@@ -172,7 +173,8 @@ def score(
         overwrite: replace existing files.
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
-    from safeshard.streamer.run.runner import run
+    with no_collections():
+        from safeshard.streamer.run.runner import run
 
     table = local_path("--output", output) if output is not None else None
     if table is not None:
@@ -222,9 +224,10 @@ def batch(
         parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
         options: the fields of `RunOptions`.
     """
-    from safeshard.streamer.plan.request.jobs_file import read_jobs
-    from safeshard.streamer.plan.written.afar import without_finished
-    from safeshard.streamer.run.runner import run, run_keeping_going
+    with no_collections():
+        from safeshard.streamer.plan.request.jobs_file import read_jobs
+        from safeshard.streamer.plan.written.afar import without_finished
+        from safeshard.streamer.run.runner import run, run_keeping_going
 
     share = _part(part, engine=engine, parts=parts, keep_going=keep_going)
     read, run_options = read_jobs(Path(jobs)), build(RunOptions, options)
@@ -280,8 +283,9 @@ def finish(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
         jobs: the file that the parts were given.
         options: the fields of `RunOptions`.
     """
-    from safeshard.streamer.plan.request.jobs_file import read_jobs
-    from safeshard.streamer.run.parts import gather
+    with no_collections():
+        from safeshard.streamer.plan.request.jobs_file import read_jobs
+        from safeshard.streamer.run.parts import gather
 
     return gather(read_jobs(Path(jobs)), build(RunOptions, options))
 
@@ -408,7 +412,8 @@ def report(
 
 
 def _run_one(method: str, options: Mapping[str, Any]) -> Result:
-    from safeshard.streamer.run.runner import run
+    with no_collections():
+        from safeshard.streamer.run.runner import run
 
     job_options, run_options = _split(options)
     return run([build(METHODS[method], job_options)], run_options)[0]

@@ -45,12 +45,16 @@ Place = Pair | Weight
 
 
 class Planner:
-    """Opens each input once, however many jobs name it, and collects every offence of every job."""
+    """Opens each input once, and looks at each place once, however many jobs name it and however often it plans.
+
+    It collects every offence of every job.
+    """
 
     def __init__(self, cache: ShardCache | None = None) -> None:
         self._cache = cache or ShardCache()
         self.offences: list[Offence] = []
         self._opened: dict[tuple[str, ...], Any] = {}
+        self.there: dict[str, There] = {}  # what lies at each place afar that an output is to have, by URL
 
     def plan(self, jobs: Sequence[Job], overwrite: bool, skip_finished: bool = False) -> list[JobPlan]:
         """Plan all jobs; with `skip_finished` those that this very request has finished before are passed by.
@@ -60,7 +64,9 @@ class Planner:
         """
         self.offences = []
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
-        there, offences = look_at(plan.job.afar for plan in plans if plan.job.writes_model and plan.job.afar)
+        places = [plan.job.afar for plan in plans if plan.job.writes_model and plan.job.afar]
+        found, offences = look_at(place for place in places if place not in self.there)
+        there = self.there = self.there | found
         for plan in (p for p in plans if p.job.writes_model):
             afar = there.get(plan.job.afar or "")
             again = skip_finished or bool(plan.job.push)  # what is finished here may still have to be pushed

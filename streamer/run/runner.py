@@ -91,16 +91,21 @@ class Result:
 
 
 def plan_jobs(
-    jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False, part: Part | None = None
+    jobs: Sequence[Job],
+    options: RunOptions,
+    skip_finished: bool = False,
+    part: Part | None = None,
+    planner: Planner | None = None,
 ) -> list[JobPlan]:
     """Check all jobs by their inputs' headers, against each other and against the memory budget.
 
-    Of a part the plans hold what it does of each job.
+    Of a part the plans hold what it does of each job. A `planner` knows what it has opened and looked at before.
 
     Raises:
         RequestError: some job cannot run; every offence of every job.
     """
-    plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished)
+    planner = planner or Planner(shard_cache(options))
+    plans = planner.plan(jobs, options.overwrite, skip_finished)
     if part is not None:
         if offences := list(part_offences(plans, part.count, options.overwrite)):
             raise RequestError(offences)
@@ -128,18 +133,20 @@ def run(
     skip_finished: bool = False,
     part: Part | None = None,
     show: Callable[[int, bool], Progress] = Progress,
+    planner: Planner | None = None,
 ) -> list[Result]:
     """Plan and run jobs in one pass; an interrupted run resumes where its journal ends.
 
     With `skip_finished`, jobs whose outputs are there already, from this very request, are passed by. Of a `part`, what
-    it does of the jobs is done, and kept for `gather`. `show` makes what shows the progress.
+    it does of the jobs is done, and kept for `gather`. `show` makes what shows the progress. A `planner` has opened
+    inputs and looked at places just before.
 
     Raises:
         RequestError: some job cannot run; nothing was written.
         RunError: it failed underway; the same call resumes.
     """
     device = torch.device(options.resolved_device())
-    plans = plan_jobs(jobs, options, skip_finished, part)
+    plans = plan_jobs(jobs, options, skip_finished, part, planner)
     if options.strict:
         refuse_cautions(plans)
     if options.dry_run:
@@ -216,7 +223,7 @@ def run_keeping_going(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
             failures.append((job, error))
     results: list[Result] = []
     try:
-        results = run(sound, options, skip_finished=True) if sound else []
+        results = run(sound, options, skip_finished=True, planner=planner) if sound else []
     except RunError:
         for job in sound:
             try:
