@@ -6,6 +6,17 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+_ends_at_once = False
+
+
+def end_at_once() -> None:
+    """Say that this process ends without the interpreter's last collections, and with all that it will have loaded.
+
+    What is loaded is then set aside for good. Else libraries would report it as leaked in the end.
+    """
+    global _ends_at_once
+    _ends_at_once = True
+
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
@@ -17,4 +28,6 @@ def no_collections() -> Iterator[None]:
     try:
         yield
     finally:
+        if _ends_at_once:
+            gc.freeze()
         gc.enable()

@@ -19,7 +19,7 @@ import typer
 
 from safeshard.manifests.errors import Offence, RequestError, RunError, printable
 from safeshard.manifests.terminal import has_colour
-from safeshard.streamer import api
+from safeshard.streamer import api, loading
 from safeshard.streamer.cli import messages
 from safeshard.streamer.cli.command import ON_TERMINAL, PATH, PLOT, App
 from safeshard.streamer.cli.options import takes
@@ -364,6 +364,7 @@ def entry() -> None:
     They walk every object of torch to free what the process gives back anyway.
     """
     status: object = 0
+    loading.end_at_once()
     try:
         main()
     except SystemExit as stop:

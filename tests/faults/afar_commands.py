@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Afar:
     whole: dict[str, dict[str, Any]] = field(default_factory=dict)
     earlier: dict[str, dict[str, Any]] = field(default_factory=dict)
     calls: dict[str, list[str]] = field(default_factory=dict)  # the requests of each command, undisturbed
+    wrote: list[str] = field(default_factory=list)  # the puts of the last command
     _before: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -73,6 +74,7 @@ class Afar:
         return self.say(self.commands[name], strike)
 
     def say(self, words: list[str], strike: Strike | None = None) -> dict[str, Any]:
+        strike = strike or Strike("not done", -1, self.home / "pid")
         self.place.strike(strike)
         case = {
             "argv": words, "root": str(self.disk), "fault": NONE, "commits": False, "settings": SETTINGS,
@@ -83,6 +85,7 @@ class Afar:
         finally:
             self.place.settle()
             self.place.strike(None)
+            self.wrote = [each for each in strike.asked if each.startswith("PUT")]
 
     def move(self) -> None:
         """Go on at another machine, which has nothing of this one's work folder."""
@@ -122,13 +125,14 @@ class Afar:
         for name, files in self.whole.items():
             assert got[name] == files, (about, name, _unlike(got[name], files))
 
-    def spread(self, name: str, cases: int, salt: str) -> Iterator[tuple[int, random.Random]]:
-        """Numbers of requests, spread evenly with a random offset, each with dice of its own."""
-        dice, total = random.Random(f"{SEED} {name} {salt}"), len(self.calls[name])
-        number = min(total, scaled(cases))
+    def spread(self, name: str, kinds: Sequence[str], cases: int) -> Iterator[tuple[int, str, random.Random]]:
+        """Requests and what becomes of each, spread evenly over all there are with a random offset, each with dice."""
+        dice = random.Random(f"{SEED} {name} {kinds}")
+        every = [(at, kind) for at in range(len(self.calls[name])) for kind in kinds]
+        number = min(len(every), scaled(cases))
         for i in range(number):
-            low, high = i * total // number, (i + 1) * total // number
-            yield dice.randrange(low, max(high, low + 1)), random.Random(dice.random())
+            low, high = i * len(every) // number, (i + 1) * len(every) // number
+            yield *every[dice.randrange(low, max(high, low + 1))], random.Random(dice.random())
 
 
 def _unlike(got: dict[str, Any], files: dict[str, Any]) -> list[str]:
