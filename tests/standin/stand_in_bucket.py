@@ -66,6 +66,7 @@ class StandinBucket:
 
     def close(self) -> None:
         """Stop answering, and forget all objects."""
+        self.striking = self.writing = lambda asked: None
         urllib.request.urlopen(f"{self.url}/moto-api/reset", data=b"", timeout=30).close()
         self.server.shutdown()
         self.server.server_close()
