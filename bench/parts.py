@@ -18,16 +18,18 @@ ADAPTERS, RANK = 8, 16
 EMPTY = 10_000  # parts: far more than there are steps, so that the last one starts, plans and ends
 
 
-def run(folder: Path, shape: str, layers: int | None, count: int, runs: int) -> None:
+def run(folder: Path, shape: str, layers: int | None, repeat: int | None, count: int, runs: int) -> None:
     """Measure a batch of adapters and a full checkpoint, whole and in `count` parts one after the other.
 
     Args:
         folder: where the models are made (kept) and the outputs written (removed, in a folder of their own).
         shape: a name of `models.SHAPES`.
         layers: number of decoder layers, None for the shape's own.
+        repeat: how many of them hold data of their own, which the others repeat: a shard a layer. None: as few shards
+            as 5 GiB allow, so that a cut may go through one, which `finish` then copies.
         runs: repetitions; the median is reported.
     """
-    label, paths = prepare(folder, shape, layers, finetuned=True, adapters=ADAPTERS, rank=RANK)
+    label, paths = prepare(folder, shape, layers, repeat=repeat, finetuned=True, adapters=ADAPTERS, rank=RANK)
     bench = Bench(label, tensor_files(paths.values()), runs, cold=False, file="parts")
     columns: dict[str, Any] = {"layers": layers or SHAPES[shape].layers}
     with tempfile.TemporaryDirectory(dir=folder, prefix="bench-") as scratch:
