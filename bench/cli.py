@@ -154,11 +154,12 @@ def measure_parts(
     folder: Folder = Path("bench-models"),
     shape: Shape = "llama-1b",
     layers: Layers = None,
+    repeat: Repeat = None,
     count: Annotated[int, typer.Option("--parts", help="how many", min=2)] = 4,
     runs: Runs = 3,
 ) -> None:
     """Add up the processor's seconds of a batch in parts, beside those of one process."""
-    parts.run(folder, shape, layers, count, runs)
+    parts.run(folder, shape, layers, repeat, count, runs)
 
 
 @app.command("remote")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.loading import no_collections
 from safeshard.streamer.methods import METHODS
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.methods.score import Score
@@ -145,7 +146,8 @@ def score(
         overwrite: replace existing files.
         options: `aligned`, `unaligned`, and the fields of `RunOptions`.
     """
-    from safeshard.streamer.run.scores import run_scores
+    with no_collections():
+        from safeshard.streamer.run.scores import run_scores
 
     job_options, run_options = _split(options)
     sources = [{"adapter": s} for s in _listed(adapter)] + [{"finetuned": s} for s in _listed(finetuned)]
@@ -182,8 +184,9 @@ def batch(
         parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
         options: the fields of `RunOptions`.
     """
-    from safeshard.streamer.plan.request.jobs_file import read_jobs
-    from safeshard.streamer.run.batch import run_batch
+    with no_collections():
+        from safeshard.streamer.plan.request.jobs_file import read_jobs
+        from safeshard.streamer.run.batch import run_batch
 
     return run_batch(
         read_jobs(Path(jobs)), build(RunOptions, options), keep_going=keep_going, skip_finished=skip_finished,
@@ -201,8 +204,9 @@ def finish(jobs: str | os.PathLike[str], **options: Any) -> list[Result]:
         jobs: the file that the parts were given.
         options: the fields of `RunOptions`.
     """
-    from safeshard.streamer.plan.request.jobs_file import read_jobs
-    from safeshard.streamer.run.parts import gather
+    with no_collections():
+        from safeshard.streamer.plan.request.jobs_file import read_jobs
+        from safeshard.streamer.run.parts import gather
 
     return gather(read_jobs(Path(jobs)), build(RunOptions, options))
 
@@ -295,7 +299,8 @@ def report(
 
 
 def _run_one(method: str, options: Mapping[str, Any]) -> Result:
-    from safeshard.streamer.run.runner import run
+    with no_collections():
+        from safeshard.streamer.run.runner import run
 
     job_options, run_options = _split(options)
     return run([build(METHODS[method], job_options)], run_options)[0]

@@ -11,6 +11,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
+from safeshard.streamer import loading
 from safeshard.streamer.cli import jobs, written  # noqa: F401  # they add their commands
 from safeshard.streamer.cli.process import fail_json, guarded
 from safeshard.streamer.cli.root import app
@@ -84,6 +85,7 @@ def entry() -> None:
     They walk every object of torch to free what the process gives back anyway.
     """
     status: object = 0
+    loading.end_at_once()
     try:
         main()
     except SystemExit as stop:

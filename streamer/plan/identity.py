@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,6 +25,7 @@ from safeshard.streamer.plan.written.afar import There
 from safeshard.streamer.sources import LocalSource, Source
 from safeshard.streamer.sources.base import Checked
 
+version = cache(metadata.version)  # it reads a package's whole description each time
 Checks = Mapping[str, Mapping[str, Checked]]  # by role and file
 
 

@@ -170,6 +170,7 @@ class JobPlan:
     layout: Layout | None = None  # of a checkpoint that is written
     serve_rank: int | None = None  # of every pair, where an adapter is written to be served
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already
+    has_journal: bool = False  # whether an interrupted run left its journal where the output is to be
     part: Part | None = None  # what it is restricted to: a share of the modules and copies
     shared: int = 0  # of how many modules that is a share
 

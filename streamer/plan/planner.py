@@ -34,7 +34,7 @@ from safeshard.streamer.plan.job_plan import JobPlan, Pair, Weight
 from safeshard.streamer.plan.layout import left_encoded
 from safeshard.streamer.plan.written.afar import There, look_at
 from safeshard.streamer.plan.written.outputs import plan_outputs
-from safeshard.streamer.plan.written.places import output_offences
+from safeshard.streamer.plan.written.places import output_offences, staging_of
 from safeshard.streamer.plan.written.serving import serve_offences
 from safeshard.streamer.plan.written.side_files import plan_side_files
 from safeshard.streamer.plan.written.whole_tensors import compare_whole
@@ -45,12 +45,16 @@ Place = Pair | Weight
 
 
 class Planner:
-    """Opens each input once, however many jobs name it, and collects every offence of every job."""
+    """Opens each input once, and looks at each place once, however many jobs name it and however often it plans.
+
+    It collects every offence of every job.
+    """
 
     def __init__(self, cache: ShardCache | None = None) -> None:
         self._cache = cache or ShardCache()
         self.offences: list[Offence] = []
         self._opened: dict[tuple[str, ...], Any] = {}
+        self.there: dict[str, There] = {}  # what lies at each place afar that an output is to have, by URL
 
     def plan(self, jobs: Sequence[Job], overwrite: bool, skip_finished: bool = False) -> list[JobPlan]:
         """Plan all jobs; with `skip_finished` those that this very request has finished before are passed by.
@@ -60,11 +64,14 @@ class Planner:
         """
         self.offences = []
         plans = [plan for job in jobs if (plan := self._plan(job)) is not None]
-        there, offences = look_at(plan.job.afar for plan in plans if plan.job.writes_model and plan.job.afar)
+        places = [plan.job.afar for plan in plans if plan.job.writes_model and plan.job.afar]
+        found, offences = look_at(place for place in places if place not in self.there)
+        there = self.there = self.there | found
         for plan in (p for p in plans if p.job.writes_model):
             afar = there.get(plan.job.afar or "")
             again = skip_finished or bool(plan.job.push)  # what is finished here may still have to be pushed
-            if (again and not overwrite) or _has_journal(plan.job.output, afar):
+            plan.has_journal = _has_journal(plan.job.output, afar)
+            if (again and not overwrite) or plan.has_journal:
                 plan.finished = finished(plan, afar)
         self.offences += [*offences, *output_offences(jobs, plans, overwrite, there)]
         if self.offences:
@@ -190,10 +197,10 @@ def _same(places: list[tuple[Place, Place]]) -> bool:
 
 
 def _has_journal(output: Path | str, there: There | None) -> bool:
-    """Whether a run was interrupted right after the output had got its name."""
-    if isinstance(output, str):
-        return there is not None and there.journal is not None
+    """Whether a run was interrupted right after the output had got its name, or its manifest afar."""
+    if isinstance(output, str) and there is not None and there.journal is not None:
+        return True
     try:
-        return (output / JOURNAL_NAME).is_file()
+        return ((staging_of(output) if isinstance(output, str) else output) / JOURNAL_NAME).is_file()
     except OSError:  # the name is too long, which is refused below
         return False

@@ -6,23 +6,26 @@ Whoever finds those of all parts goes on; the others have done what they could, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.manifests.schema import ModuleEntry
+from safeshard.manifests.schema import JOURNAL_NAME, ModuleEntry
 from safeshard.streamer.calibration.factor_files import SavedFactors
 from safeshard.streamer.plan.identity import checks_of, fingerprint
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.ours import PART_RECORD
 from safeshard.streamer.plan.parts import Part, parts_afar
+from safeshard.streamer.plan.written.places import staging_of
 from safeshard.streamer.run.ending.finish import Measured, run_of, tool_versions
 from safeshard.streamer.run.flow.steps import JobRun
-from safeshard.streamer.write.journal import differences
+from safeshard.streamer.write.journal import HeldError, Journal, differences
 from safeshard.streamer.write.part_record import Numbers, PartRecord
 from safeshard.streamer.write.shelf_afar import ToShelf, shelf_of
+from safeshard.streamer.write.staging import remove
 from safeshard.streamer.write.writer import Writer
 
 
@@ -60,7 +63,22 @@ def part_writer(plan: JobPlan, request: dict[str, Any], overwrite: bool) -> Writ
     if isinstance(output, Path):
         return Writer(output, plan.files, request, overwrite, folder=plan.part.folder(output))
     place = ToShelf(output, plan.part, plan.files)
-    return Writer(f"{parts_afar(output)}/{plan.part.name}", plan.files, request, overwrite, place)
+    return Writer(_url(output, plan.part), plan.files, request, overwrite, place)
+
+
+def settle_part(plan: JobPlan) -> None:
+    """Remove the work folder, on this machine, of a part in a bucket that is finished: its worker went no further."""
+    output = plan.job.output
+    if plan.part is None or isinstance(output, Path):
+        return
+    staging = staging_of(_url(output, plan.part))
+    if (staging / JOURNAL_NAME).is_file():
+        with contextlib.suppress(HeldError), Journal.claim(staging / JOURNAL_NAME):  # held: its worker is at it
+            remove(staging, staging)
+
+
+def _url(output: str, part: Part) -> str:
+    return f"{parts_afar(output)}/{part.name}"
 
 
 def discard_other_cuts(plan: JobPlan) -> None:

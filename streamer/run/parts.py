@@ -33,10 +33,9 @@ from safeshard.streamer.run.ending.finish import Measured, publish
 from safeshard.streamer.run.ending.settled import settle_finished
 from safeshard.streamer.run.flow.steps import JobRun
 from safeshard.streamer.run.one_pass import device_name
-from safeshard.streamer.run.part_work import fingerprint_of, hub_offences, is_hub
+from safeshard.streamer.run.part_work import fingerprint_of, hub_offences, is_hub, settle_part
 from safeshard.streamer.run.result import Result, earlier
 from safeshard.streamer.run.runner import refuse_cautions, run
-from safeshard.streamer.sources.stores import open_store
 from safeshard.streamer.write.destinations import Made, destination
 from safeshard.streamer.write.journal import HeldError, differences
 from safeshard.streamer.write.part_record import PartRecord
@@ -78,24 +77,25 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
         RequestError: a part is missing or unfinished, or was made of something else; nothing was published.
         RunError: it failed underway; the same call resumes.
     """
-    plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished=True)
+    planner = Planner(shard_cache(options))
+    plans = planner.plan(jobs, options.overwrite, skip_finished=True)
     if offences := list(hub_offences(plans)):
         raise RequestError(offences)
     for plan in plans:
-        plan.finished = plan.finished or _gathered_before(plan)
+        plan.finished = plan.finished or _gathered_before(plan, planner.there.get(str(plan.job.output)))
     if options.strict:
         refuse_cautions(plans)
     left = [plan for plan in plans if not plan.finished]
     parts = _parts(left)
     shares = [own for own in zip(*cut(plans, parts), strict=True) if not own[0].finished] if parts else []
-    _records(shares, options)
-    for number, part in enumerate(parts):
-        if not options.dry_run and any(_waits(own[number], parts) for own in shares):
-            run_part(jobs, options, part, show)
     records = _records(shares, options)
     if options.dry_run:
         return [Result(plan.job, plan, None, {}) for plan in plans]
-    found = zip(left, shares, records, strict=True)
+    if waiting := [number for number in range(len(parts)) if any(own[number] is None for own in records)]:
+        for number in waiting:
+            run_part(jobs, options, parts[number], show)
+        records = _records(shares, options, may_wait=False)
+    found = zip(left, shares, [[each for each in own if each is not None] for own in records], strict=True)
     results = {id(plan): _gathered(plan, own, theirs, options) for plan, own, theirs in found}
     if doubtful := [text for result in results.values() if isinstance(result, list) for text in result]:
         raise RunError("; ".join(doubtful), "the same command without --strict finishes what is refused here")
@@ -104,15 +104,21 @@ def gather(jobs: Sequence[Job], options: RunOptions, show: Show = Progress) -> l
             settle_finished(plan)
         if not is_hub(plan):
             shelf_of(plan.job).clear()
+    for share in (each for own in shares for each in own):
+        settle_part(share)
     return [r if isinstance(r := results.get(id(plan)), Result) else earlier(plan) for plan in plans]
 
 
-def _gathered_before(plan: JobPlan) -> Manifest | None:
-    """The manifest of an output that was made of these very parts, or of parts that are gone: with --overwrite, too."""
-    shelf, output = shelf_of(plan.job), plan.job.output
+def _gathered_before(plan: JobPlan, there: There | None) -> Manifest | None:
+    """The manifest of an output that was made of these very parts, or of parts that are gone: with --overwrite, too.
+
+    `there` is what lies at the place of an output afar.
+    """
+    if (manifest := finished(plan, there)) is None:
+        return None
+    shelf = shelf_of(plan.job)
     parts = shelf.there()
-    manifest = finished(plan, There.look(open_store(output)) if isinstance(output, str) else None)
-    same = manifest and any(record and record.run.start == manifest.run.start for record in shelf.records(parts))
+    same = any(record and record.run.start == manifest.run.start for record in shelf.records(parts))
     return manifest if same or not parts else None
 
 
@@ -135,27 +141,21 @@ def _parts(plans: Sequence[JobPlan]) -> list[Part]:
     return Part.all(every[0]) if every else []
 
 
-def _waits(share: JobPlan, parts: Sequence[Part]) -> bool:
-    """Whether a part of an output needs the numbers of all parts, which are all there."""
-    if not JobRun(share).waits:
-        return False
-    shelf = shelf_of(share.job)
-    (record,) = shelf.records([_part(share)])
-    return record is None and None not in shelf.numbers(parts)
-
-
-def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[list[PartRecord]]:
-    """The records of all parts of each output, but for those that wait for the numbers of others.
+def _records(
+    shares: Sequence[Sequence[JobPlan]], options: RunOptions, may_wait: bool = True
+) -> list[list[PartRecord | None]]:
+    """The records of all parts of each output; None of those that wait for numbers, which are all there.
 
     Raises:
         RequestError: some are missing, or of another request than the others.
     """
     device = device_name(torch.device(options.resolved_device()))
-    found: list[list[PartRecord]] = []
+    found: list[list[PartRecord | None]] = []
     offences: list[Offence] = []
     for own in shares:
         shelf, parts = shelf_of(own[0].job), [_part(share) for share in own]
-        records, begun = shelf.records(parts), shelf.there()
+        records = shelf.records(parts)
+        begun = shelf.there() if None in records else []
         measured = shelf.numbers(parts) if None in records else [None] * len(parts)
         there = [record for record in records if record is not None]
         for share, record, numbers in zip(own, records, measured, strict=True):
@@ -165,13 +165,13 @@ def _records(shares: Sequence[Sequence[JobPlan]], options: RunOptions) -> list[l
                 offences += _differences(share, record, there[0])
             elif record is not None:
                 offences.append(Offence(output, str(share.part), "a finished part", "one whose files are gone", AGAIN))
-            elif JobRun(share).waits and numbers is not None:
+            elif JobRun(share).waits and numbers is not None and may_wait:
                 remedy = "finish where, and as, the parts were run; or run each once more"  # which decides, too
                 offences += differences(where, numbers.fingerprint, fingerprint_of(share, device), remedy)
             else:
                 got = "an unfinished one" if share.part in begun else "none"
                 offences.append(Offence(output, str(share.part), "a finished part", got, AGAIN))
-        found.append(there)
+        found.append(records)
     if offences:
         raise RequestError(offences)
     return found

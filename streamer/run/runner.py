@@ -36,6 +36,7 @@ from safeshard.streamer.run.part_work import (
     know_from_parts,
     part_offences,
     part_writer,
+    settle_part,
 )  # fmt: skip
 from safeshard.streamer.run.result import Result, earlier
 from safeshard.streamer.write.destinations import destination
@@ -46,16 +47,21 @@ log = logging.getLogger(__name__)
 
 
 def plan_jobs(
-    jobs: Sequence[Job], options: RunOptions, skip_finished: bool = False, part: Part | None = None
+    jobs: Sequence[Job],
+    options: RunOptions,
+    skip_finished: bool = False,
+    part: Part | None = None,
+    planner: Planner | None = None,
 ) -> list[JobPlan]:
     """Check all jobs by their inputs' headers, against each other and against the memory budget.
 
-    Of a part the plans hold what it does of each job.
+    Of a part the plans hold what it does of each job. A `planner` knows what it has opened and looked at before.
 
     Raises:
         RequestError: some job cannot run; every offence of every job.
     """
-    plans = Planner(shard_cache(options)).plan(jobs, options.overwrite, skip_finished)
+    planner = planner or Planner(shard_cache(options))
+    plans = planner.plan(jobs, options.overwrite, skip_finished)
     if part is not None:
         if offences := list(part_offences(plans, part.count, options.overwrite)):
             raise RequestError(offences)
@@ -84,18 +90,20 @@ def run(
     skip_finished: bool = False,
     part: Part | None = None,
     show: Callable[[int, bool], Progress] = Progress,
+    planner: Planner | None = None,
 ) -> list[Result]:
     """Plan and run jobs in one pass; an interrupted run resumes where its journal ends.
 
     With `skip_finished`, jobs whose outputs are there already, from this very request, are passed by. Of a `part`, what
-    it does of the jobs is done, and kept for `gather`. `show` makes what shows the progress.
+    it does of the jobs is done, and kept for `gather`. `show` makes what shows the progress. A `planner` has opened
+    inputs and looked at places just before.
 
     Raises:
         RequestError: some job cannot run; nothing was written.
         RunError: it failed underway; the same call resumes.
     """
     device = torch.device(options.resolved_device())
-    plans = plan_jobs(jobs, options, skip_finished, part)
+    plans = plan_jobs(jobs, options, skip_finished, part, planner)
     if options.strict:
         refuse_cautions(plans)
     if options.dry_run:
@@ -129,6 +137,9 @@ def _run_part(plans: Sequence[JobPlan], options: RunOptions, runs: list[JobRun],
     device = device_name(pass_.device)
     records = {id(plan): finished_part(plan, device) for plan in plans if not plan.finished}
     left = [plan for plan in plans if not plan.finished and records[id(plan)] is None]
+    for plan in plans:
+        if not plan.finished and records[id(plan)] is not None:
+            settle_part(plan)
     for plan in left if options.overwrite else ():
         discard_other_cuts(plan)
     _start(left, options, runs)
@@ -169,7 +180,7 @@ def run_keeping_going(jobs: Sequence[Job], options: RunOptions) -> list[Result]:
             failures.append((job, error))
     results: list[Result] = []
     try:
-        results = run(sound, options, skip_finished=True) if sound else []
+        results = run(sound, options, skip_finished=True, planner=planner) if sound else []
     except RunError:
         for job in sound:
             try:

@@ -36,6 +36,7 @@ NEVER_NAMES = {  # of libraries that may not be there
 }  # fmt: skip
 METADATA_HOST = "169.254.169.254"
 NO_CREDENTIALS = "give credentials (AWS_ACCESS_KEY_ID and so on), or AWS_SKIP_SIGNATURE=true for a public bucket"
+EXPIRED = "the credentials have expired: renew them, then run the same command again"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 log = logging.getLogger(__name__)
 
@@ -86,9 +87,9 @@ def fault_of(error: BaseException) -> Fault:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return Fault(False, None, "free some space there")
     if status is not None:
-        return Fault(getattr(error, "again", status in AGAIN), after, _remedy(status))
+        return Fault(getattr(error, "again", status in AGAIN), after, told(str(error)) or _remedy(status))
     if any(cls.__name__ in NEVER_NAMES for cls in type(error).__mro__) or isinstance(error, NEVER):
-        return Fault(False, None, _remedy(None, str(error)))
+        return Fault(False, None, told(str(error)) or _remedy(None, str(error)))
     if not isinstance(error, Exception):
         return Fault(False, None, "")
     return Fault(True, after, _remedy(None, str(error)))
@@ -197,6 +198,14 @@ def status_of(error: BaseException) -> int | None:
         return value if isinstance(value, int) else None
     match = re.search(r"non-2xx status code: (\d{3})", str(error))  # obstore's
     return int(match[1]) if match else None
+
+
+def told(words: str) -> str | None:
+    """What helps where a store's own words say more than its status, which is that of many other refusals."""
+    flat = words.lower().replace("_", "")
+    if "requesttimetooskewed" in flat or "date header too old" in flat:  # S3's and Google's word, and Azure's
+        return "this machine's clock is wrong: set it, then run the same command again"
+    return EXPIRED if "expiredtoken" in flat else None
 
 
 def _remedy(status: int | None, words: str = "") -> str:

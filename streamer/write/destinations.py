@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,7 +22,7 @@ from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.written.afar import REPLACED_KIND, There
 from safeshard.streamer.sources.stores import BucketStore, ConflictError, HubStore, Stored, open_store
 from safeshard.streamer.sources.stores.bucket import PART, read_receipt, receipt
-from safeshard.streamer.write.journal import Journal
+from safeshard.streamer.write.journal import Journal, sound_records
 from safeshard.streamer.write.staging import make_folder
 
 if TYPE_CHECKING:
@@ -80,6 +80,13 @@ def destination(job: Job, files: frozenset[str], made: Made | None = None) -> De
         return None
     store = open_store(job.afar)
     return ToHub(store, job) if isinstance(store, HubStore) else ToBucket(store, files, made)
+
+
+def receipts_in(journal: bytes) -> Iterator[tuple[str, Stored]]:
+    """The large files that the bytes of a journal speak of as brought, and what marked them; the last one counts."""
+    for record in sound_records(journal, UPLOADED):
+        with contextlib.suppress(KeyError, TypeError):  # forged
+            yield read_receipt(record)
 
 
 class ToBucket:

@@ -169,6 +169,13 @@ class Journal:
         self.close()
 
 
+def sound_records(content: bytes, kind: str) -> Iterator[dict[str, Any]]:
+    """The records of one kind in the bytes of a journal, up to its first damaged line."""
+    lines = enumerate(content.split(b"\n")[:-1])
+    found = takewhile(bool, (_parse(number, line) for number, line in lines))
+    return (record for record in found if record.get("kind") == kind)
+
+
 def name_and_hash(record: dict[str, Any]) -> tuple[str, str]:
     """What the journal notes of a finished tensor.
 

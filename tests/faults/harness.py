@@ -27,11 +27,11 @@ NONE = {"kind": "none"}
 class Server:
     """A process that forks a child for each run of the command line."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **environment: str) -> None:
         self.folder = folder
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-        argv = [sys.executable, str(Path(__file__).with_name("server.py"))]
-        self._process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        argv, pipe = [sys.executable, str(Path(__file__).with_name("server.py"))], subprocess.PIPE
+        self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env=env | environment)
 
     def run(self, case: dict[str, Any]) -> dict[str, Any]:
         """Run one case; its exit status (-9: killed), messages, and what the shim counted."""
@@ -136,11 +136,13 @@ def scaled(cases: int) -> int:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All files below a folder; of the manifest all but its run and its hash."""
-    files: dict[str, Any] = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            files[path.relative_to(folder).as_posix()] = path.read_bytes()
+    """All files below a folder, as `told` leaves them."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return told({path.relative_to(folder).as_posix(): path.read_bytes() for path in paths})
+
+
+def told(files: dict[str, Any]) -> dict[str, Any]:
+    """The files of an output, of the manifest all but its run and its hash."""
     with contextlib.suppress(KeyError, ValueError):  # none yet, or torn
         manifest = json.loads(files["manifest.json"])
         files["manifest.json"] = {k: v for k, v in manifest.items() if k not in ("run", "blake3")}

@@ -58,6 +58,11 @@ def _run(case: dict[str, Any], report: Path) -> NoReturn:
         shim = Shim(Path(case["root"]), case["fault"])
         if case["commits"]:
             writer.COMMIT_SECONDS = -1.0  # every record is a commit
+        os.environ.update(case.get("environment", {}))
+        for module, settings in case.get("settings", {}).items():
+            vars(importlib.import_module(module)).update(settings)
+        if "pid" in case:
+            Path(case["pid"]).write_text(str(os.getpid()))
         if case["fault"]["kind"] != "none":
             shim.install()
         try:

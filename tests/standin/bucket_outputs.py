@@ -35,6 +35,11 @@ def same(ours: dict[str, bytes], theirs: dict[str, bytes]) -> bool:
 @pytest.fixture
 def full(world: Any) -> dict[str, Any]:
     """A job on checkpoints of a shard a layer, with copies in each."""
+    return layered(world) | {"quiet": True, "memory": "64MiB"}
+
+
+def layered(world: Any) -> dict[str, Path]:
+    """An aligned, an unaligned and a fine-tuned checkpoint of three shards, one a layer."""
     tensors = world.llama(3, seed=1)
     folders = {}
     for seed, role in enumerate(("aligned", "unaligned", "finetuned")):
@@ -42,7 +47,7 @@ def full(world: Any) -> dict[str, Any]:
         moved = {n: t + 0.2 * torch.randn(t.shape, generator=generator).bfloat16() for n, t in tensors.items()}
         folders[role] = world.checkpoint(role, moved, 3)
         _by_layer(folders[role], moved)
-    return folders | {"quiet": True, "memory": "64MiB"}
+    return folders
 
 
 def _by_layer(folder: Path, tensors: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -30,11 +32,15 @@ class Asked:
 
 @dataclass
 class Trouble:
-    """What becomes of a request that writes: another answer, or none: `lost` is done all the same, `reset` is not."""
+    """What becomes of a request: another answer, or none: `lost` is done all the same, `reset` is not.
+
+    `then` is called once a lost one is done.
+    """
 
     status: int = 0
     code: str = ""
     kind: Literal["status", "lost", "reset"] = "status"
+    then: Callable[[], object] = lambda: None
 
 
 class StandinBucket:
@@ -44,7 +50,8 @@ class StandinBucket:
         self.requests: list[Asked] = []
         self.before: Callable[[Asked], int | None] = lambda asked: None  # a status in place of an answer
         self.writing: Callable[[Asked], Trouble | None] = lambda asked: None  # the same of PUT, POST and DELETE
-        self.peak = self._under_way = 0
+        self.striking: Callable[[Asked], Trouble | None] = lambda asked: None  # of all requests, before these two
+        self.peak = self.under_way = 0
         self._lock = threading.Lock()
         self._app = DomainDispatcherApplication(create_backend_app)
         self.server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
@@ -59,6 +66,7 @@ class StandinBucket:
 
     def close(self) -> None:
         """Stop answering, and forget all objects."""
+        self.striking = self.writing = lambda asked: None
         urllib.request.urlopen(f"{self.url}/moto-api/reset", data=b"", timeout=30).close()
         self.server.shutdown()
         self.server.server_close()
@@ -87,6 +95,19 @@ class StandinBucket:
         """Remove one object."""
         self._client.delete_object(Bucket=self.bucket, Key=key)
 
+    def objects(self) -> dict[str, tuple[bytes, str]]:
+        """Every object's content and ETag, by name."""
+        keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[self.bucket].keys
+        return {name: (keys[name].value, keys[name].etag.strip('"')) for name in list(keys)}
+
+    def restore(self, objects: dict[str, tuple[bytes, str]]) -> None:
+        """Let there be these objects, and no upload underway."""
+        backend = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+        backend.buckets[self.bucket].keys.clear()
+        backend.buckets[self.bucket].multiparts.clear()
+        for name, (data, tag) in objects.items():
+            backend.put_object(self.bucket, name, data, etag=tag)
+
     def unfinished(self) -> int:
         """Uploads in parts that were begun and neither completed nor aborted."""
         return len(self._client.list_multipart_uploads(Bucket=self.bucket).get("Uploads", []))
@@ -103,12 +124,12 @@ class StandinBucket:
         )
         with self._lock:
             self.requests.append(asked)
-            self._under_way += 1
-            self.peak = max(self.peak, self._under_way)
+            self.under_way += 1
+            self.peak = max(self.peak, self.under_way)
         try:
             reads = re.fullmatch("GET|HEAD", asked.method)
-            status = self.before(asked) if reads else None
-            trouble = None if reads else self.writing(asked)
+            trouble = self.striking(asked) or (None if reads else self.writing(asked))
+            status = self.before(asked) if reads and trouble is None else None
             if trouble is not None and trouble.kind == "reset":
                 raise ConnectionResetError
             if trouble is not None and trouble.kind == "status":
@@ -120,12 +141,13 @@ class StandinBucket:
                 return [b""]
             body = list(self._app(environ, start))
             if trouble is not None:
+                trouble.then()
                 raise ConnectionResetError
             asked.sent = sum(map(len, body))
             return body
         finally:
             with self._lock:
-                self._under_way -= 1
+                self.under_way -= 1
 
 
 class _Quiet(WSGIRequestHandler):

@@ -62,8 +62,8 @@ class Fault:
     kinds: status; reset (the connection, after `after` bytes of the body); truncate (the body ends there, as if it
     were whole); slow (`after` bytes, then one a second); stall (`after` bytes, then nothing);
     ignore_range (200 and everything); flip (one bit of the body's byte `after`); html (a login page with status 200);
-    shorter (a 206 of half the range); elsewhere (a 206 of another range). Of what writes: lost (it is done, and the
-    connection ends without an answer).
+    shorter (a 206 of half the range); elsewhere (a 206 of another range); hangup (nothing is done, nor answered).
+    Of what writes: lost (it is done, and the connection ends without an answer); `then` is called once it is.
     """
 
     match: str
@@ -73,6 +73,7 @@ class Fault:
     times: int = 1 << 30
     after: int = 0
     body: bytes = b""
+    then: Callable[[], object] = lambda: None
 
 
 class _Mute:
@@ -91,11 +92,13 @@ class StandinHub:
     def __init__(self, private: str | None = None, xet: Mapping[str, str] | None = None) -> None:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.striking: Callable[[Request], Fault | None] = lambda request: None  # of all requests, before these
         self.private = private  # the token that every repository wants
         self.signed: dict[str, float] = {}  # signature -> when it expires
         self.lifetime = 3600.0  # of signed URLs, seconds
         self.delay = 0.0  # of every answer, seconds
         self.peak = self._under_way = 0  # requests that waited for their answer at the same time
+        self.busy = 0  # requests that are being answered
         self.xet: dict[str, str] = dict(xet or {})  # sha256 -> hash in the content-addressed store
         self.xet_store = ""
         self._folders: list[Path] = []
@@ -190,7 +193,12 @@ class StandinHub:
         time.sleep(self.delay)
         with self._lock:  # before it is answered: what the client asks next is not at the same time
             self._under_way -= 1
-        self._route(handler)
+            self.busy += 1
+        try:
+            self._route(handler)
+        finally:
+            with self._lock:
+                self.busy -= 1
 
     def _route(self, handler: BaseHTTPRequestHandler) -> None:
         url = urlsplit(handler.path)
@@ -201,6 +209,10 @@ class StandinHub:
             fault = next((f for f in self.faults if f.times > 0 and re.search(f.match, path)), None)
             if fault is not None:
                 fault.times -= 1
+        fault = self.striking(request) or fault
+        if fault is not None and fault.kind == "hangup":
+            handler.close_connection = True
+            return None
         if fault is not None and fault.kind == "status":
             handler.close_connection = True  # what was sent is not read
             return self._send(handler, request, fault.status, fault.body, fault.headers)
@@ -245,6 +257,7 @@ class StandinHub:
             handler.rfile.readline()
         if fault is not None and fault.kind == "lost":
             self.writes.answer(_Mute(handler), request, body)
+            fault.then()
         if fault is not None:
             handler.close_connection = True
             return

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs import lora_config
 from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.plan.doubts.bases import known_id
-from safeshard.streamer.plan.identity import checked_inputs
+from safeshard.streamer.plan.identity import checked_inputs, version
 from safeshard.streamer.plan.job_plan import JobPlan, ModulePlan, Pair
 from safeshard.streamer.plan.written.model_config import model_config
 from safeshard.streamer.run.ending.cautions import cautions
@@ -221,6 +222,7 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safeshard.streamer.plan.written.afar import There
 from safeshard.streamer.plan.written.places import staging_of
 from safeshard.streamer.run.ending.licence import licence
 from safeshard.streamer.sources.stores import BucketStore, open_store
-from safeshard.streamer.write.destinations import destination
+from safeshard.streamer.write.destinations import destination, receipts_in
 from safeshard.streamer.write.journal import Journal
 from safeshard.streamer.write.shipping import Shipping
 from safeshard.streamer.write.staging import remove, settle
@@ -29,7 +30,7 @@ def settle_finished(plan: JobPlan) -> None:
     output, staging = plan.job.output, staging_of(plan.job.output)
     if isinstance(output, str):
         with clear_errors(staging):
-            _settle_afar(output, staging)
+            _settle_afar(plan, output, staging)
         return
     with clear_errors(output):
         settle(staging, output)
@@ -37,16 +38,27 @@ def settle_finished(plan: JobPlan) -> None:
         _push(plan, output)
 
 
-def _settle_afar(output: str, staging: Path) -> None:
-    """Remove the journal and the work folder of a run on this machine that put its manifest and went no further."""
+def _settle_afar(plan: JobPlan, output: str, staging: Path) -> None:
+    """Remove the journal, and this machine's work folder, of a run that put its manifest and went no further."""
     path = staging / JOURNAL_NAME
-    if not path.is_file():
-        return
-    with Journal.claim(path):
-        store = open_store(output)
-        if isinstance(store, BucketStore) and store.read(JOURNAL_NAME) == path.read_bytes():
+    with Journal.claim(path) if path.is_file() else contextlib.nullcontext():
+        if plan.has_journal and isinstance(store := open_store(output), BucketStore) and _is_of_manifest(plan, store):
             store.delete([JOURNAL_NAME])
-        remove(staging, staging)
+        if path.is_file():
+            remove(staging, staging)
+
+
+def _is_of_manifest(plan: JobPlan, store: BucketStore) -> bool:
+    """Whether the journal there is of the run that finished the output, not of one that is about to replace it.
+
+    The latter takes the manifest away before it brings anything, so it has receipts of none of the files there.
+    """
+    there = There.look(store)
+    receipts = dict(receipts_in(there.journal or b""))
+    files = [file.name for file in plan.files]
+    return there.is_whole and all(
+        name in receipts and name in there.names and receipts[name].is_as(there.names[name]) for name in files
+    )
 
 
 def _push(plan: JobPlan, output: Path) -> None:

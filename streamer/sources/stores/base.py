@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from safeshard.streamer.sources.remote import UNDERWAY, Final, Line, status_of
+from safeshard.streamer.sources.remote import EXPIRED, UNDERWAY, Final, Line, status_of, told
 
 T = TypeVar("T")
-EXPIRED = "the credentials have expired: renew them, then run the same command again"
 REMEDIES = {  # by status, where writing wants something else than reading
     401: "log in: `hf auth login` or HF_TOKEN for the Hub, the cloud's own credentials for a bucket",
     403: "use credentials that may write there, then run the same command again",
@@ -63,8 +62,8 @@ def patiently(line: Line, where: str, request: Callable[[], T], tries: int = UND
         cause = error.__cause__
         if cause is None:
             raise
-        expired = "expired" in str(cause).lower().replace("_", "")
-        remedy = EXPIRED if expired else REMEDIES.get(status_of(cause) or 0)
+        expired = EXPIRED if "expired" in str(cause).lower() else None
+        remedy = told(str(cause)) or expired or REMEDIES.get(status_of(cause) or 0)
         if remedy is None:
             raise
         raise Final(error.message, remedy) from cause

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from small_checkpoint import SHARDS, one_line, read_weight, weight
-from stand_in_bucket import Asked, StandinBucket
+from stand_in_bucket import Asked, StandinBucket, Trouble
 
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.schema import load
@@ -84,6 +84,23 @@ class TestObstore:
             read_weight(checkpoint, 0)
         assert len(bucket.taken()) == 1
         assert one_line(error).startswith(f"{model}/{SHARDS[0]}: ")
+
+    @pytest.mark.parametrize(
+        ("status", "code", "words"),
+        [
+            (400, "ExpiredToken", "the credentials have expired: renew them"),
+            (403, "RequestTimeTooSkewed", "this machine's clock is wrong: set it"),
+        ],
+    )
+    def test_what_a_store_says_besides_its_status(
+        self, bucket: StandinBucket, model: str, status: int, code: str, words: str
+    ) -> None:
+        checkpoint = open_checkpoint(open_source(model))
+        bucket.striking = lambda asked: Trouble(status, code)
+        with pytest.raises(RunError, match=words):
+            read_weight(checkpoint, 0)
+        with pytest.raises(RequestError, match=words):
+            open_source(model)
 
     def test_an_object_that_is_replaced_underway(self, bucket: StandinBucket, model: str, folder: Path) -> None:
         checkpoint = open_checkpoint(open_source(model))

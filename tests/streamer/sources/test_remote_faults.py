@@ -17,7 +17,7 @@ from safeshard.streamer.sources import http, open_source, remote
 from safeshard.streamer.sources.remote import Line, fault_of, retry_after
 
 SHARD = rf"/cdn/.*{SHARDS[0]}"
-AGAIN = [408, 425, 429, 500, 502, 503, 504, 520, 529]
+AGAIN = [408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529]
 FINAL = {400: "status 400", 404: "check the name", 410: "check the name", 412: "at rest", 416: "replaced by a shorter"}
 
 

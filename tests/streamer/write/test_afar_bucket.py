@@ -41,6 +41,18 @@ class TestWrites:
         assert written[0] == "journal.jsonl"
         assert [name for name in written if name not in ("journal.jsonl", "models")][-1] == "manifest.json"
 
+    def test_a_batch_that_keeps_going_looks_once(self, bucket: StandinBucket, full: dict[str, Any], world: Any) -> None:
+        """Each job is planned by itself first: what is read of inputs and places then is not asked for again."""
+        places = {role: bucket.add(f"in/{role}", folder) for role, folder in full.items() if isinstance(folder, Path)}
+        asked = {}
+        for keeps_going in (False, True):
+            job = places | {"method": "resta", "output": f"s3://models/out/{keeps_going}"}
+            (world.root / "jobs.yaml").write_text(json.dumps({"jobs": [job]}))
+            bucket.taken()
+            batch(world.root / "jobs.yaml", keep_going=keeps_going, quiet=True)
+            asked[keeps_going] = sum(a.method == "GET" for a in bucket.taken())
+        assert asked[True] == asked[False]
+
     def test_shards_go_up_as_they_are_finished_and_leave_the_disk(
         self, bucket: StandinBucket, full: dict[str, Any], work: Path
     ) -> None:

@@ -15,6 +15,7 @@ from stand_in_bucket import Asked, StandinBucket, Trouble
 from safeshard.manifests.errors import RequestError, RunError
 from safeshard.streamer import resta, verify
 from safeshard.streamer.plan.ours import JOURNAL_MAGIC
+from safeshard.streamer.sources import remote
 from safeshard.streamer.sources.stores import bucket as bucket_store
 
 __all__ = ["full"]
@@ -161,12 +162,23 @@ class TestFaults:
         [
             ("journal.jsonl", Trouble(403, "AccessDenied"), "use credentials that may write there"),
             ("manifest.json", Trouble(400, "ExpiredToken"), "the credentials have expired: renew them"),
+            ("journal.jsonl", Trouble(401, "Unauthorized"), "log in: .*the cloud's own credentials"),
+            ("model-00002", Trouble(403, "RequestTimeTooSkewed"), "this machine's clock is wrong: set it"),
+            ("config.json", Trouble(429, "SlowDown"), "the server limits requests"),
+            ("manifest.json", Trouble(503, "SlowDown"), "the server is in trouble: run the same command again later"),
             ("journal.jsonl", Trouble(501, "NotImplemented"), "this store has no conditional writes"),
         ],
     )
     def test_lasting_ones(
-        self, bucket: StandinBucket, full: dict[str, Any], trouble: Trouble, words: str, name: str
+        self,
+        bucket: StandinBucket,
+        full: dict[str, Any],
+        trouble: Trouble,
+        words: str,
+        name: str,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(remote, "LONGEST_WAIT", 0.0)
         fault(bucket, name, trouble, times=1000)
         with pytest.raises(RunError, match=words):
             resta(**full, output=OUT)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,21 @@ def test_a_shard_that_is_too_large_to_be_copied_goes_through_finish(
         one.part(part)
     monkeypatch.setattr(gathering, "COPIED_AT_MOST", 1000)
     one.finish()
+    one.compare()
+
+
+def test_finish_reads_each_record_once_and_lists_a_prefix_seldom(one: Workers) -> None:
+    for part in ("1/2", "2/2"):
+        one.part(part)
+    one.bucket.taken()
+    one.finish()
+    asked = one.bucket.taken()
+    records = Counter(a.path for a in asked if a.method == "GET" and a.path.endswith("part.json"))
+    assert len(records) == 2
+    assert set(records.values()) == {1}
+    listings = [a for a in asked if a.method == "GET" and a.path == "/models"]
+    # Of the place: planned, claimed, checked. Of the parts: which, their records, what is to go.
+    assert len(listings) <= 7
     one.compare()
 
 
