@@ -81,8 +81,12 @@ def _by_strips(aligned: Weight, unaligned: Weight, factors: Sequence[Tensor], wi
 
 
 def _factors(stacks: Iterable[tuple[Stack, object]], projected: Iterable[Tensor]) -> list[Tensor]:
-    """The columns of each factor, contiguous, from products O x S."""
-    return [z[:, span].contiguous() for (stack, _), z in zip(stacks, projected, strict=True) for span in stack.spans]
+    """The columns of each factor, from products O x S, contiguous and with the strides of their shape.
+
+    A single column counts as contiguous whatever its strides; libraries of matrices sum by these.
+    """
+    parts = [z[:, span] for (stack, _), z in zip(stacks, projected, strict=True) for span in stack.spans]
+    return [z if z.stride() == (z.shape[1], 1) else z.new_empty(z.shape).copy_(z) for z in parts]
 
 
 def _strips(aligned: Weight, unaligned: Weight, width: int) -> Iterator[Tensor]:

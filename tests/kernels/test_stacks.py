@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_projection import factors, weights
 
-from safeshard.kernels.alignment import stacks
+from safeshard.kernels.alignment import stacks, tiles
 from safeshard.kernels.alignment.stacks import NARROW, WIDE, stacked
 from safeshard.kernels.projection import project
 
@@ -67,3 +67,12 @@ def test_no_more_at_once_than_keeps_the_bits() -> None:
     assert tried == [NARROW, 2 * NARROW, WIDE]
     assert stacks._widest(NARROW, alone, product) == NARROW
     assert stacks._widest(WIDE, alone + 1, product) == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 40])
+@pytest.mark.parametrize(("rows", "cols", "transposed"), [(40, 24, False), (5000, 150, False), (700, 900, True)])
+def test_products_have_the_strides_of_their_shape(rows: int, cols: int, transposed: bool, count: int) -> None:
+    """A single column's could be a row's, too: what sums it next, as an effect does, would round another way."""
+    aligned, unaligned = (w.bfloat16() for w in weights(3, rows, cols, transposed=transposed))
+    products, _ = tiles.products(aligned, unaligned, factors(4, rows, [1, 16, 5][:count] * (1 + count // 3)))
+    assert {z.stride() == (z.shape[1], 1) for z in products} == {True}
