@@ -106,7 +106,8 @@ def plan(plans: Sequence[JobPlan], memory: int, device: str = "cpu") -> str:
     from safeshard.streamer.run.calibrated import arithmetic_bytes, planned_steps
     from safeshard.streamer.run.downloads import download
     from safeshard.streamer.run.flow.bundles import bytes_apart
-    from safeshard.streamer.run.flow.steps import JobRun, module_steps, workers_for
+    from safeshard.streamer.run.flow.steps import module_steps, workers_for
+    from safeshard.streamer.run.flow.tasks import JobRun
 
     runs = [JobRun(p) for p in plans]
     steps = [*module_steps(runs, bytes_apart(torch.device(device))), *planned_steps(runs)]
@@ -276,7 +277,7 @@ def outcome(result: Result) -> dict[str, Any]:
     if result.cosines:
         return base | {"source": result.plan.finetuned.source.spec, "cosines": dict(result.cosines)}
     from safeshard.streamer.run.downloads import download
-    from safeshard.streamer.run.flow.steps import JobRun
+    from safeshard.streamer.run.flow.tasks import JobRun
 
     return base | {
         "bytes_to_write": result.plan.bytes_to_write,

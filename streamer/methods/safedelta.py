@@ -12,19 +12,11 @@ from safeshard import kernels
 from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.matching import LoraModule
-from safeshard.streamer.methods.base import (
-    Edit,
-    Lora,
-    Module,
-    Served,
-    pad_rank,
-    product,
-    random_key,
-    unit_scaling_config,
-)  # fmt: skip
+from safeshard.streamer.methods.base import Edit, Lora, Module, Served, product, random_key
 from safeshard.streamer.methods.calibrate import Calibrated
 from safeshard.streamer.methods.calibrated import CalibratedJob
 from safeshard.streamer.methods.leak import ladder
+from safeshard.streamer.methods.served import pad_rank, unit_scaling_config  # fmt: skip
 from safeshard.streamer.options import Finite
 
 if TYPE_CHECKING:

@@ -15,18 +15,9 @@ from safeshard.manifests.schema import Decision
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.matching import LoraModule
-from safeshard.streamer.methods.base import (
-    NEAR,
-    Edit,
-    GatedJob,
-    Lora,
-    Module,
-    Served,
-    pad_rank,
-    random_key,
-    unit_scaling_config,
-)  # fmt: skip
+from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module, Served, random_key
 from safeshard.streamer.methods.recipe import Published
+from safeshard.streamer.methods.served import pad_rank, unit_scaling_config  # fmt: skip
 from safeshard.streamer.options import Finite, Place
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from safeshard.streamer.plan.planner import Planner
 from safeshard.streamer.plan.written.files import output_file
 from safeshard.streamer.recheck.inputs import Note
 from safeshard.streamer.run.ending.finish import tool_versions
-from safeshard.streamer.run.flow.steps import JobRun
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.run.one_pass import Pass
 from safeshard.streamer.run.runner import largest_step
 from safeshard.streamer.write.writer import Writer

@@ -20,8 +20,9 @@ from safeshard.streamer.inputs.read import Step
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.job_plan import Pair
 from safeshard.streamer.run.flow.compute import Given, compute_step
-from safeshard.streamer.run.flow.steps import JobRun, module_step, workers_for
+from safeshard.streamer.run.flow.steps import module_step, workers_for
 from safeshard.streamer.run.flow.stream import Buffers
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.write.writer import Writer
 
 Compute = Callable[[Step, Mapping[Hashable, Tensor]], None]

@@ -13,7 +13,8 @@ from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.parts import Part
 from safeshard.streamer.plan.written.files import output_file
 from safeshard.streamer.run.calibrated import planned_steps
-from safeshard.streamer.run.flow.steps import CopyTask, JobRun, ModuleTask, copy_steps, module_steps, order_of
+from safeshard.streamer.run.flow.steps import copy_steps, module_steps, order_of
+from safeshard.streamer.run.flow.tasks import CopyTask, JobRun, ModuleTask
 
 
 @dataclass

@@ -13,7 +13,8 @@ from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.run.calibrated import planned_steps
-from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps
+from safeshard.streamer.run.flow.steps import copy_steps, module_steps
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.sources import PIECE, ShardCache, hub_cache
 
 

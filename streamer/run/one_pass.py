@@ -18,8 +18,9 @@ from safeshard.streamer.run.ending.finish import Measured, rounded
 from safeshard.streamer.run.flow.bundles import bytes_apart
 from safeshard.streamer.run.flow.compute import compute_step
 from safeshard.streamer.run.flow.reading import choose_reading, readers_for
-from safeshard.streamer.run.flow.steps import JobRun, module_steps, pass_steps, workers_for
+from safeshard.streamer.run.flow.steps import module_steps, pass_steps, workers_for
 from safeshard.streamer.run.flow.stream import Buffers, run_steps
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.sources import Source
 
 

@@ -21,7 +21,7 @@ from safeshard.streamer.plan.ours import PART_RECORD
 from safeshard.streamer.plan.parts import Part, parts_afar
 from safeshard.streamer.plan.written.places import staging_of
 from safeshard.streamer.run.ending.finish import Measured, run_of, tool_versions
-from safeshard.streamer.run.flow.steps import JobRun
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.write.journal import HeldError, Journal, differences
 from safeshard.streamer.write.part_record import Numbers, PartRecord
 from safeshard.streamer.write.shelf_afar import ToShelf, shelf_of

@@ -31,7 +31,7 @@ from safeshard.streamer.run.downloads import shard_cache
 from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish
 from safeshard.streamer.run.ending.settled import settle_finished
-from safeshard.streamer.run.flow.steps import JobRun
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.run.one_pass import device_name
 from safeshard.streamer.run.part_work import fingerprint_of, hub_offences, is_hub, settle_part
 from safeshard.streamer.run.result import Result, earlier

@@ -27,7 +27,8 @@ from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.finish import Measured, publish
 from safeshard.streamer.run.ending.settled import public_offences, settle_finished
 from safeshard.streamer.run.flow.bundles import bytes_apart
-from safeshard.streamer.run.flow.steps import JobRun, copy_steps, module_steps
+from safeshard.streamer.run.flow.steps import copy_steps, module_steps
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.run.one_pass import Pass, device_name
 from safeshard.streamer.run.part_work import (
     discard_other_cuts,

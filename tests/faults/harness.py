@@ -101,7 +101,8 @@ class Scenario:
         for name, files in self.whole.items():
             assert got[name].keys() == files.keys(), (self.name, about, name)
             wrong = [file for file in files if got[name][file] != files[file]]
-            assert not wrong, (self.name, about, name, wrong)
+            how = list(unequal(got[name].get("manifest.json"), files.get("manifest.json")))
+            assert not wrong, (self.name, about, name, wrong, how)
 
     def check_nothing_half_done(self, about: Any) -> None:
         """No folder looks finished that is not: an output is whole, and a partial one shows no model."""
@@ -147,6 +148,17 @@ def told(files: dict[str, Any]) -> dict[str, Any]:
         manifest = json.loads(files["manifest.json"])
         files["manifest.json"] = {k: v for k, v in manifest.items() if k not in ("run", "blake3")}
     return files
+
+
+def unequal(got: Any, expected: Any, at: str = "") -> Iterator[str]:
+    """Where two manifests differ."""
+    if type(got) is type(expected) and isinstance(got, dict | list) and len(got) == len(expected):
+        for key in got if isinstance(got, dict) else range(len(got)):
+            yield from unequal(
+                got[key], expected.get(key) if isinstance(expected, dict) else expected[key], f"{at}/{key}"
+            )
+    elif got != expected:
+        yield f"{at}: {str(got)[:300]} in place of {str(expected)[:300]}"
 
 
 def outputs(root: Path) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from safeshard.manifests.schema import Caution, Effect
 from safeshard.streamer.run.flow.effects import total
-from safeshard.streamer.run.flow.steps import JobRun
+from safeshard.streamer.run.flow.tasks import JobRun
 
 REMOVED = 0.1  # of the delta's norm, below which nearly all is gone
 GREW, ONE_GREW = 1.01, 1.05  # times the norm of the whole delta, or of a module's

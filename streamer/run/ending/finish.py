@@ -41,7 +41,7 @@ from safeshard.streamer.plan.written.model_config import model_config
 from safeshard.streamer.run.ending.cautions import cautions
 from safeshard.streamer.run.ending.licence import licence
 from safeshard.streamer.run.flow.effects import total
-from safeshard.streamer.run.flow.steps import JobRun
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.tensor_names import natural
 from safeshard.streamer.write.part_record import PartRecord
 from safeshard.streamer.write.writer import Writer

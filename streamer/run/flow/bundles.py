@@ -11,7 +11,7 @@ import torch
 from safeshard.streamer.plan.job_plan import Weight
 
 if TYPE_CHECKING:
-    from safeshard.streamer.run.flow.steps import ModuleTask
+    from safeshard.streamer.run.flow.tasks import ModuleTask
 
 BUNDLE_BYTES = 128 << 20  # of experts that are treated together: those of fused LoRA are read once for all of them
 NEAR_BYTES = 16 << 20  # of those that read nothing in common, on a CPU: it finds what was read for them in its caches

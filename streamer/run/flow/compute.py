@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,24 +16,21 @@ from torch import Tensor
 
 from safeshard.kernels.calibrated.factor import Factor
 from safeshard.kernels.calibrated.grams import Grams
-from safeshard.kernels.effect import Pair as WrittenPair
-from safeshard.kernels.effect import Products, Tally
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
 from safeshard.kernels.merge import Sum
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import Arrivals, memory_errors, relieved
 from safeshard.streamer.inputs.codecs.base import Encoded
-from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
-from safeshard.streamer.methods.base import Edit, Job, Lora, Module, merged, served
-from safeshard.streamer.plan.job_plan import Pair
-from safeshard.streamer.run.flow.effects import effect, measured_tiles, written_pair
-from safeshard.streamer.run.flow.encoded import encoding_fields, known_parts
+from safeshard.streamer.inputs.read import Read, Step
+from safeshard.streamer.methods.base import Edit, Job, Lora, Module
+from safeshard.streamer.methods.served import merged, served
+from safeshard.streamer.run.flow.effects import effect
 from safeshard.streamer.run.flow.on_device import Inputs
-from safeshard.streamer.run.flow.steps import CopyTask, ModuleTask
 from safeshard.streamer.run.flow.strips import compute_strips
+from safeshard.streamer.run.flow.tasks import CopyTask, ModuleTask
 from safeshard.streamer.run.flow.together import Together
-from safeshard.streamer.write.finite import NotFiniteError
+from safeshard.streamer.run.flow.writing import encoding_fields, write_module
 
 Given = Factor | Grams | str  # what a job gets of a module's calibration, or why there is no factor
 UNDEFINED = "cosine undefined: the fine-tuned delta or the alignment delta is zero"
@@ -217,7 +213,7 @@ def _decide(
     def write(edit: Edit) -> None:
         encoded: list[Encoded] = []
         formed = {name: tensor for name, tensor in edit.tensors.items() if not isinstance(tensor, Sum)}
-        left = _write(task, module, formed, inputs, clock, arrivals, encoded)
+        left = write_module(task, module, formed, inputs, clock, arrivals, encoded)
         fields.update(encoding_fields(encoded))
         if job_run.job.gated and cosine is None:
             fields["note"] = UNDEFINED
@@ -259,85 +255,3 @@ def _module(task: ModuleTask, inputs: Inputs, gate: Gate | None, cosine: float |
         strength=job_run.strength,
         note=given if isinstance(given, str) else "",
     )
-
-
-@contextmanager
-def _writing(task: ModuleTask, inputs: Inputs, clock: Clock) -> Iterator[None]:
-    """Inside, what is not finite is traced back to the inputs, and the time is that of writing."""
-    start = time.perf_counter()
-    try:
-        yield
-    except NotFiniteError:
-        inputs.refuse_not_finite(task.reads())
-        raise
-    clock.add("write", start)
-
-
-def _write(
-    task: ModuleTask,
-    module: Module,
-    tensors: Mapping[str, Tensor | Iterator[Tensor]],
-    inputs: Inputs,
-    clock: Clock,
-    arrivals: Arrivals,
-    encoded: list[Encoded],
-) -> WrittenPair | Products:
-    """Write a module's new tensors; what tells what they leave of its delta. `encoded` gets what was encoded."""
-    writer, plan = task.run.writer, task.plan
-    assert writer is not None
-
-    def timed(action: Callable[..., None], *args: Any) -> None:
-        with _writing(task, inputs, clock):
-            action(*args)
-
-    def write(what: str, tensor: Tensor | Iterator[Tensor]) -> None:
-        assert writer is not None
-        stored = plan.writes[what]
-        if not stored.is_tensor:
-            known = partial(known_parts, plan, load=inputs.tensor)
-            with _writing(task, inputs, clock) if inputs.on_device else nullcontext():
-                encoded.extend(task.run.assembler.write(plan.name, what, stored, tensor, known))
-            return
-        if stored.transposed:
-            tensor = (tensor if isinstance(tensor, Tensor) else torch.cat(list(tensor))).T
-        if not inputs.on_device:
-            writer.write(stored.name, tensor)
-            return
-        under_way = writer.begin(stored.name)
-        for piece in [tensor] if isinstance(tensor, Tensor) else tensor:
-            arrivals.add(piece, TORCH_DTYPES[under_way.dtype], partial(timed, under_way.add_tensor))
-        arrivals.then(partial(timed, under_way.finish))
-
-    with nullcontext() if inputs.on_device else _writing(task, inputs, clock):
-        if "weight" in plan.writes:
-            return _write_weight(task, module, tensors["weight"], write)
-        new = {part: tensor for part in plan.writes if isinstance(tensor := tensors[part], Tensor)}
-        for part, tensor in new.items():
-            write(part, tensor)
-        old, pair = module.finetuned, plan.finetuned
-        assert isinstance(old, Lora)
-        assert isinstance(pair, Pair)
-        dtypes = {part: writer.place(ref.name).dtype for part, ref in (("a", pair.lora.a), ("b", pair.lora.b))}
-        return written_pair(old, new, 1.0 if task.run.job.writes_unit_scaling else old.scaling, dtypes)
-
-
-def _write_weight(
-    task: ModuleTask,
-    module: Module,
-    tensor: Tensor | Iterator[Tensor],
-    write: Callable[[str, Tensor | Iterator[Tensor]], None],
-) -> Products:
-    """Write a module's new weight. Where it is stored quantised, its effect is that of the numbers that are coded."""
-    writer, stored = task.run.writer, task.plan.writes["weight"]
-    assert writer is not None
-    assert module.aligned is not None
-    dtype = writer.place(next(iter(stored.names))).dtype if all(p.codec is None for p in stored.parts) else "F32"
-    every = 4 if task.run.job.gated or isinstance(module.finetuned, Tensor) else 64  # little beside what it takes
-    tally = Tally(module.aligned.numel(), every, module.aligned.device)
-    if isinstance(tensor, Tensor):
-        for _ in measured_tiles(module, [tensor], dtype, tally):
-            pass
-    else:
-        tensor = measured_tiles(module, tensor, dtype, tally)
-    write("weight", tensor)
-    return tally.products()

@@ -20,7 +20,8 @@ from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step
 from safeshard.streamer.methods.base import Edit, Module
 from safeshard.streamer.plan.job_plan import Weight
 from safeshard.streamer.run.flow.effects import effect, measured_tiles
-from safeshard.streamer.run.flow.steps import STRIP_BYTES, CopyTask, ModuleTask
+from safeshard.streamer.run.flow.steps import STRIP_BYTES
+from safeshard.streamer.run.flow.tasks import CopyTask, ModuleTask
 from safeshard.streamer.sources.direct import pieces
 from safeshard.streamer.write.finite import NotFiniteError, refuse_not_finite
 from safeshard.streamer.write.tensor_write import TensorWrite

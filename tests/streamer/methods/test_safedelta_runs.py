@@ -18,7 +18,7 @@ from safeshard.streamer.cli.app import main
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.run.calibrated import arithmetic_bytes, host_bytes
-from safeshard.streamer.run.flow.steps import JobRun
+from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.run.runner import plan_jobs
 
 
