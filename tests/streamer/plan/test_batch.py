@@ -134,6 +134,26 @@ jobs:
     assert "extra" in message
 
 
+def test_what_else_is_wrong_is_said_beside_a_malformed_job(write: Write) -> None:
+    """Outputs of one name, and options that no method has: not once the first mistake is mended."""
+    text = """
+defaults: {aligned: a, adapter: x, factor: 0.5}
+jobs:
+  - {method: scale, output: out/one}
+  - {method: scale, output: ./out/../out/one}
+  - {method: scale, output: out/two}
+  - {method: scales, treshold: 1, threshold: 1, output: out/three}
+"""
+    with pytest.raises(RequestError) as refused:
+        read_jobs(write(text))
+    assert [(o.where.rpartition("/")[2], o.what, o.got) for o in refused.value.offences] == [
+        ("jobs.yaml: job 4", "method", "'scales'"),
+        ("jobs.yaml: job 4", "treshold", "an unknown one"),
+        ("--output", "out/one", "another job's"),
+        ("--output", "out/../out/one", "another job's"),
+    ]
+
+
 def test_a_matrix_that_would_fill_memory_is_refused_at_once(write: Write) -> None:
     lists = ", ".join(f"{key}: [{', '.join('1' * 60)}]" for key in ("threshold", "seed", "rank", "density", "weights"))
     with pytest.raises(RequestError, match=f"at most {jobs_file.MAX_JOBS} jobs"):
