@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from safeshard.manifests.errors import Offence
+from safeshard.manifests.manifest_text import UNFINISHED
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan.parts import parts_of
 from safeshard.streamer.plan.written.afar import staging_afar
@@ -26,7 +27,7 @@ def place_of(output: Path | str) -> Path:
 
 def staging_of(output: Path | str) -> Path:
     """The folder that holds an output while it is written: beside it, or of one afar in the work folder."""
-    return staging_afar(output) if isinstance(output, str) else output.with_name(output.name + ".partial")
+    return staging_afar(output) if isinstance(output, str) else output.with_name(output.name + UNFINISHED)
 
 
 def shared_offences(jobs: Iterable[Job]) -> Iterator[Offence]:
