@@ -266,6 +266,8 @@ def _with_arguments(doc: str, described: Mapping[str, str | None]) -> str:
     """A docstring whose Args end with what options mean, in place of the line that says where they are described."""
     lines = [line for line in doc.splitlines() if not line.startswith("    options: ")]
     head = [] if "Args:" in lines else ["", "Args:"]
-    indent = {"width": 116, "initial_indent": "    ", "subsequent_indent": "        "}  # the stub indents by 4 more
-    entries = (fill(f"{name}: {text}.", **indent) for name, text in described.items())
+    entries = (
+        fill(f"{name}: {text}.", width=116, initial_indent="    ", subsequent_indent="        ")
+        for name, text in described.items()  # in lines that api.pyi indents by 4 more
+    )
     return "\n".join([*lines, *head, *entries])
