@@ -109,6 +109,26 @@ def test_malformed_files_are_refused(write: Write, text: str, named: str) -> Non
     assert "jobs.yaml" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "problem"),
+    [
+        ("jobs: [}", "line 1, column 8", "expected the node content, but found '}', while parsing a flow node"),
+        ("jobs:\n  - method: scale\n   output: x", "line 3, column 4", "expected <block end>"),
+        ("jobs:\n\t- method: scale", "line 2, column 1", "character '\\t' that cannot start any token"),
+        ("jobs: [{method: scale, method: safelora}]", "line 1, column 24", "key 'method' is repeated or no name"),
+    ],
+)
+def test_broken_yaml_is_named_by_line_and_column(write: Write, text: str, place: str, problem: str) -> None:
+    file = write(text)
+    with pytest.raises(RequestError) as refused:
+        read_jobs(file)
+    (offence,) = refused.value.offences
+    assert offence.where == f"{file}, {place}"
+    assert problem in offence.got
+    assert "byte string" not in str(refused.value)
+    assert "^" not in str(refused.value)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"none\.yaml"):
         read_jobs(tmp_path / "none.yaml")
