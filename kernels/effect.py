@@ -9,6 +9,8 @@ For LoRA deltas D = s B A and N = t B' A' nothing of their shape is formed:
     <N, D> = s t sum((B^T B') * (A A'^T))
     |N|^2  = t^2 sum((B'^T B') * (A' A'^T))
 
+but where a rank is above O or I: such a delta's own entries are fewer, and are formed some rows at a time.
+
 Shapes: weights, D and N are O x I; B is O x r, A is r x I; B' and A' have a rank of their own.
 
 Example: D = [[3, 4]] and N = [[3, 0]] give |D|^2 = 25, <N, D> = 9 and |N|^2 = 9: 60 % of the norm, cosine 0.6.
@@ -27,6 +29,7 @@ from safeshard.kernels.lang import tl, triton
 
 # Elements of a factor, taken to fp64 at a time: on the CPU in its cache, on a device in one launch.
 ELEMENTS, DEVICE_ELEMENTS = 1 << 15, 1 << 24
+FORMED_ROWS = 64  # of a delta that is formed, at least: fewer would read the other factor more often
 
 # Entries of a weight that are measured together: on the CPU they stay in a core's cache.
 PIECE, DEVICE_PIECE = 1 << 14, 1 << 20
@@ -81,6 +84,28 @@ def _grams_of(old: Tensor, new: Tensor) -> list[Tensor]:
     return [*_grams(old), _gram(old, new), *_grams(new)]
 
 
+def _is_wide(a: Tensor, b: Tensor, new_a: Tensor) -> bool:
+    """Whether the deltas' entries are less than Grams of their rank."""
+    return max(len(a), len(new_a)) > min(a.shape[1], len(b))
+
+
+def _formed_products(a: Tensor, b: Tensor, new_a: Tensor, new_b: Tensor) -> Tensor:
+    """|B A|^2, |B' A'|^2 and <B A, B' A'> in fp64: both are formed by rows, or by columns where a row is longer."""
+    same = new_a is a and new_b is b
+    if a.shape[1] > len(b):
+        a, b, new_a, new_b = b.T, a.T, new_b.T, new_a.T
+    rank = max(len(a), len(new_a))
+    rows = max(FORMED_ROWS, ELEMENTS // rank) if a.device.type == "cpu" else DEVICE_ELEMENTS // rank + 1
+    short = a.double()
+    new_short = short if same else new_a.double()
+    total = torch.zeros(3, dtype=torch.float64, device=a.device)
+    for start in range(0, len(b), rows):
+        old = b[start : start + rows].double() @ short
+        new = old if same else new_b[start : start + rows].double() @ new_short
+        total += torch.stack([(x * y).sum() for x, y in ((old, old), (new, new), (old, new))])
+    return total
+
+
 def lora_products(a: Tensor, b: Tensor, scaling: float, new_a: Tensor, new_b: Tensor, new_scaling: float) -> Products:
     """The products of D = scaling B A and N = new_scaling B' A', in fp64 throughout.
 
@@ -88,7 +113,9 @@ def lora_products(a: Tensor, b: Tensor, scaling: float, new_a: Tensor, new_b: Te
         a, b: r x I and O x r, any float dtype.
         new_a, new_b: r' x I and O x r'.
     """
-
+    if _is_wide(a, b, new_a):
+        before, after, inner = _formed_products(a, b, new_a, new_b).unbind()
+        return Products(before * scaling**2, after * new_scaling**2, inner * (scaling * new_scaling))
     if new_a is a and new_b is b and new_scaling == scaling:
         (gram_a,), (gram_b,) = _grams(a.T), _grams(b)
         before = (gram_a * gram_b).sum().clamp_min(0) * scaling**2
@@ -137,15 +164,16 @@ def products_of_each(pairs: Sequence[Pair]) -> list[Products]:
 
     The products of a pair do not depend, to the bit, on the others.
     """
-    wide = any(kind == torch.float64 for p in pairs for kind in (p.a.dtype, p.b.dtype, p.kind_a, p.kind_b))
-    if not pairs or wide or resolve("auto", *(pair.a for pair in pairs)) == "torch":
-        return [
-            lora_products(p.a, p.b, p.scaling, p.new_a.to(p.kind_a), p.new_b.to(p.kind_b), p.new_scaling) for p in pairs
-        ]
+    fp64 = any(kind == torch.float64 for p in pairs for kind in (p.a.dtype, p.b.dtype, p.kind_a, p.kind_b))
+    in_torch = not pairs or fp64 or resolve("auto", *(pair.a for pair in pairs)) == "torch"
     alike: dict[Hashable, list[int]] = {}
-    for index, pair in enumerate(pairs):
-        alike.setdefault(pair.likeness, []).append(index)
     found: dict[int, Products] = {}
+    for index, p in enumerate(pairs):
+        if in_torch or _is_wide(p.a, p.b, p.new_a):
+            new_a, new_b = p.new_a.to(p.kind_a), p.new_b.to(p.kind_b)
+            found[index] = lora_products(p.a, p.b, p.scaling, new_a, new_b, p.new_scaling)
+        else:
+            alike.setdefault(p.likeness, []).append(index)
     for members in alike.values():
         found |= dict(zip(members, _products_triton([pairs[index] for index in members]), strict=True))
     return [found[index] for index in range(len(pairs))]

@@ -1,6 +1,7 @@
 """The text of a manifest: how it is laid out, and what no text may hold."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from safeshard.manifests.bounded import MAX_TENSORS, TooLargeError, read_regular
 from safeshard.manifests.errors import Offence, RequestError
 
 MANIFEST_NAME = "manifest.json"
+UNFINISHED = ".partial"  # what the folder of an output that is being written ends with
 INLINE_CHARS = 300
 MAX_MANIFEST_BYTES = 200_000_000  # of as many tensors as are taken it is some 80 MB
 MAX_MANIFEST_VALUES = 6_000_000
@@ -31,9 +33,19 @@ def read_manifest(file: Path) -> bytes:
         raise RequestError(Offence(str(file), "", "at most {} bytes".format(*error.args), str(error.args[1]))) from None
     except OSError as error:
         remedy = f"name an output folder of safeshard, with {MANIFEST_NAME} in it"
-        raise RequestError(
-            Offence(str(file), expected="a manifest", got=error.strerror or "", remedy=remedy)
-        ) from error
+        offence = Offence(str(file), expected="a manifest", got=error.strerror or "", remedy=remedy)
+        if isinstance(error, FileNotFoundError):
+            offence = _unfinished(file.parent if file.name == MANIFEST_NAME else file) or offence
+        raise RequestError(offence) from error
+
+
+def _unfinished(output: Path) -> Offence | None:
+    """An offence of an output that has no manifest yet: its files lie in a folder beside it until it has."""
+    partial = output if output.name.endswith(UNFINISHED) else output.parent / f"{output.name}{UNFINISHED}"
+    if not os.path.isdir(partial):  # noqa: PTH112  # Path's raises for a name that is too long
+        return None
+    got = "an unfinished one" + (f", {partial}" if partial != output else "")
+    return Offence(str(output), "", "a finished output", got, "run its command again, which goes on from there")
 
 
 def repeated(names: Iterable[str]) -> list[str]:

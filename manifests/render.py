@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 
 from safeshard.manifests.errors import MAX_LISTED, printable
 from safeshard.manifests.grid import (
@@ -32,6 +33,7 @@ COLOURS: dict[Decision, str] = {
 }
 GAP = "  "
 MAX_PLACES = 20_000  # of a table; 126 layers of 7 modules have about a thousand
+LEAST_LEAK = 1e-5  # of those that are said in figures
 MAX_OTHERS = 1000  # modules outside of tables that are listed
 
 
@@ -176,5 +178,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
 
 
 def leak_text(leak: float) -> str:
-    """A share in percent, to three digits."""
-    return f"{100 * leak:.3g} %"
+    """A share in percent, to three digits and without an exponent."""
+    if 0 < leak < LEAST_LEAK:
+        return f"under {100 * LEAST_LEAK:g} %"
+    return f"{Decimal(f'{100 * leak:.3g}'):f} %"

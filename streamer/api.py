@@ -25,21 +25,9 @@ if TYPE_CHECKING:  # what computes is imported where it is called: the command l
     from safeshard.streamer.run.result import Result
 
 __all__ = [
-    "batch",
-    "calibrate",
-    "finish",
-    "inspect",
-    "lssf",
-    "report",
-    "resta",
-    "ridge",
-    "safedelta",
-    "safelora",
-    "safemerge",
-    "scale",
-    "score",
-    "verify",
-]
+    "batch", "calibrate", "finish", "inspect", "lssf", "report", "resta", "ridge", "safedelta", "safelora", "safemerge",
+    "scale", "score", "verify",
+]  # fmt: skip
 P = TypeVar("P", str, "str | os.PathLike[str]")
 
 

@@ -41,7 +41,16 @@ def batch(
         part: "i/n": do the i-th of n parts of the work, for `finish` to put together; manifests are None.
         engine: "ray" does all parts as tasks of a Ray cluster, and finishes.
         parts: with engine "ray", how many. Default: one a GPU, without GPUs one a node.
-        options: the fields of `RunOptions`.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def calibrate(
@@ -72,6 +81,30 @@ def calibrate(
 
     Returns their folder, and the modules of the aligned model that have no factor.
     Keywords are the fields of `safeshard.streamer.methods.calibrate.Calibrate` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        output: folder to write; must not exist.
+        task_data: prompts of the task, .jsonl; answers are not needed.
+        keep_data: with --task-data: other prompts whose answers must stay as they are.
+        recipe: published: what is not given is as in the authors' scripts (docs/differences.md).
+        calibration: prompts with safe answers: a file, hf://datasets/org/name/file, a URL (default: the built-in).
+        samples: prompts to take, by a seeded permutation; fewer only where this is not given.
+        max_tokens: longest prompt with answer, in tokens; the rest is cut.
+        seed: of the choice of samples.
+        percdamp: damping of the Gram matrices, as a fraction of the mean diagonal.
+        dtype: dtype of the forward pass (default: the aligned checkpoint's).
+        save: factors are what Safe Delta reads, Grams what ridge reads; Grams take half the space.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def finish(
@@ -93,7 +126,16 @@ def finish(
 
     Args:
         jobs: the file that the parts were given.
-        options: the fields of `RunOptions`.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def inspect(
@@ -153,6 +195,40 @@ def lssf(
 
     Of what alignment once added, what lies in the directions that answer safe inputs is added (arXiv 2602.00038).
     Keywords are the fields of `safeshard.streamer.methods.lssf.Lssf` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        unaligned: a model without the alignment of `aligned`: its base, or one that lost it.
+        serve: write the adapter so that this reads it right: scaling 1, one rank that it takes.
+        rank: with --serve: truncate to this rank (default: exact).
+        output_format: of an adapter's output: adapter, or checkpoint to merge it (default: adapter).
+        recipe: published: what is not given is as in the authors' scripts (docs/differences.md).
+        calibration: prompts with safe answers: a file, hf://datasets/org/name/file, a URL (default: the built-in).
+        samples: prompts to take, by a seeded permutation; fewer only where this is not given.
+        max_tokens: longest prompt with answer, in tokens; the rest is cut.
+        seed: of the choice of samples.
+        adapter: fine-tuned LoRA adapter.
+        finetuned: fine-tuned full checkpoint, in place of --adapter.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        output: folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push).
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        factors: folder that `calibrate` wrote, in place of --calibration.
+        alpha: weight of what is added; 0 gives the fine-tuned model.
+        entropy: share of the entropy of a module's energies on safe inputs that U holds.
+        safety_rank: of an adapter's output: most directions appended to a module (default: 64).
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def report(
@@ -203,6 +279,31 @@ def resta(
 
     What alignment once added to the weights is added to the fine-tuned ones (arXiv 2402.11746).
     Keywords are the fields of `safeshard.streamer.methods.resta.Resta` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        unaligned: a model without the alignment of `aligned`: its base, or one that lost it.
+        adapter: fine-tuned LoRA adapter.
+        finetuned: fine-tuned full checkpoint, in place of --adapter.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        output: folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push).
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        gamma: weight of the safety vector; 0 gives the fine-tuned model.
+        density: fraction of the safety vector's entries that DARE keeps (default: no DARE).
+        seed: of DARE's random mask.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def ridge(
@@ -244,6 +345,41 @@ def ridge(
 
     The closed form of what Safe Delta approximates; of a LoRA adapter only A changes.
     Keywords are the fields of `safeshard.streamer.methods.ridge.Ridge` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        serve: write the adapter so that this reads it right: scaling 1, one rank that it takes.
+        rank: with --serve: truncate to this rank (default: exact).
+        output_format: of an adapter's output: adapter, or checkpoint to merge it (default: adapter).
+        task_data: prompts of the task, .jsonl; answers are not needed.
+        keep_data: with --task-data: other prompts whose answers must stay as they are.
+        recipe: published: what is not given is as in the authors' scripts (docs/differences.md).
+        calibration: prompts with safe answers: a file, hf://datasets/org/name/file, a URL (default: the built-in).
+        samples: prompts to take, by a seeded permutation; fewer only where this is not given.
+        max_tokens: longest prompt with answer, in tokens; the rest is cut.
+        seed: of the choice of samples.
+        adapter: fine-tuned LoRA adapter.
+        finetuned: fine-tuned full checkpoint, in place of --adapter.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        output: folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push).
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        factors: folder that `calibrate` wrote, in place of --calibration.
+        leak: share of the delta's energy on safe inputs to let through (default: 0.008).
+        penalty: in place of --leak: how much a change on safe inputs costs; 0 changes nothing.
+        rest: whose embeddings, norms, biases and head to take.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def safedelta(
@@ -288,6 +424,44 @@ def safedelta(
 
     The rest of the fine-tuned delta is reverted, and compensated (arXiv 2505.12038).
     Keywords are the fields of `safeshard.streamer.methods.safedelta.SafeDelta` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        serve: write the adapter so that this reads it right: scaling 1, one rank that it takes.
+        rank: truncate an adapter's output to this rank (default: exact).
+        output_format: of an adapter's output (default: adapter).
+        recipe: published: what is not given is as in the authors' scripts (docs/differences.md).
+        calibration: prompts with safe answers: a file, hf://datasets/org/name/file, a URL (default: the built-in).
+        samples: prompts to take, by a seeded permutation; fewer only where this is not given.
+        max_tokens: longest prompt with answer, in tokens; the rest is cut.
+        seed: of the choice of samples.
+        percdamp: damping of the Gram matrices, as a fraction of the mean diagonal.
+        adapter: fine-tuned LoRA adapter.
+        finetuned: fine-tuned full checkpoint, in place of --adapter.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        output: folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push).
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        factors: folder that `calibrate` wrote, in place of --calibration.
+        strength: the safety budget s; the paper uses about 0.1 on Llama-2-7B.
+        leak: in place of --strength: share of the delta's energy on safe inputs to let through.
+        selection: a budget for a block of columns, or for each row.
+        block_size: columns selected together; of each, 15 % at least are left aligned.
+        sub_block: columns that do not compensate each other; 1 is exact.
+        compensate: off: revert what is not kept, without compensation (ablation).
+        rest: whose embeddings, norms, biases and head to take.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def safelora(
@@ -322,6 +496,34 @@ def safelora(
 
     A fine-tuned delta is projected where it points elsewhere (arXiv 2405.16833).
     Keywords are the fields of `safeshard.streamer.methods.safelora.SafeLora` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        unaligned: the base model that `aligned` was trained from.
+        recipe: published: what is not given is as in the authors' scripts (docs/differences.md).
+        serve: write the adapter so that this reads it right: scaling 1, one rank that it takes.
+        rank: with --serve: truncate to this rank (default: exact).
+        output_format: of an adapter's output: adapter, or checkpoint to merge it (default: adapter).
+        adapter: fine-tuned LoRA adapter.
+        finetuned: fine-tuned full checkpoint, in place of --adapter.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        output: folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push).
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        threshold: project where the cosine is at most this.
+        num_layers: project the N modules of lowest cosine, in place of --threshold.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def safemerge(
@@ -361,6 +563,39 @@ def safemerge(
 
     A fine-tuned delta is merged with a safe one where it left the alignment subspace (arXiv 2503.17239).
     Keywords are the fields of `safeshard.streamer.methods.safemerge.SafeMerge` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        unaligned: the base model that `aligned` was trained from.
+        recipe: published: what is not given is as in the authors' scripts (docs/differences.md).
+        serve: write the adapter so that this reads it right: scaling 1, one rank that it takes.
+        rank: rank that svd truncates to (default: the fine-tuned adapter's).
+        output_format: of an adapter's output: adapter, or checkpoint to merge it (default: adapter).
+        adapter: fine-tuned LoRA adapter.
+        finetuned: fine-tuned full checkpoint, in place of --adapter.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        output: folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push).
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        safe_adapter: LoRA adapter trained on safety data.
+        safe: full checkpoint trained on safety data, in place of --safe-adapter.
+        threshold: merge where the cosine is below.
+        weights: weights of the fine-tuned and the safe delta.
+        combine: linear (PEFT's), dare_linear, exact (concatenated ranks) or svd.
+        density: fraction of entries that dare_linear keeps.
+        seed: of dare_linear's random mask.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def scale(
@@ -391,6 +626,31 @@ def scale(
     """Shrink a fine-tuned delta: the baseline.
 
     Keywords are the fields of `safeshard.streamer.methods.scale.Scale` and of `RunOptions`.
+
+    Args:
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        factor: 0 gives the aligned model, 1 the fine-tuned one.
+        serve: write the adapter so that this reads it right: scaling 1, one rank that it takes.
+        rank: with --serve: truncate to this rank (default: exact).
+        output_format: of an adapter's output: adapter, or checkpoint to merge it (default: adapter).
+        adapter: fine-tuned LoRA adapter.
+        finetuned: fine-tuned full checkpoint, in place of --adapter.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        output: folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push).
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        overwrite: replace an existing output and discard an unfinished one.
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def score(
@@ -425,7 +685,22 @@ def score(
         output: a .csv or .json file for the table.
         plot: a .svg, .png or .pdf file for a picture of the cosines.
         overwrite: replace existing files.
-        options: `aligned`, `unaligned`, and the fields of `RunOptions`.
+        aligned: aligned model: a folder, hf://org/name@revision, or a URL.
+        unaligned: the base model that `aligned` was trained from.
+        push: a Hub repository (org/name) to push the output to, private; --output may be left out then.
+        public: with --push: make the repository public.
+        dtype: dtype of the output (default: the aligned checkpoint's, or the adapter's).
+        dequantize: write quantised weights of a full checkpoint in --dtype, or bfloat16.
+        expert_packing: how LoRA on fused experts is packed, where its config does not tell.
+        device: auto, cpu, cuda or cuda:N.
+        memory: host memory for tensors in flight, e.g. 2GiB.
+        io: read local files past the page cache (direct) or through it; auto measures where they are larger than
+            memory.
+        dry_run: print the plan, its bytes and its memory; write nothing.
+        cache: keep the shards read from the Hub, whole, in its cache.
+        cache_budget: keep at most this much of them there at a time, e.g. 50GB (implies --cache).
+        quiet: no progress bar and no summary.
+        strict: make warnings errors: nothing that one is about gets its name.
     """
 
 def verify(

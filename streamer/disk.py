@@ -157,7 +157,7 @@ def check_file(file: Path, suffixes: Sequence[str], overwrite: bool, option: str
         exists = file.exists()
         if exists and not overwrite and not file.is_dir():
             remedy = "choose another, or --overwrite"
-            raise RequestError(Offence(option, str(file), "a file that does not exist", "it exists", remedy))
+            raise RequestError(Offence(option, str(file), "a new file", "one that exists already", remedy))
         place = file if exists else next(p for p in file.absolute().parents if p.exists())
         got = "" if os.access(place, os.W_OK) else f"no right to write to {place}"
         if exists == place.is_dir():  # a folder to replace, or a file to write below

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from inspect import Parameter, Signature, signature
+from inspect import Parameter, Signature, cleandoc, signature
 from pathlib import Path
+from textwrap import fill
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import (
@@ -237,7 +238,7 @@ def _shown(value: Any) -> str:
 
 
 def keywords_of(*models: type[Options]) -> Callable[[F], F]:
-    """Show the fields of models as the keywords of a function, in place of its `**options`."""
+    """Show the fields of models as the keywords of a function, in place of its `**options`: signature and docstring."""
 
     def with_signature(function: F) -> F:
         hints = {name: hint for model in models for name, hint in get_type_hints(model).items()}
@@ -254,6 +255,19 @@ def keywords_of(*models: type[Options]) -> Callable[[F], F]:
         own = {name: p for name, p in given.parameters.items() if p.kind is not Parameter.VAR_KEYWORD}
         parameters = sorted((keywords | own).values(), key=lambda p: p.kind)
         function.__signature__ = Signature(parameters, return_annotation=given.return_annotation)  # type: ignore[attr-defined]
+        described = {name: field.description for name, field in fields_of(*models).items() if name not in own}
+        function.__doc__ = _with_arguments(cleandoc(function.__doc__ or ""), described)
         return function
 
     return with_signature
+
+
+def _with_arguments(doc: str, described: Mapping[str, str | None]) -> str:
+    """A docstring whose Args end with what options mean, in place of the line that says where they are described."""
+    lines = [line for line in doc.splitlines() if not line.startswith("    options: ")]
+    head = [] if "Args:" in lines else ["", "Args:"]
+    entries = (
+        fill(f"{name}: {text}.", width=116, initial_indent="    ", subsequent_indent="        ")
+        for name, text in described.items()  # in lines that api.pyi indents by 4 more
+    )
+    return "\n".join([*lines, *head, *entries])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from safeshard.bench.real.table import Row, curves
-from safeshard.bench.tune.picture import draw_curve, frame, pyplot, save, styles
+from safeshard.bench.tune.picture import BASELINE, draw_curve, frame, pyplot, save, styles
 
 TITLES = {"task-lora": "LoRA fine-tune", "task-full": "Full fine-tune"}
 ENDS = {"aligned": "P", "fine-tuned": "X"}
@@ -21,7 +21,7 @@ def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
     for panel, (model, title) in zip(panels, TITLES.items(), strict=True):
         for method, (colour, mark) in styles(methods).items():
             if points := [(task, 100 - attack, 0.0, 0.0) for task, attack in found[model].get(method, [])]:
-                draw_curve(panel, points, "--" if method == "scale" else "-", marker=mark, color=colour, label=method)
+                draw_curve(panel, points, "--" if method == BASELINE else "-", marker=mark, color=colour, label=method)
         for name, mark in ENDS.items():
             for task, attack in found[model].get(name, []):
                 panel.plot(task, 100 - attack, mark, color="black", markersize=11, label=name)

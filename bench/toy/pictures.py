@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safeshard.bench.toy.table import CONSTANT_GUESS, Line, Row, lines
-from safeshard.bench.tune.picture import draw_curve, frame, pyplot, save
+from safeshard.bench.tune.picture import BASELINE, draw_curve, frame, pyplot, save
 from safeshard.bench.tune.picture import styles as styles_of
 
 TITLES = {"dirty-full": "Full fine-tune", "dirty-lora": "LoRA fine-tune"}
@@ -25,7 +25,7 @@ def draw_tradeoff(rows: Sequence[Row], file: Path) -> None:
         for method, (colour, mark) in styles.items():
             points = [line for key, line in test.items() if key[:2] == (model, method)]
             if points:
-                dashes = "--" if method == "scale" else "-"
+                dashes = "--" if method == BASELINE else "-"
                 _draw(panel, points, dashes, marker=mark, color=colour, label=method, zorder=3 if mark in "os" else 2)
         _draw(panel, [test[model, "fine-tuned", ""]], "", marker="X", color="black", markersize=11, label="fine-tuned")
         _draw(panel, [test["aligned", "aligned", ""]], "", marker="P", color="black", markersize=10, label="aligned")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,22 @@ from safeshard.streamer.extras import require
 from safeshard.streamer.run.ending.figures import write_figure
 
 COLOURS = (  # the first of Okabe and Ito, and darker ones
-    "#000000", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",
+    "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#E69F00", "#882255", "#8C8C00",
     "#FF0000", "#7A0000", "#FF8FA3", "#5A5AD6",
 )  # fmt: skip
-MARKS = "osD^vhpd<o>sD"
+MARKS = "sD^vhpd<o>sDo"
+SHIFT = 6  # marks on, where the colours begin again
+MOST = 48
+BASELINE = "scale"
 Curve = Sequence[tuple[float, float, float, float]]  # utility, 100 - attack success, and the error bars of both
 
 
 def styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a mark a method."""
-    return dict(zip(methods, zip(cycle(COLOURS), cycle(MARKS), strict=False), strict=False))
+    """A colour and a mark a method, no two alike up to `MOST` methods; black is the baseline's alone."""
+    others = [method for method in methods if method != BASELINE]
+    places = ((n % len(COLOURS), n % len(COLOURS) + SHIFT * (n // len(COLOURS))) for n in range(len(others)))
+    found = {m: (COLOURS[c], MARKS[mark % len(MARKS)]) for m, (c, mark) in zip(others, places, strict=True)}
+    return {method: found.get(method, ("#000000", "o")) for method in methods}
 
 
 def draw_curve(panel: Any, curve: Curve, dashes: str, **style: Any) -> None:
@@ -48,7 +53,7 @@ def draw(points: Sequence[Point], ends: Mapping[str, Point], choice: Choice, fil
     figure, panel = plt.subplots(figsize=(7.5, 6), layout="constrained")
     for method, (colour, mark) in styles(list(dict.fromkeys(p.method for p in points))).items():
         curve = [(p.utility, 100 - p.attack, 0.0, 0.0) for p in points if p.method == method]
-        draw_curve(panel, curve, "--" if method == "scale" else "-", marker=mark, color=colour, label=method)
+        draw_curve(panel, curve, "--" if method == BASELINE else "-", marker=mark, color=colour, label=method)
     for (name, end), mark in zip(ends.items(), "PX", strict=False):
         panel.plot(end.utility, 100 - end.attack, mark, color="black", markersize=11, label=name)
     chosen = choice.chosen

@@ -37,7 +37,7 @@ class Quadrature(NamedTuple):
 
 
 def lora_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The rows of a delta B A: R A, r x I fp32, with R^T R = B^T B.
+    """The rows of a delta B A: R A, r x I fp32, with R^T R = B^T B; its own where these are fewer than its rank.
 
     Args:
         a: A, r x I fp32.
@@ -46,6 +46,8 @@ def lora_rows(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise ValueError(f"A must be r x I and B O x r, got {tuple(a.shape)} and {tuple(b.shape)}")
     b = b.double()
+    if b.shape[1] > len(b):
+        return (b @ a.double()).float()
     values, vectors = torch.linalg.eigh(b.T @ b)
     return ((vectors * values.clamp_min(0).sqrt()).T @ a.double()).float()
 

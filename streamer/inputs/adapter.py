@@ -93,7 +93,7 @@ def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = Non
     targets = matching.expect(names)
     places = matching.place(saved, names)
     if matching.offences:
-        raise RequestError(matching.offences)
+        raise RequestError(matching.concluded())
     modules = dict(sorted(modules.items(), key=lambda item: natural(item[0])))
     files = [file_header(source, WEIGHTS, header)]
     return Adapter(

@@ -13,6 +13,7 @@ from safeshard.streamer.inputs.expert_lora import PackedRef, is_expert, oriented
 from safeshard.streamer.inputs.layouts import model_type
 from safeshard.streamer.inputs.layouts.rotary import PAIRED
 from safeshard.streamer.inputs.lora_config import CONFIG, LoraConfig
+from safeshard.streamer.inputs.misfit import Pair, another_base, another_rank
 from safeshard.streamer.inputs.names.apply import order_offence
 from safeshard.streamer.inputs.names.exchange import Names, Shape
 from safeshard.streamer.inputs.names.parts import stack_of
@@ -42,13 +43,16 @@ class LoraModule:
 
 
 class Matching:
-    """Matches an adapter's tensors to a checkpoint; every offence goes into `offences`."""
+    """Matches an adapter's tensors to a checkpoint; every offence goes into `offences`, which `concluded` sums up."""
 
     def __init__(self, where: str, config: LoraConfig, base: Checkpoint) -> None:
         self.where, self.config, self.base = where, config, base
         self.offences: list[Offence] = []
         self._found: set[str] = set()
         self._packed: set[str] = set()  # of those found, the experts of fused parameters
+        self._pairs: dict[str, Pair] = {}  # of the decoder's linears
+        self._misshapen: set[Offence] = set()
+        self._unplaced: set[Offence] = set()
 
     def sort(self, tensors: Mapping[str, TensorRef]) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
         """A and B by the adapter's plain module names, and the tensors saved whole by key."""
@@ -96,7 +100,9 @@ class Matching:
                 self.offences += untreatable
                 if not untreatable:
                     got = f"{name} once more" if name in self._found else "no such weight"
-                    self._refuse(path, f"a module of {self.base.source.spec}", got, "use the adapter's own base model")
+                    remedy = "use the adapter's own base model"
+                    self._refuse(path, f"a module of {self.base.source.spec}", got, remedy)
+                    self._unplaced.add(self.offences[-1])
                 continue
             self._found.add(name)
             if PAIRED.fullmatch(path):
@@ -118,7 +124,20 @@ class Matching:
         for name in sorted(targets - self._found, key=natural):
             expected, remedy = "weights for each module that the config targets", "complete the adapter or its config"
             self._refuse(_own_name(names, name), expected, "none", remedy)
+            self._unplaced.add(self.offences[-1])
         return targets
+
+    def concluded(self) -> list[Offence]:
+        """The offences; where another base or rank explains those of all modules, that in their place."""
+        embedding, config = self.base.embedding, self.config
+        hidden = embedding.shape[-1] if embedding is not None else None
+        if cause := another_base(self.where, self.base.source.spec, hidden, self._pairs):
+            explained = self._misshapen | self._unplaced
+        elif cause := another_rank(config.where or CONFIG, config.raw["r"], self._pairs):
+            explained = self._misshapen
+        else:
+            return self.offences
+        return [cause, *(offence for offence in self.offences if offence not in explained)]
 
     def _check(self, name: str, path: str, sides: Sides) -> LoraModule | None:
         before = len(self.offences)
@@ -158,17 +177,20 @@ class Matching:
         weight = self.base.weight(name)
         assert weight is not None
         outputs, inputs = weight.shape
+        is_end = is_head(f"{name}.weight") or is_embedding(name)
+        if not is_end:
+            self._pairs[name] = Pair(module.a.shape, module.b.shape, module.rank, weight.shape)
         for ref, shape in ((module.a, (module.rank, inputs)), (module.b, (outputs, module.rank))):
             if ref.dtype not in FLOATS:
                 self._refuse(ref.name, "BF16, F16 or F32", ref.dtype, "save the adapter in such a dtype")
-            if ref.shape != shape and is_head(f"{name}.weight") | is_embedding(name):
-                remedy = (
-                    "its vocabulary was resized: train it with this module among modules_to_save, or merge it first"
-                )
-                self._refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy)
-            elif ref.shape != shape:
+            if ref.shape != shape:
                 remedy = f"check the rank in {CONFIG}, and that this is the adapter's base model"
+                if is_end:
+                    remedy = (
+                        "its vocabulary was resized: train it with this module among modules_to_save, or merge it first"
+                    )
                 self._refuse(ref.name, str(list(shape)), str(list(ref.shape)), remedy)
+                self._misshapen.add(self.offences[-1])
 
     def _refuse(self, what: str, expected: str, got: str, remedy: str) -> None:
         self.offences.append(Offence(self.where, what, expected, got, remedy))

@@ -112,7 +112,7 @@ class Job(Options):
     public: bool = Field(False, description="with --push: make the repository public")
     output: Output = Field(
         default=None,  # type: ignore[assignment]  # which `_somewhere` makes a place
-        description="folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required)",
+        description="folder to write, or s3://, gs://, az://, hf://org/name; must not exist (required without --push)",
     )
     dtype: Dtype | None = Field(
         None, description="dtype of the output (default: the aligned checkpoint's, or the adapter's)"

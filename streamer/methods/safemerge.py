@@ -17,8 +17,8 @@ from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module, Served, random_key
 from safeshard.streamer.methods.recipe import Published
-from safeshard.streamer.methods.served import pad_rank, unit_scaling_config  # fmt: skip
-from safeshard.streamer.options import Finite, Place
+from safeshard.streamer.methods.served import pad_rank, unit_scaling_config
+from safeshard.streamer.options import Finite, Place, flag
 
 if TYPE_CHECKING:
     from safeshard.kernels.merge import Sum
@@ -58,8 +58,11 @@ class SafeMerge(GatedJob, Served, Published):
 
     @model_validator(mode="after")
     def _consistent(self) -> SafeMerge:
-        if (self.adapter is None) != (self.safe_adapter is None) or (self.finetuned is None) != (self.safe is None):
-            raise ValueError("give --adapter with --safe-adapter, or --finetuned with --safe")
+        for finetuned, safe in (("adapter", "safe_adapter"), ("finetuned", "safe")):
+            if (getattr(self, finetuned) is None) != (getattr(self, safe) is None):
+                lacks = safe if getattr(self, safe) is None else finetuned
+                pair = f"{flag(finetuned)} is merged with {flag(safe)}, which was trained on safety data"
+                raise ValueError(f"{flag(lacks)} is missing: {pair}")
         if self.recipe is not None and self.adapter is None:
             raise ValueError("--recipe published goes with --adapter: the published code treats nothing else")
         if (self.combine == "dare_linear") != (self.density is not None):

@@ -34,7 +34,8 @@ from safeshard.streamer.plan.job_plan import JobPlan, Pair, Weight
 from safeshard.streamer.plan.layout import left_encoded
 from safeshard.streamer.plan.written.afar import There, look_at
 from safeshard.streamer.plan.written.outputs import plan_outputs
-from safeshard.streamer.plan.written.places import output_offences, staging_of
+from safeshard.streamer.plan.written.own_place import staging_of
+from safeshard.streamer.plan.written.places import output_offences
 from safeshard.streamer.plan.written.serving import serve_offences
 from safeshard.streamer.plan.written.side_files import plan_side_files
 from safeshard.streamer.plan.written.whole_tensors import compare_whole

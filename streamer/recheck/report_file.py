@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safeshard.manifests.errors import Offence, RequestError, without_secrets
 from safeshard.manifests.evaluation import Evaluation, load_evaluation
+from safeshard.manifests.manifest_text import UNFINISHED
 from safeshard.manifests.report import page
 from safeshard.manifests.schema import MANIFEST_NAME, Manifest
 from safeshard.streamer.disk import check_file, replace_file
@@ -85,7 +86,9 @@ def outputs_in(place: Path) -> list[Path]:
             found.append(path)
         deep = len(path.relative_to(place).parts) >= MAX_DEPTH
         names[:] = (
-            [] if is_output or deep else sorted(n for n in names if not n.startswith(".") and n[-8:] != ".partial")
+            []
+            if is_output or deep
+            else sorted(n for n in names if not n.startswith(".") and not n.endswith(UNFINISHED))
         )
     return found or [place]
 

@@ -19,7 +19,7 @@ from safeshard.streamer.plan.identity import checks_of, fingerprint
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.ours import PART_RECORD
 from safeshard.streamer.plan.parts import Part, parts_afar
-from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.plan.written.own_place import staging_of
 from safeshard.streamer.run.ending.finish import Measured, run_of, tool_versions
 from safeshard.streamer.run.flow.tasks import JobRun
 from safeshard.streamer.write.journal import HeldError, Journal, differences

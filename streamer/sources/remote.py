@@ -10,6 +10,7 @@ import errno
 import logging
 import random
 import re
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ POLL = 0.1  # seconds until a stop is noticed
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between tries; doubled each time
 LONGEST_ASKED = 900.0  # seconds that a server may ask to wait
 OPENING, UNDERWAY = 6, 24  # tries without a byte in between: about 15 seconds, and about 9 minutes
+UNRESOLVED = 2  # tries at opening where the server's name has no address: mostly a typo, or a machine without network
 AGAIN = {408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524, 529}
 NEVER = (
     FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ImportError, LookupError, ValueError,
@@ -38,6 +40,11 @@ METADATA_HOST = "169.254.169.254"
 NO_CREDENTIALS = "give credentials (AWS_ACCESS_KEY_ID and so on), or AWS_SKIP_SIGNATURE=true for a public bucket"
 EXPIRED = "the credentials have expired: renew them, then run the same command again"
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNRESOLVED = re.compile(  # as glibc, macOS, Windows, urllib3 and Rust's libraries say it
+    "Name or service not known|Temporary failure in name resolution|No address associated with hostname|"
+    "nodename nor servname|getaddrinfo failed|NameResolutionError|failed to lookup address|dns error",
+    re.IGNORECASE,
+)
 log = logging.getLogger(__name__)
 
 
@@ -176,13 +183,24 @@ class Line:
                 fault = fault_of(error)
                 tried, before = (0 if progress() > before else tried) + 1, progress()
                 wait = min(FIRST_WAIT * 2.0 ** (tried - 1), LONGEST_WAIT) * random.uniform(0.5, 1.0)
-                if not fault.again or tried >= tries or (fault.after or 0.0) > LONGEST_ASKED:
+                most = UNRESOLVED if tries <= OPENING and is_unresolved(error) else tries
+                if not fault.again or tried >= most or (fault.after or 0.0) > LONGEST_ASKED:
                     times = f", {tried} times" if tried > 1 else ""
                     raise Final(f"{where}: {reason(error)}{times}", fault.remedy) from error
                 wait = max(fault.after or 0.0, wait)
                 log.warning("%s: %s; another try in %.1f s", where, reason(error), wait)
                 if self.stopped.wait(wait):
                     raise Stopped(where) from error
+
+
+def is_unresolved(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, is that a server's name has no address."""
+    seen = 0
+    while error is not None and seen < 20:
+        if isinstance(error, socket.gaierror) or _UNRESOLVED.search(str(error)):
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
 
 
 def status_of(error: BaseException) -> int | None:

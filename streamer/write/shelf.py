@@ -13,7 +13,7 @@ from safeshard.streamer.disk import clear_errors, sync_path, write_file
 from safeshard.streamer.plan.job_plan import OutputFile
 from safeshard.streamer.plan.ours import NUMBERS, PART_RECORD
 from safeshard.streamer.plan.parts import Part, parts_of, parts_there, place_of_parts_offences
-from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.plan.written.own_place import staging_of
 from safeshard.streamer.sources import LocalSource, Source
 from safeshard.streamer.write.journal import Journal
 from safeshard.streamer.write.part_record import Numbers, PartRecord, read_numbers, read_record

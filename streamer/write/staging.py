@@ -21,7 +21,8 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import sync_path, write_file
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.ours import NUMBERS, PART, REPLACED
-from safeshard.streamer.plan.written.places import is_half_copied, staging_of, unfinished_offences
+from safeshard.streamer.plan.written.own_place import staging_of
+from safeshard.streamer.plan.written.places import is_half_copied, unfinished_offences
 from safeshard.streamer.write.journal import HeldError, Journal
 
 NO_RENAME = (errno.EXDEV, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP)

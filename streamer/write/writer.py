@@ -30,7 +30,7 @@ from safeshard.streamer.disk import (
 )
 from safeshard.streamer.plan.job_plan import Copy, OutputFile
 from safeshard.streamer.plan.ours import NUMBERS
-from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.plan.written.own_place import staging_of
 from safeshard.streamer.write import staging
 from safeshard.streamer.write.destinations import Destination
 from safeshard.streamer.write.journal import name_and_hash

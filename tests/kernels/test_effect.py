@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from standin import DEVICE, stand_in
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from safeshard.kernels.effect import PIECE, WHOLE, Pair, Products, Tally, lora_products, products_of_each
 
@@ -57,6 +58,30 @@ def test_what_stayed_is_the_same_to_the_bit() -> None:
     a, b = torch.randn(3, 40), torch.randn(50, 3)
     before, after, inner = floats(lora_products(a, b, 2.0, a, b, 2.0))
     assert before == after == inner > 0
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(30, 150), (150, 30)])
+@pytest.mark.parametrize("stays", ["", "a", "ab"])
+def test_a_rank_above_the_width_costs_no_more_than_the_delta(outputs: int, inputs: int, stays: str) -> None:
+    """Products of factors, counted: a Gram of the rank would take r (O + I) / (O I) times as many."""
+    torch.manual_seed(0)
+    rank = 400
+    a, b = torch.randn(rank, inputs), torch.randn(outputs, rank)
+    new_a = a if "a" in stays else torch.randn(rank, inputs)
+    new_b = b if "b" in stays else torch.randn(outputs, rank)
+    with FlopCounterMode(display=False) as counted:
+        found = lora_products(a, b, 1.5, new_a, new_b, 0.5)
+    assert counted.get_total_flops() <= 2 * 2 * rank * outputs * inputs
+    assert floats(found) == pytest.approx(dense(1.5 * b.double() @ a.double(), 0.5 * new_b.double() @ new_a.double()))
+
+
+def test_pairs_of_a_wide_rank_are_measured_beside_others() -> None:
+    pairs = [drawn(0, 4, 4, torch.float32, ""), drawn(1, 90, 90, torch.float32, ""), drawn(2, 4, 4, torch.float32, "")]
+    expected = [floats(lora_products(*p[:6])) for p in pairs]
+    with stand_in():
+        moved = [Pair(*(x.to(DEVICE) if isinstance(x, Tensor) else x for x in p)) for p in pairs]
+        found = [floats(p) for p in products_of_each(moved)]
+    assert found == [pytest.approx(e, rel=1e-12) for e in expected]
 
 
 def drawn(seed: int, rank: int, new_rank: int, dtype: torch.dtype, stays: str) -> Pair:

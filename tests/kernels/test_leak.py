@@ -52,6 +52,14 @@ def test_rows_of_a_pair_stand_for_its_product(seed: int, rank: int, rows: int, s
     assert energy(lora_rows(a, b), gram) == pytest.approx(exact(b @ a, gram), rel=1e-5, abs=1e-9)
 
 
+def test_a_pair_has_no_more_rows_than_its_delta() -> None:
+    """Whatever its rank: an eigendecomposition of the rank takes minutes where that is some thousands."""
+    a, b, x = randn(0, 300, 40), randn(1, 20, 300), randn(2, 90, 40)
+    rows = lora_rows(a, b)
+    assert len(rows) == 20
+    assert energy(rows, x.T @ x) == pytest.approx(exact(b @ a, x.T @ x), rel=1e-5)
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     seed=st.integers(0, 2**16), size=st.integers(2, 70), percdamp=st.sampled_from([0.003, 0.01, 0.3]),

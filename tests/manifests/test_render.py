@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from safeshard.manifests import Fallback, Input, Manifest, Method, ModuleEntry, card, render, render_summary
+from safeshard.manifests.render import leak_text
 
 KINDS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -89,3 +90,14 @@ def test_text_grows_with_the_modules_whatever_their_names(example: Manifest) -> 
     names = [f"layers.{i}.kind_{i}" for i in range(2000)]
     assert len(render(with_modules(example, names), width=80)) < 100 * len(names)
     assert len(card(with_modules(example, names), None, "adapter")) < 100 * len(names)
+
+
+@pytest.mark.parametrize(
+    ("leak", "text"),
+    [
+        (4.03e-7, "under 0.001 %"), (1.5e-5, "0.0015 %"), (0.0, "0 %"), (0.008, "0.8 %"), (0.123456, "12.3 %"),
+        (1.0, "100 %"), (12.345, "1230 %"), (0.016789, "1.68 %"),
+    ],
+)  # fmt: skip
+def test_a_leak_is_said_without_exponent(leak: float, text: str) -> None:
+    assert leak_text(leak) == text

@@ -20,6 +20,7 @@ from safeshard.manifests import (
     json_schema,
     load,
 )
+from safeshard.manifests.verify import verify
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 reals = st.floats(allow_nan=False, allow_infinity=False)
@@ -169,6 +170,21 @@ def test_what_is_wrong_is_named(old: str, new: str, field: str, expected: str) -
 def test_no_manifest_there(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"manifest\.json: expected a manifest, got No such file"):
         load(tmp_path)
+
+
+def test_an_unfinished_output_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    again = r"\(run its command again.*\)$"
+    with pytest.raises(RequestError, match=rf"out\.partial: expected a finished output, got an unfinished one {again}"):
+        load(tmp_path / "out.partial")
+    with pytest.raises(RequestError, match=rf"out: expected a finished output.*/out\.partial {again}"):
+        load(tmp_path / "out")
+    with pytest.raises(RequestError, match=r"out: expected a finished output"):
+        verify(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/manifest.json").write_text("{")
+    with pytest.raises(RequestError, match="in JSON"):
+        load(tmp_path / "out")
 
 
 def test_the_package_imports_neither_torch_nor_numpy() -> None:

@@ -13,6 +13,8 @@ import pytest
 import safeshard
 from safeshard.streamer import api
 from safeshard.streamer.methods import METHODS
+from safeshard.streamer.methods.calibrate import Calibrate
+from safeshard.streamer.methods.score import Score
 from safeshard.streamer.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +37,20 @@ def test_a_method_takes_the_fields_of_its_options(method: str) -> None:
     assert all(p.kind is Parameter.KEYWORD_ONLY for p in shown.values())
     for name, field in fields.items():
         assert shown[name].default == (Parameter.empty if field.is_required() else field.default), name
+
+
+@pytest.mark.parametrize("name", ["safemerge", "ridge", "calibrate", "score", "batch"])
+def test_help_says_what_each_keyword_means(name: str) -> None:
+    """As the command line does, and once; what is this function's own is described in its own words."""
+    doc = " ".join((getattr(safeshard, name).__doc__ or "").split())
+    model = {**METHODS, "calibrate": Calibrate, "score": Score}.get(name)
+    described = (model.model_fields if model else {}) | RunOptions.model_fields
+    own = {"score": {"adapter", "finetuned", "output", "overwrite"}}.get(name, set())
+    assert doc.count("Args: ") == 1
+    for option, field in described.items():
+        if option not in own:
+            assert doc.count(f" {option}: {field.description}.") == 1, option
+    assert "options: " not in doc
 
 
 def test_all_public_functions_are_there() -> None:

@@ -15,6 +15,7 @@ BUILT_IN_NAME = "built-in refusals"  # in manifests
 MAX_DATA_BYTES = 256 << 20
 DATA = {"safe": "calibration", "task": "task_data", "keep": "keep_data"}  # role of a Gram -> option that names its data
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+FORMS = "name a file of JSON lines, JSON, CSV or Parquet, hf://datasets/org/name, or a URL"
 _DATA_SET = re.compile(
     r"hf://datasets/(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w.-]+))?(?:/(?P<file>.+))?", re.ASCII
 )
@@ -61,13 +62,23 @@ def _read(path: Path, shown: str) -> bytes:
     except TooLargeError as error:
         raise RequestError(too_large(shown, MAX_DATA_BYTES, "bytes", error.args[1])) from None
     except OSError as error:
-        got, remedy = error.strerror or str(error), ""
+        got, remedy = error.strerror or str(error), FORMS
         if path.is_dir():
-            found = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)[:5]
+            found = _data_in(path)
             remedy = f"name a file in it: {', '.join(found)}" if found else "name a file"
-        elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", shown, re.ASCII):
+        elif path.suffix not in SUFFIXES and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", shown, re.ASCII):
             remedy = f"for a data set on the Hub write hf://datasets/{shown}"
+        elif found := _data_in(path.parent):
+            remedy = f"{FORMS}; its folder has {', '.join(found)}"
         raise RequestError(Offence(shown, "--calibration", "a readable file", got, remedy)) from error
+
+
+def _data_in(folder: Path) -> list[str]:
+    """The first few files of records in a folder; none where there is none that can be looked into."""
+    try:
+        return sorted(p.name for p in folder.iterdir() if p.suffix in SUFFIXES)[:5]
+    except OSError:
+        return []
 
 
 def too_large(where: str, most: int, of: str, found: int) -> Offence:

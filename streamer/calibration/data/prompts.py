@@ -25,14 +25,13 @@ from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.hashing import hash_bytes
 from safeshard.streamer.calibration.data import published as recipe
 from safeshard.streamer.calibration.data.data_files import DataFile, read_data, too_large
-from safeshard.streamer.calibration.data.records import FORMS, BadRecordError, Record, read_record
+from safeshard.streamer.calibration.data.records import FORMS, BadRecordError, BadRecords, Record, read_record
 from safeshard.streamer.calibration.data.render import Renderer
 from safeshard.streamer.extras import require
 
 MAX_LIST_BYTES = 32 << 20  # of a JSON list, which is decoded as a whole
 MAX_LINES = 5_000_000
 MAX_LINE_BYTES = 8 << 20  # of one record: a million tokens
-MAX_OFFENCES = 1000
 
 
 @dataclass(frozen=True)
@@ -118,20 +117,14 @@ def _check_records(file: DataFile, answers: bool) -> tuple[int, int]:
     Raises:
         RequestError: records are malformed. The first are listed, all are counted.
     """
-    count, wrong, last = 0, 0, 1
-    offences: list[Offence] = []
+    count, last, wrong = 0, 1, BadRecords(file.source)
     for line, item in _items(file):
         count, last = count + 1, line
         try:
             read_record(line, _parsed(item), answers)
         except BadRecordError as bad:
-            wrong += 1
-            if len(offences) < MAX_OFFENCES:
-                offences.append(Offence(f"{file.source}:{line}", "", bad.expected, bad.got))
-    if wrong > len(offences):
-        offences.append(Offence(file.source, "", f"records with {FORMS}", f"{wrong} of {count} that have none"))
-    if offences:
-        raise RequestError(offences)
+            wrong.add(line, bad)
+    wrong.refuse(count, f"a record is JSON with {FORMS}")
     return count, last
 
 
@@ -226,7 +219,7 @@ def _tokenize(
     from safeshard.streamer.calibration.model.building import read_config  # with torch, which `verify` does without
 
     vocabulary = int(read_config(folder).get_text_config().vocab_size)
-    tokens, offences = [], []
+    tokens, wrong = [], BadRecords(source)
     for place, record in enumerate(records):
         try:
             if published:
@@ -237,7 +230,6 @@ def _tokenize(
                 raise BadRecordError(f"token ids below {vocabulary}", str(max(ids)) if ids else "no token")
             tokens.append(ids)
         except BadRecordError as bad:
-            offences.append(Offence(f"{source}:{record.line}", "", bad.expected, bad.got))
-    if offences:
-        raise RequestError(offences)
+            wrong.add(record.line, bad)
+    wrong.refuse(len(records))
     return tokens

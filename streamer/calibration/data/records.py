@@ -13,10 +13,14 @@ Other keys are ignored.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from safeshard.manifests.errors import Offence, RequestError
+
 Messages = list[dict[str, str]]
+LISTED = 3
 FORMS = "`messages`, `conversations`, `instruction` with `output`, `prompt` with `completion`, or `input_ids`"
 _SPEAKERS = {  # of ShareGPT's `from`
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
@@ -40,6 +44,39 @@ class BadRecordError(Exception):
     def __init__(self, expected: str, got: str) -> None:
         super().__init__(expected, got)
         self.expected, self.got = expected, got
+
+
+class BadRecords:
+    """Records that are wrong, by what was expected of them: a file of another kind has thousands, all wrong alike."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._first: dict[str, list[tuple[int, str]]] = {}
+        self._count: Counter[str] = Counter()
+
+    def add(self, line: int, bad: BadRecordError) -> None:
+        """Count one, and keep it where it is among the first of its kind."""
+        self._count[bad.expected] += 1
+        if len(first := self._first.setdefault(bad.expected, [])) < LISTED:
+            first.append((line, bad.got))
+
+    def refuse(self, of: int, remedy: str = "") -> None:
+        """Refuse a file of `of` records if any were wrong.
+
+        Raises:
+            RequestError: a line for each of few that are wrong alike, and one for many.
+        """
+        offences: list[Offence] = []
+        for expected, first in self._first.items():
+            shown = "" if FORMS in expected else remedy
+            if (count := self._count[expected]) > LISTED:
+                lines = ", ".join(str(line) for line, _ in first)
+                what = f"{count} of {of} records (lines {lines}, ...)"
+                offences.append(Offence(self.source, what, expected, first[0][1], shown))
+            else:
+                offences += [Offence(f"{self.source}:{line}", "", expected, got, shown) for line, got in first]
+        if offences:
+            raise RequestError(offences)
 
 
 def read_record(line: int, value: Any, answers: bool = True) -> Record:

@@ -71,7 +71,7 @@ def jobs_of(document: Any, where: str, called: Sequence[str] = ()) -> list[Job]:
     offences += [
         Offence(where, f"defaults.{key}", "an option of some method", "an unknown one", "check the spelling")
         for key in defaults
-        if not any(key in job.model_fields for job in METHODS.values())
+        if not _is_known(key)
     ]
     jobs: list[Job] = []
     for number, entry in enumerate(document["jobs"], 1):
@@ -81,9 +81,15 @@ def jobs_of(document: Any, where: str, called: Sequence[str] = ()) -> list[Job]:
             offences += error.offences
         if len(jobs) > MAX_JOBS:
             raise RequestError(_too_many(f"{where}: job {number}"))
-    if offences:
-        raise RequestError(list(dict.fromkeys(offences)))
+    if offences:  # so no plan is made, which would tell whether jobs share an output
+        from safeshard.streamer.plan.written.own_place import shared_offences  # with torch, needless else
+
+        raise RequestError(list(dict.fromkeys([*offences, *shared_offences(jobs)])))
     return jobs
+
+
+def _is_known(key: Any) -> bool:
+    return any(key in job.model_fields for job in METHODS.values())
 
 
 def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
@@ -91,7 +97,13 @@ def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
         raise RequestError(Offence(where, "", "a mapping of options", type(entry).__name__))
     method, matrix = entry.get("method"), entry.get("matrix", {})
     if not isinstance(method, str) or method not in METHODS:
-        raise RequestError(Offence(where, "method", " or ".join(METHODS), repr(method)))
+        wrong = [Offence(where, "method", " or ".join(METHODS), repr(method))]
+        wrong += [
+            Offence(where, str(key), "an option of some method", "an unknown one", "check the spelling")
+            for key in entry.keys() - {"method", "matrix"}
+            if not _is_known(key)
+        ]
+        raise RequestError(wrong)
     if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):
         raise RequestError(Offence(where, "matrix", "lists of values by option", repr(matrix)[:80]))
     matrix = _expanded({**defaults, **entry, **matrix}, matrix)

@@ -29,7 +29,22 @@ def read_yaml(path: Path, what: str) -> Any:
     except OSError as error:
         raise RequestError(Offence(str(path), "", what, error.strerror or "unreadable")) from None
     except Exception as error:  # the constructors of YAML's own tags raise KeyError, IndexError, AttributeError, ...
-        raise RequestError(Offence(str(path), "", "valid YAML", " ".join(str(error).split())[:300])) from None
+        raise RequestError(_invalid(str(path), error)) from None
+
+
+def _invalid(where: str, error: Exception) -> Offence:
+    """An offence of a text that is no YAML: at which line and column, where the parser says it."""
+    if isinstance(error, yaml.reader.ReaderError):
+        return Offence(
+            where, "", "valid YAML", f"at character {error.position + 1}: {error.reason}", "save it as UTF-8"
+        )
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    said = [getattr(error, name, None) for name in ("problem", "context")]
+    got = ", ".join(" ".join(str(text).split()) for text in said if text) or " ".join(str(error).split())
+    if mark is None:
+        return Offence(where, "", "valid YAML", got[:300])
+    remedy = "indent with spaces" if "'\\t'" in got else "correct it there"
+    return Offence(f"{where}, line {mark.line + 1}, column {mark.column + 1}", "", "valid YAML", got[:300], remedy)
 
 
 class _Loader(yaml.SafeLoader):

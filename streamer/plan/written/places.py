@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,12 +14,10 @@ from safeshard.streamer.methods.base import Job
 from safeshard.streamer.plan import ours
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.parts import parts_of
-from safeshard.streamer.plan.written.afar import There, across, bytes_here, staging_afar
+from safeshard.streamer.plan.written.afar import There, across, bytes_here
+from safeshard.streamer.plan.written.own_place import place_of, shared_offences, staging_of
 
-
-def staging_of(output: Path | str) -> Path:
-    """The folder that holds an output while it is written: beside it, or of one afar in the work folder."""
-    return staging_afar(output) if isinstance(output, str) else output.with_name(output.name + ".partial")
+ANOTHER = "choose another, or --overwrite"
 
 
 def is_half_copied(staging: Path, output: Path, last: str = MANIFEST_NAME) -> bool:
@@ -57,15 +54,9 @@ def output_offences(
         assert plan.factors is not None
         sizes[id(plan.job)] += COPIES * plan.factors.hidden_bytes  # which lie beside the first of the jobs that share
     done = {id(plan.job) for plan in plans if plan.finished}
-    paths = {id(job): _place(job.output) for job in jobs if job.writes_model}
-    beside = [staging_of(path) for path in paths.values() if path.name]
-    beside += [parts_of(path) for path in paths.values() if path.name]
-    taken = Counter(paths.values()) + Counter(beside)
-    pushed = Counter(job.afar for job in jobs if job.writes_model and job.afar)
+    yield from shared_offences(jobs)
     for job in (job for job in jobs if job.writes_model):
-        path, shown = paths[id(job)], str(job.output)
-        if taken[path] > 1 or pushed[job.afar or ""] > 1 or any(parent in taken for parent in path.parents):
-            yield Offence("--output", shown, "a folder of its own for each job", "another job's", "rename one")
+        path, shown = place_of(job.output), str(job.output)
         if isinstance(job.output, str):
             unusable = list(across(job.output, job.inputs().values()))
             unusable += place_offences(staging_of(job.output), ())
@@ -83,8 +74,7 @@ def output_offences(
         elif is_half_copied(staging, path):
             pass  # the run that goes on from the folder beside it puts it right
         elif os.path.lexists(path) and not overwrite:
-            remedy = "choose another, or --overwrite"
-            yield Offence("--output", shown, "a folder that does not exist", "it exists", remedy)
+            yield Offence("--output", shown, "a new folder", "one that exists already", ANOTHER)
         elif os.path.lexists(path):
             yield from kept_offences(path, shown)
         parent = next(p for p in staging.parents if p.exists())
@@ -121,7 +111,7 @@ def kept_offences(path: Path, place: str, last: str = MANIFEST_NAME) -> Iterator
 
 def place_offences(output: Path, inputs: Iterable[str]) -> Iterator[Offence]:
     """Offences of a place to write a folder, whatever is there: across an input, or where nothing can be written."""
-    path, shown = _place(output), str(output)
+    path, shown = place_of(output), str(output)
     if path.name in ("", ".."):
         yield Offence("--output", shown, "a folder with a name", "none", "choose another")
         return
@@ -140,14 +130,3 @@ def place_offences(output: Path, inputs: Iterable[str]) -> Iterator[Offence]:
         got = error.strerror or "none"
     if got:
         yield Offence("--output", shown, "a folder to write", got, "choose another")
-
-
-def _place(output: Path | str) -> Path:
-    """Where an output goes, links and `..` on the way there followed. A link in its own place is not.
-
-    Of one afar it is a path that no local one equals.
-    """
-    if isinstance(output, str):
-        return Path(output)
-    path = output.absolute()
-    return Path(os.path.realpath(path.parent)) / path.name

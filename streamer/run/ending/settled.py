@@ -11,7 +11,7 @@ from safeshard.manifests.schema import JOURNAL_NAME, MANIFEST_NAME
 from safeshard.streamer.disk import clear_errors
 from safeshard.streamer.plan.job_plan import JobPlan
 from safeshard.streamer.plan.written.afar import There
-from safeshard.streamer.plan.written.places import staging_of
+from safeshard.streamer.plan.written.own_place import staging_of
 from safeshard.streamer.run.ending.licence import licence
 from safeshard.streamer.sources.stores import BucketStore, open_store
 from safeshard.streamer.write.destinations import destination, receipts_in

@@ -34,11 +34,12 @@ from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.methods.calibrate import Calibrate
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.ours import is_copy
+from safeshard.streamer.plan.written.own_place import staging_of
 from safeshard.streamer.plan.written.places import (
+    ANOTHER,
     is_half_copied,
     kept_offences,
     place_offences,
-    staging_of,
     taken_bytes,
     unfinished_offences,
 )  # fmt: skip
@@ -145,8 +146,7 @@ def _check_places(output: Path, staging: Path, overwrite: bool) -> None:
         if overwrite or (output / JOURNAL_NAME).is_file():
             offences += kept_offences(output, str(output), INDEX)
         else:
-            expected, remedy = "a folder that does not exist", "choose another, or --overwrite"
-            offences.append(Offence("--output", str(output), expected, "it exists", remedy))
+            offences.append(Offence("--output", str(output), "a new folder", "one that exists already", ANOTHER))
     if offences:
         raise RequestError(offences)
 

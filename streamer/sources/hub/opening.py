@@ -8,7 +8,7 @@ from safeshard.streamer.sources.hub.place import HubPlace
 from safeshard.streamer.sources.hub.repository import HubSource
 from safeshard.streamer.sources.hub.shard_cache import ShardCache, hub_cache
 from safeshard.streamer.sources.hub.snapshot import Snapshot
-from safeshard.streamer.sources.remote import fault_of
+from safeshard.streamer.sources.remote import fault_of, is_unresolved
 
 
 def open_hub(spec: str, cache: ShardCache) -> Source:
@@ -42,11 +42,11 @@ def _online(spec: str, place: HubPlace, cache: ShardCache) -> Source:
         raise
     except Exception as error:  # the network layer's errors have no common base
         cause = error.__cause__ if isinstance(error, RunError) and isinstance(error.__cause__, Exception) else error
-        remedy = cause.remedy if isinstance(cause, RunError) else _remedy(cause, place)
+        remedy = cause.remedy if isinstance(cause, RunError) else _remedy(cause, place, spec)
         raise refuse(spec, "a folder, or a repository on the Hub", reason(cause), remedy) from cause
 
 
-def _remedy(error: BaseException, place: HubPlace) -> str:
+def _remedy(error: BaseException, place: HubPlace, spec: str) -> str:
     """What helps when a repository cannot be opened."""
     kinds = {cls.__name__ for cls in type(error).__mro__}
     said = str(getattr(getattr(error, "response", None), "headers", {}).get("X-Error-Code", "")) + str(error)
@@ -58,6 +58,10 @@ def _remedy(error: BaseException, place: HubPlace) -> str:
     if "RevisionNotFoundError" in kinds:
         return "check the revision: a branch, a tag or a commit"
     remedy = fault_of(error).remedy
+    if is_unresolved(error) and not spec.startswith("hf://"):
+        remedy = (
+            "there is no folder of this name here, and the Hub is out of reach: correct the path, or check the network"
+        )
     if fault_of(error).again and (commit := _cached_commit(place)):
         remedy += f"; or set HF_HUB_OFFLINE=1 to use what the cache holds of commit {commit[:12]}"
     return remedy

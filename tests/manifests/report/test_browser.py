@@ -82,6 +82,23 @@ def test_it_loads_nothing_fits_and_axe_finds_no_violation(browser: Any, file: Pa
     assert [(v["id"], v["nodes"][0]["html"]) for v in found.response["violations"]] == []
 
 
+def test_a_shade_shows_on_a_telephone_that_a_table_goes_on(browser: Any, file: Path) -> None:
+    """At the right edge, light and dark, until the last column is in sight; not on paper."""
+    with Opened(browser, file, "telephone") as opened:
+        table = opened.locator(".wide").first
+        assert table.evaluate("e => e.scrollWidth > e.clientWidth + 100")
+        for scheme in ("light", "dark"):
+            opened.emulate_media(color_scheme=scheme)
+            box = table.bounding_box()
+            strip = {"x": box["x"] + box["width"] - 4, "y": box["y"] + box["height"] - 6, "width": 3, "height": 3}
+            table.evaluate("e => e.scrollLeft = 0")
+            before = opened.screenshot(clip=strip)
+            table.evaluate("e => e.scrollLeft = e.scrollWidth")
+            assert opened.screenshot(clip=strip) != before
+        opened.emulate_media(media="print")
+        assert table.evaluate("e => getComputedStyle(e).backgroundImage") == "none"
+
+
 def test_paper_has_every_column_and_what_is_folded(browser: Any, file: Path) -> None:
     with Opened(browser, file, "screen") as opened:
         opened.set_viewport_size(A4)

@@ -410,7 +410,7 @@ def test_calibrate_killed_in_its_last_step_is_ended_by_the_next(
     result = calibrate(**place.calibrated("out"))
     assert (ran, result.reverted) == ([], {})
     assert place.files("out") == place.files("whole")
-    with pytest.raises(RequestError, match="it exists"):
+    with pytest.raises(RequestError, match="exists already"):
         calibrate(**place.calibrated("out"))
 
 

@@ -110,7 +110,7 @@ def test_an_evaluation_of_none_of_the_outputs_is_refused(outputs: list[Path], wo
 def test_an_existing_page_is_replaced_only_on_demand(outputs: list[Path]) -> None:
     page = outputs[0].with_name("merged.report.html")
     page.write_text("mine")
-    with pytest.raises(RequestError, match=r"merged\.report\.html.*it exists.*--overwrite"):
+    with pytest.raises(RequestError, match=r"merged\.report\.html.*exists already.*--overwrite"):
         report(outputs[0])
     assert page.read_text() == "mine"
     assert report(outputs[0], overwrite=True) == page

@@ -348,9 +348,10 @@ def test_every_fault_of_the_weights_is_named(world: Any) -> None:
 def test_config_and_weights_must_agree(world: Any) -> None:
     tensors = world.llama(layers=1)
     base = world.checkpoint("base", tensors)
-    rank = refused(world.adapter("rank", tensors, r=8), base)
-    assert len(rank) == 14
-    assert "rank" in rank[0].remedy
+    (rank,) = refused(world.adapter("rank", tensors, r=8), base)
+    assert rank.where.endswith("rank/adapter_config.json")
+    assert (rank.what, rank.got) == ("r", "8")
+    assert rank.expected == "4, the rank of A and B in every module"
     pattern = refused(world.adapter("pattern", tensors, rank_pattern={"q_proj": 5}), base)
     assert [o.expected for o in pattern] == ["[5, 24]", "[24, 5]"]
     target = refused(world.adapter("target", tensors, exclude_modules=["q_proj"]), base)
@@ -363,8 +364,30 @@ def test_an_adapter_of_another_model_is_refused(world: Any) -> None:
     shapes = refused(folder, world.checkpoint("wider", world.llama()))
     assert len(shapes) == 6
     assert "base model" in shapes[0].remedy
+    world.sizes["inner"] = 40
     names = {name.replace("self_attn", "attn"): tensor for name, tensor in world.llama().items()}
     assert {o.got for o in refused(folder, world.checkpoint("other", names))} >= {"no such weight"}
+
+
+def test_where_no_module_fits_the_base_is_said_to_be_another(world: Any) -> None:
+    """In one sentence, whatever layers and ranks there are besides."""
+    folder = world.adapter("a", world.llama(layers=3), r=8)
+    world.sizes.update(hidden=48, inner=80)
+    base = world.checkpoint("wider", world.llama(layers=2), num_hidden_layers=2)
+    (offence,) = refused(folder, base)
+    assert str(offence).startswith(
+        f"{folder}/adapter_model.safetensors: expected an adapter of {base}, of hidden size 48"
+    )
+    assert offence.got == "hidden size 24"
+    assert "own base model" in offence.remedy
+    world.sizes.update(hidden=24, inner=44)
+    mlp = world.llama(layers=1)
+    kept = {key: t for key, t in mlp.items() if "mlp" in key}
+    names = ("gate_proj", "up_proj", "down_proj")
+    narrow = world.adapter("b", mlp, tensors=world.pairs(kept, 4, 0), target_modules=list(names))
+    world.sizes["inner"] = 40
+    (offence,) = refused(narrow, world.checkpoint("narrower", world.llama(layers=1)))
+    assert (offence.got, offence.expected.rpartition(" is ")[2]) == ("no module that fits: 44 x 24", "40 x 24")
 
 
 def test_an_adapter_of_a_quantised_model_is_refused_as_such(world: Any) -> None:

@@ -109,6 +109,26 @@ def test_malformed_files_are_refused(write: Write, text: str, named: str) -> Non
     assert "jobs.yaml" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "place", "problem"),
+    [
+        ("jobs: [}", "line 1, column 8", "expected the node content, but found '}', while parsing a flow node"),
+        ("jobs:\n  - method: scale\n   output: x", "line 3, column 4", "expected <block end>"),
+        ("jobs:\n\t- method: scale", "line 2, column 1", "character '\\t' that cannot start any token"),
+        ("jobs: [{method: scale, method: safelora}]", "line 1, column 24", "key 'method' is repeated or no name"),
+    ],
+)
+def test_broken_yaml_is_named_by_line_and_column(write: Write, text: str, place: str, problem: str) -> None:
+    file = write(text)
+    with pytest.raises(RequestError) as refused:
+        read_jobs(file)
+    (offence,) = refused.value.offences
+    assert offence.where == f"{file}, {place}"
+    assert problem in offence.got
+    assert "byte string" not in str(refused.value)
+    assert "^" not in str(refused.value)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"none\.yaml"):
         read_jobs(tmp_path / "none.yaml")
@@ -132,6 +152,26 @@ jobs:
     message = str(refused.value)
     assert [message.count(f"job {n}:") for n in range(1, 6)] == [1, 2, 1, 1, 0]
     assert "extra" in message
+
+
+def test_what_else_is_wrong_is_said_beside_a_malformed_job(write: Write) -> None:
+    """Outputs of one name, and options that no method has: not once the first mistake is mended."""
+    text = """
+defaults: {aligned: a, adapter: x, factor: 0.5}
+jobs:
+  - {method: scale, output: out/one}
+  - {method: scale, output: ./out/../out/one}
+  - {method: scale, output: out/two}
+  - {method: scales, treshold: 1, threshold: 1, output: out/three}
+"""
+    with pytest.raises(RequestError) as refused:
+        read_jobs(write(text))
+    assert [(o.where.rpartition("/")[2], o.what, o.got) for o in refused.value.offences] == [
+        ("jobs.yaml: job 4", "method", "'scales'"),
+        ("jobs.yaml: job 4", "treshold", "an unknown one"),
+        ("--output", "out/one", "another job's"),
+        ("--output", "out/../out/one", "another job's"),
+    ]
 
 
 def test_a_matrix_that_would_fill_memory_is_refused_at_once(write: Write) -> None:

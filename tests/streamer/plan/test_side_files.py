@@ -153,5 +153,5 @@ def test_a_batch_does_not_pass_by_an_output_with_other_side_files(job: dict[str,
     (again,) = api.batch(world.root / "jobs.yaml", quiet=True)
     assert again.plan.finished is not None
     put(job["aligned"], "tekken.json", text="another")
-    with pytest.raises(RequestError, match="it exists"):
+    with pytest.raises(RequestError, match="exists already"):
         api.batch(world.root / "jobs.yaml", quiet=True)

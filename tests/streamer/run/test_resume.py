@@ -306,13 +306,13 @@ def test_a_run_killed_in_its_last_step_is_ended_by_the_next(ending: dict[str, An
     assert journaled() == []
     assert not list(out.glob(".replaced")) + list(out.glob("journal*"))
     assert api.verify(out) == []
-    with pytest.raises(RequestError, match="it exists"):
+    with pytest.raises(RequestError, match="exists already"):
         safemerge(**ending)
 
 
 def test_an_output_that_lacks_bytes_is_not_taken_for_finished(ending: dict[str, Any], world: Any) -> None:
     os.truncate(world.root / "out/adapter_model.safetensors", 100)
-    with pytest.raises(RequestError, match="it exists"):
+    with pytest.raises(RequestError, match="exists already"):
         safemerge(**ending)
     safemerge(**ending, overwrite=True)
     assert api.verify(world.root / "out") == []
@@ -597,6 +597,6 @@ def test_a_folder_that_came_meanwhile_is_not_emptied_by_a_copy(world: Any, no_re
 def test_a_folder_with_a_journal_of_its_own_is_no_half_copy(interrupted: dict[str, Any], world: Any) -> None:
     (world.root / "out").mkdir()
     (world.root / "out/journal.jsonl").write_text("today: nothing")
-    with pytest.raises(RequestError, match="it exists"):
+    with pytest.raises(RequestError, match="exists already"):
         safemerge(**interrupted)
     assert (world.root / "out/journal.jsonl").read_text() == "today: nothing"

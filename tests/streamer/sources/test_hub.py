@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -236,6 +237,22 @@ class TestRefusals:
         with pytest.raises(RequestError, match=r"Connect.*check the network") as error:
             open_source("org/name")
         assert "HF_HUB_OFFLINE" not in one_line(error)
+
+    @pytest.mark.parametrize("spec", ["org/name", "hf://org/name"])
+    def test_a_name_without_address(
+        self, hub: StandinHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, spec: str
+    ) -> None:
+        """What a machine without network answers, or a typo in HF_ENDPOINT: not asked for long."""
+
+        def unresolved(*_: object, **__: object) -> None:
+            raise socket.gaierror(-2, "Name or service not known")
+
+        monkeypatch.setattr(socket, "getaddrinfo", unresolved)
+        with pytest.raises(RequestError, match="Name or service not known") as error:
+            open_source(spec)
+        assert caplog.text.count("another try") == 1
+        assert ("no folder of this name here" in one_line(error)) == (spec == "org/name")
+        assert "check the network" in one_line(error)
 
     def test_no_network_but_a_copy(self, hub: StandinHub) -> None:
         commit = open_source("org/name", ShardCache(fetches=True)).revision

@@ -186,6 +186,24 @@ def test_bad_records_are_refused_with_their_lines(plain, tmp_path, record, reaso
         load_prompts(path, plain, samples=4)
 
 
+def test_many_records_that_are_wrong_alike_are_one_offence(plain, tmp_path):
+    path = write(tmp_path, lines(GOOD, *[{"prompt": "hi"}] * 30, {"input_ids": []}))
+    with pytest.raises(RequestError) as caught:
+        load_prompts(path, plain, samples=4)
+    many, one = caught.value.offences
+    assert (many.where, many.what, many.got) == (str(path), "30 of 32 records (lines 2, 3, 4, ...)", "`prompt` alone")
+    assert one.where == f"{path}:32"
+    assert "`instruction` with `output`" in many.remedy
+    program = write(tmp_path, "import json\n\n" * 50)
+    with pytest.raises(
+        RequestError, match=r"50 of 50 records \(lines 1, 3, 5, ...\): expected a JSON object.*`messages`"
+    ):
+        load_prompts(program, plain, samples=4)
+    path = write(tmp_path, lines(*[{"input_ids": [256]}] * 9))
+    with pytest.raises(RequestError, match=r"8 of 8 records .*expected token ids below 256, got 256$"):
+        load_prompts(path, plain, samples=8)
+
+
 def test_the_lines_of_a_json_list(plain, tmp_path):
     path = write(tmp_path, '[{"input_ids": [1]},\n {"input_ids": [2]}, {"input_ids": []},\n\n  3\n]')
     with pytest.raises(RequestError) as caught:
@@ -223,6 +241,11 @@ def test_a_missing_file_and_a_folder_are_refused(bare, tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(RequestError, match="readable file"):
             load_prompts(path, bare)
+    with pytest.raises(RequestError, match=r"No such file.*\(name a file of JSON lines, .*URL\)$"):
+        load_prompts(tmp_path / "none.jsonl", bare)
+    near = write(tmp_path, lines(GOOD))
+    with pytest.raises(RequestError, match=rf"No such file.*; its folder has {near.name}\)"):
+        load_prompts(tmp_path / "none.jsonl", bare)
 
 
 @pytest.mark.parametrize("option", ["samples", "max_tokens"])
