@@ -12,7 +12,8 @@ from standin import DEVICE, stand_in
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from safeshard.kernels.effect import PIECE, WHOLE, Pair, Products, Tally, lora_products, products_of_each
+from safeshard.kernels.effect import Pair, Products, lora_products, products_of_each
+from safeshard.kernels.tally import PIECE, WHOLE, Tally
 
 EVERY, CPU = 32, torch.device("cpu")
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from safeshard.kernels.effect import Pair, Tally
+from safeshard.kernels.effect import Pair
+from safeshard.kernels.tally import Tally
 from safeshard.manifests.schema import Effect
 from safeshard.streamer.inputs.read import TORCH_DTYPES
 from safeshard.streamer.methods.base import Lora, Module

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels.dense import PIECE
-from safeshard.kernels.effect import Tally
 from safeshard.kernels.merge import Sum
+from safeshard.kernels.tally import Tally
 from safeshard.manifests.schema import ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.inputs.read import TORCH_DTYPES, Read, Step

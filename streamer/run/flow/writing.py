@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels.effect import Pair as WrittenPair
-from safeshard.kernels.effect import Products, Tally
+from safeshard.kernels.effect import Products
+from safeshard.kernels.tally import Tally
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import Arrivals
 from safeshard.streamer.inputs.codecs.base import Encoded
