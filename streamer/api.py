@@ -173,11 +173,10 @@ def batch(
         options: the fields of `RunOptions`.
     """
     with no_collections():
-        from safeshard.streamer.plan.request.jobs_file import read_jobs
         from safeshard.streamer.run.batch import run_batch
 
     return run_batch(
-        read_jobs(Path(jobs)), build(RunOptions, options), keep_going=keep_going, skip_finished=skip_finished,
+        Path(jobs), build(RunOptions, options), keep_going=keep_going, skip_finished=skip_finished,
         note=note, part=part, engine=engine, parts=parts,
     )  # fmt: skip
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions
 from safeshard.streamer.plan.parts import MAX_PARTS, Part
+from safeshard.streamer.plan.request.jobs_file import read_jobs
 from safeshard.streamer.plan.written.afar import without_finished
 from safeshard.streamer.run.result import Result
 from safeshard.streamer.run.runner import run, run_keeping_going
 
 
 def run_batch(
-    jobs: Sequence[Job],
+    file: Path,
     options: RunOptions,
     *,
     keep_going: bool,
@@ -24,12 +25,13 @@ def run_batch(
     engine: str,
     parts: int | None,
 ) -> list[Result]:
-    """Run jobs; see `safeshard.batch`.
+    """Run the jobs of a file; see `safeshard.batch`.
 
     Raises:
         RequestError: the options do not go together, or some job cannot run.
     """
-    share = _part(part, engine=engine, parts=parts, keep_going=keep_going)
+    share = _part(part, engine=engine, parts=parts, keep_going=keep_going)  # before the file, which may be large
+    jobs = read_jobs(file)
     if skip_finished and options.overwrite:
         raise RequestError(Offence("--skip-finished", expected="one of the two", got="--overwrite too"))
     if skip_finished:
