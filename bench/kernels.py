@@ -130,13 +130,9 @@ def run(
     for case in distinct(names, shape, ranks, adapters):
         dtype = "bf16" if cuda and case.operation == "gram" else "fp32"
         rate = multiplying(device, dtype).rate
-        label = f"{case.rows} x {case.columns}"
-        if case.memory > (room := _free(device)):
-            print(f"{case.operation} {label}: skipped: needs {case.memory / 2**30:.1f} GiB of {room / 2**30:.1f}")
-            continue
-        floor = max(case.nbytes / copying(device).rate, case.operations / rate)
-        if floor > limit:
-            print(f"{case.operation} {label}: skipped: needs {floor:.0f} s or more")
+        label, floor = f"{case.rows} x {case.columns}", max(case.nbytes / copying(device).rate, case.operations / rate)
+        if why := _too_large(case, floor, device, limit):
+            print(f"{case.operation} {label}: skipped: {why}")
             continue
         for backend, function in backends(case, device).items():
             own = case.published_operations if backend == "published" else case.operations
@@ -163,6 +159,13 @@ def run(
                 reached = f"{least.seconds / median:.0%} of it, {least.share:.0%} wanted"
                 print(f"    {card.name} by its data sheet: {least}; {reached}")
     return failed
+
+
+def _too_large(case: Case, floor: float, device: str, limit: float) -> str:
+    """Why a case is not run: its memory, or its time at best."""
+    if case.memory > (room := _free(device)):
+        return f"needs {case.memory / 2**30:.1f} GiB of {room / 2**30:.1f}"
+    return f"needs {floor:.0f} s or more" if floor > limit else ""
 
 
 def _ceilings(device: str, file: str) -> None:

@@ -28,7 +28,7 @@ from safeshard.streamer.inputs.expert_lora import is_expert
 from safeshard.streamer.inputs.headers import read_file_header
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.samples import hash_samples
-from safeshard.streamer.methods.calibrated import CalibratedJob
+from safeshard.streamer.methods.shared.calibrated import CalibratedJob
 from safeshard.streamer.options import Finite, Options
 from safeshard.streamer.sources import MAX_JSON_BYTES, open_source
 from safeshard.streamer.tensor_names import layer_of

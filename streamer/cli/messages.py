@@ -99,7 +99,7 @@ def _rank(each: JobPlan) -> list[str]:
     return [f"  rank {each.rank}" + (f": serve it with --max-lora-rank {each.rank}" if each.serve_rank else "")]
 
 
-def plan(plans: Sequence[JobPlan], memory: int, device: str = "cpu") -> str:
+def plan(plans: Sequence[JobPlan], memory: int, device: str) -> str:
     """What a dry run says: bytes to read and write, modules, and the memory it takes, of `memory` bytes allowed."""
     import torch
 

@@ -21,8 +21,6 @@ from safeshard.manifests.errors import RequestError, SafeshardError, printable
 OUT_OF_MEMORY = re.compile(  # torch has no one type for it
     r"out of memory|not enough memory|(can't|cannot|could not|unable to|failed to) allocate|alloc_failed", re.IGNORECASE
 )
-
-
 PATIENCE = 2.0  # seconds until a stop that has not come to its end is explained
 
 
@@ -43,7 +41,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def _explain(number: int, frame: FrameType | None) -> None:
     """A large product or factorisation cannot be cut short: say so."""
-    text = f"\nsafeshard: {_Stopped.by} came: what is at work ends first, and is kept; once more ends it at once\n"
+    text = f"\nsafeshard: {_Stopped.by} came: what is at work ends first; once more ends it at once\n"
     with contextlib.suppress(OSError):
         os.write(2, text.encode())  # print could be in the middle of a line of the main program
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from safeshard.streamer.methods.recipe import Published
+from safeshard.streamer.methods.shared.recipe import Published
 from safeshard.streamer.options import Dtype, Finite, Folder, Options, Place
 
 UNCUT = 1 << 20  # tokens: more than a record may have

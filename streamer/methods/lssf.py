@@ -16,8 +16,8 @@ from safeshard import kernels
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import Edit, Lora, Module, Served, random_key
-from safeshard.streamer.methods.calibrated import CalibratedJob
-from safeshard.streamer.methods.served import pad_rank, unit_scaling_config
+from safeshard.streamer.methods.shared.calibrated import CalibratedJob
+from safeshard.streamer.methods.shared.served import pad_rank, unit_scaling_config
 from safeshard.streamer.options import Finite, Place
 
 if TYPE_CHECKING:

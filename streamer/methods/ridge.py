@@ -18,8 +18,8 @@ from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import Edit, Lora, Module, Served, random_key
 from safeshard.streamer.methods.calibrate import KeptInputs
-from safeshard.streamer.methods.calibrated import CalibratedJob
-from safeshard.streamer.methods.leak import ladder
+from safeshard.streamer.methods.shared.calibrated import CalibratedJob
+from safeshard.streamer.methods.shared.leak import ladder
 from safeshard.streamer.options import Finite
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import Edit, Lora, Module, Served, product, random_key
 from safeshard.streamer.methods.calibrate import Calibrated
-from safeshard.streamer.methods.calibrated import CalibratedJob
-from safeshard.streamer.methods.leak import ladder
-from safeshard.streamer.methods.served import pad_rank, unit_scaling_config  # fmt: skip
+from safeshard.streamer.methods.shared.calibrated import CalibratedJob
+from safeshard.streamer.methods.shared.leak import ladder
+from safeshard.streamer.methods.shared.served import pad_rank, unit_scaling_config  # fmt: skip
 from safeshard.streamer.options import Finite
 
 if TYPE_CHECKING:

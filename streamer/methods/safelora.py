@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from safeshard import kernels
 from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module, Served
-from safeshard.streamer.methods.recipe import Published
+from safeshard.streamer.methods.shared.recipe import Published
 from safeshard.streamer.options import Finite
 
 

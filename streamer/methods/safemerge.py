@@ -16,8 +16,8 @@ from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.matching import LoraModule
 from safeshard.streamer.methods.base import NEAR, Edit, GatedJob, Lora, Module, Served, random_key
-from safeshard.streamer.methods.recipe import Published
-from safeshard.streamer.methods.served import pad_rank, unit_scaling_config
+from safeshard.streamer.methods.shared.recipe import Published
+from safeshard.streamer.methods.shared.served import pad_rank, unit_scaling_config
 from safeshard.streamer.options import Finite, Place, flag
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from safeshard.streamer.inputs.compare import same_tensors
 from safeshard.streamer.inputs.expert_lora import Packing
 from safeshard.streamer.inputs.names.apply import in_names_of
 from safeshard.streamer.methods.base import Job
-from safeshard.streamer.methods.calibrated import CalibratedJob
+from safeshard.streamer.methods.shared.calibrated import CalibratedJob
 from safeshard.streamer.options import flag
 from safeshard.streamer.plan.doubts.bases import base_offences
 from safeshard.streamer.plan.doubts.cautions import cautions

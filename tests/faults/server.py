@@ -27,6 +27,7 @@ from safeshard.streamer.cli import app as cli
 def serve() -> None:
     """Answer cases until the input ends."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command alone is struck, not what is around it in a child
     for line in sys.stdin:
         case = json.loads(line)
         report = Path(case["report"])
@@ -51,7 +52,6 @@ def _run(case: dict[str, Any], report: Path) -> NoReturn:
     status: Any = 70
     here = set(sys.modules)
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         output = os.open(case["messages"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -100,8 +100,8 @@ def _jobs(where: str, defaults: Mapping[str, Any], entry: Any) -> Iterator[Job]:
         wrong = [Offence(where, "method", " or ".join(METHODS), repr(method))]
         wrong += [
             Offence(where, str(key), "an option of some method", "an unknown one", "check the spelling")
-            for key in entry.keys() - {"method", "matrix"}
-            if not _is_known(key)
+            for key in entry
+            if key not in ("method", "matrix") and not _is_known(key)
         ]
         raise RequestError(wrong)
     if not isinstance(matrix, dict) or not all(isinstance(v, list) and v for v in matrix.values()):

@@ -11,7 +11,7 @@ from safeshard.streamer.inputs.expert_lora import full_shape, output, whole_ref
 from safeshard.streamer.inputs.layouts import Stored, plain
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.vocabulary import added_rows, common_rows
-from safeshard.streamer.methods.served import unit_scaling_config
+from safeshard.streamer.methods.shared.served import unit_scaling_config
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
 from safeshard.streamer.plan.written.checkpoint_files import checkpoint_files, grouped
 from safeshard.streamer.plan.written.files import (

@@ -24,7 +24,7 @@ from safeshard.streamer.device import Arrivals, memory_errors, relieved
 from safeshard.streamer.inputs.codecs.base import Encoded
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module
-from safeshard.streamer.methods.served import merged, served
+from safeshard.streamer.methods.shared.served import merged, served
 from safeshard.streamer.run.flow.effects import effect
 from safeshard.streamer.run.flow.on_device import Inputs
 from safeshard.streamer.run.flow.strips import compute_strips

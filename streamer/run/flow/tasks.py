@@ -10,7 +10,7 @@ from typing import Any
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.methods.base import Job
-from safeshard.streamer.methods.leak import strength_for
+from safeshard.streamer.methods.shared.leak import strength_for
 from safeshard.streamer.plan.job_plan import Copy, JobPlan, ModulePlan, Pair, Weight
 from safeshard.streamer.run.flow.assemble import Assembler
 from safeshard.streamer.write.writer import Writer

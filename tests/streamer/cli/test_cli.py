@@ -398,7 +398,7 @@ def test_a_stop_that_takes_its_time_is_explained(
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(SystemExit):
         cli.main(["scale"])
-    assert said == ["\nsafeshard: SIGINT came: what is at work ends first, and is kept; once more ends it at once\n"]
+    assert said == ["\nsafeshard: SIGINT came: what is at work ends first; once more ends it at once\n"]
     assert signal.getsignal(signal.SIGALRM) is before
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 

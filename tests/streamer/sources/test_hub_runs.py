@@ -42,7 +42,7 @@ class Job:
             **{role: f"hf://org/{role}" for role in self.trio}, output=self.root / "dry", dry_run=True, **options
         )
         said: dict[str, Any] = messages.outcome(result)["download"]
-        return said | {"said": messages.plan([result.plan], 1 << 30)}
+        return said | {"said": messages.plan([result.plan], 1 << 30, "cpu")}
 
     def start(self, output: str, *more: str) -> subprocess.Popen[str]:
         roles = [part for role in self.trio for part in (f"--{role.replace('_', '-')}", f"hf://org/{role}")]
