@@ -56,7 +56,7 @@ class TestWrites:
     def test_shards_go_up_as_they_are_finished_and_leave_the_disk(
         self, bucket: StandinBucket, full: dict[str, Any], work: Path
     ) -> None:
-        """Two go up at once: while the last one does, at least one of the others takes no room here any more."""
+        """Two go up at once, and either may come first: when the last one does, one of the others takes no room here."""
         held: list[int] = []
 
         def writing(asked: Asked) -> None:
@@ -66,7 +66,7 @@ class TestWrites:
         bucket.writing = writing
         resta(**full, output=OUT)
         order = [a.path.rpartition("/")[2] for a in bucket.taken() if a.method == "PUT" and "model-" in a.path]
-        assert order == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+        assert sorted(order) == [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
         sizes = bucket.names("out/x")
         assert held[-1] <= held[0] - min(sizes[order[0]], sizes[order[1]])
 
