@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import safeshard.kernels.first_calls  # noqa: F401
 from safeshard.kernels.scratch import scratch
 
 Kind = Literal["e4m3", "e2m1"]

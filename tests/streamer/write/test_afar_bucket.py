@@ -56,7 +56,7 @@ class TestWrites:
     def test_shards_go_up_as_they_are_finished_and_leave_the_disk(
         self, bucket: StandinBucket, full: dict[str, Any], work: Path
     ) -> None:
-        """Two go up at once, and either may come first: when the last one does, one of the others takes no room here."""
+        """Two go up at once, either first; when the last one does, one of the others takes no room here."""
         held: list[int] = []
 
         def writing(asked: Asked) -> None:
