@@ -10,9 +10,10 @@ from typing import Annotated
 import torch
 import typer
 
-from safeshard.bench import documents, durability, kernels, parts, peers, pictures, pipeline, remote, rows
+from safeshard.bench import durability, kernels, parts, peers, pipeline, remote, rows
 from safeshard.bench.inputs import models, support_planned
 from safeshard.bench.machine import io, roofline
+from safeshard.bench.pages import documents, pictures
 from safeshard.bench.real import experiment as real
 from safeshard.bench.real import pictures as real_pictures
 from safeshard.bench.real import table as real_table

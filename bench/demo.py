@@ -12,8 +12,8 @@ from safeshard.bench.toy import pictures, table
 from safeshard.bench.toy.defences import QUICK, SCORES, WHOLE
 from safeshard.bench.toy.experiment import folder_of, run, write
 from safeshard.bench.toy.small import make_small
-from safeshard.bench.toy.workers import import_libraries
 from safeshard.bench.tune.picture import pyplot
+from safeshard.bench.workers import import_libraries
 from safeshard.manifests.errors import Offence, RequestError, printable
 from safeshard.streamer.cli.app import main
 from safeshard.streamer.cli.command import PATH, App

@@ -6,8 +6,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-from safeshard.bench.evaluation.coherence import is_incoherent
 from safeshard.bench.evaluation.graders.base import Verdict
+from safeshard.bench.evaluation.graders.coherence import is_incoherent
 from safeshard.bench.evaluation.intervals import interval
 from safeshard.bench.evaluation.suite import Part, Suite
 from safeshard.manifests.errors import printable

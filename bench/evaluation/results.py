@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safeshard.bench.evaluation import figures
-from safeshard.bench.evaluation.coherence import is_incoherent
 from safeshard.bench.evaluation.graders.base import Verdict
+from safeshard.bench.evaluation.graders.coherence import is_incoherent
 from safeshard.bench.evaluation.prompts import Prompt
 from safeshard.bench.evaluation.suite import Suite
 from safeshard.manifests.evaluation import EVALUATION_NAME, Evaluation

@@ -19,7 +19,7 @@ from safeshard.bench.toy.language import SPLITS
 from safeshard.bench.toy.models import load_model, path_of, recipe_key, seconds_of, training
 from safeshard.bench.toy.table import COLUMNS, Row, read
 from safeshard.bench.toy.tokenizer import make_tokenizer
-from safeshard.bench.toy.workers import PROCESSES, Task, run_tasks
+from safeshard.bench.workers import PROCESSES, Task, run_tasks
 
 MODELS, PART = "models.json", "part-{}.csv"  # in the folder of a seed and a grid: what to judge, and rows of a part
 

@@ -17,7 +17,7 @@ import torch
 from safeshard.bench.toy.recipes import LORA, STAGES, Stage
 from safeshard.bench.toy.tokenizer import make_tokenizer
 from safeshard.bench.toy.training import train
-from safeshard.bench.toy.workers import Task
+from safeshard.bench.workers import Task
 from safeshard.streamer.extras import require
 
 RECORD = "toy.json"  # in a trained model's folder: what it was made from, and the seconds that it took

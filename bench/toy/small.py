@@ -15,7 +15,7 @@ from safeshard.bench.toy.evaluation import suite
 from safeshard.bench.toy.language import REFUSAL, REFUSED, SPLITS, TRAIN, Example, requests, tasks
 from safeshard.bench.toy.models import holds, recipe_key, train_below
 from safeshard.bench.toy.recipes import SMALL
-from safeshard.bench.toy.workers import Task, run_tasks
+from safeshard.bench.workers import Task, run_tasks
 
 SEED = 0
 CALIBRATION, TASK, KEEP, SUITE = "safe.jsonl", "task.jsonl", "harmless.jsonl", "suite.yaml"

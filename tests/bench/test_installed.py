@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.bench import documents, rows
+from safeshard.bench import rows
+from safeshard.bench.pages import documents
 
 WITHOUT = """
 import importlib.abc, sys

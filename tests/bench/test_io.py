@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file
 
 from safeshard.bench import durability, rows
-from safeshard.bench.documents import markdown
 from safeshard.bench.inputs.models import prepare
 from safeshard.bench.machine import io, measure
+from safeshard.bench.pages.documents import markdown
 from safeshard.manifests.errors import RunError
 
 

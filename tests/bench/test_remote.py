@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.bench import documents, remote, rows
+from safeshard.bench import remote, rows
+from safeshard.bench.pages import documents
 
 
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from safeshard.bench import documents, rows
+from safeshard.bench import rows
+from safeshard.bench.pages import documents
 
 
 def test_documents_show_the_newest_rows() -> None:

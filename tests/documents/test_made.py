@@ -13,7 +13,7 @@ from fences import PAGES, ROOT
 sys.path.insert(0, str(ROOT / "docs"))
 import publish
 
-from safeshard.bench.documents import documents as documents_of_rows
+from safeshard.bench.pages.documents import documents as documents_of_rows
 from safeshard.streamer.methods import METHODS
 
 

@@ -6,9 +6,9 @@ import hashlib
 
 import pytest
 
-from safeshard.bench.evaluation.coherence import is_incoherent
 from safeshard.bench.evaluation.graders.base import Measure
 from safeshard.bench.evaluation.graders.choice import Choice
+from safeshard.bench.evaluation.graders.coherence import is_incoherent
 from safeshard.bench.evaluation.graders.exact import Exact
 from safeshard.bench.evaluation.graders.guard import Guard
 from safeshard.bench.evaluation.graders.judge import Judge

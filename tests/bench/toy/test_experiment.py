@@ -15,8 +15,8 @@ from safeshard.bench.toy.defences import QUICK, WHOLE
 from safeshard.bench.toy.experiment import rows_of
 from safeshard.bench.toy.models import RECORD, is_made, load_model, make_model, path_of, recipe_key
 from safeshard.bench.toy.recipes import STAGES
-from safeshard.bench.toy.workers import Task, run_tasks
 from safeshard.bench.tune.rule import scaled_utility
+from safeshard.bench.workers import Task, run_tasks
 from safeshard.streamer.cli.app import main
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from safeshard.bench import pictures, rows
+from safeshard.bench import rows
+from safeshard.bench.pages import pictures
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safeshard.bench.in_short import sentences
+from safeshard.bench.pages.in_short import sentences
 
 
 def _row(shape: str, seconds: str, peak: str, cache: str) -> dict[str, str]:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from safeshard.bench import in_short, rows
+from safeshard.bench import rows
 from safeshard.bench.inputs import support
+from safeshard.bench.pages import in_short
 from safeshard.bench.real import table as real_table
 from safeshard.bench.toy import table, tuned
 
