@@ -1,6 +1,7 @@
 """Small checkpoints and adapters, written as Hub folders; and, without a GPU, Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before any test imports one.
+Triton reads TRITON_INTERPRET when a kernel is decorated, so it is set here, before any test imports one. Tests' folders
+lie in memory where there is enough of it: a disk would be waited for, thousands of times.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+MEMORY = Path("/dev/shm")
+if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 GOLDENS = Path(__file__).parent / "goldens"
 PROJECTIONS = {
