@@ -61,12 +61,13 @@ class Adapter:
     places: Mapping[str, TensorRef] = field(default_factory=dict)
 
     def own_name(self, module: str) -> str:
-        """The name that PEFT's patterns in the adapter's config match a module by, without wrappers."""
+        """The name, without wrappers, that PEFT's patterns in the config match a module or a parameter by."""
         if isinstance(a := self.modules[module].a, PackedRef):
             return a.own
         match = LORA_KEY.fullmatch(self.modules[module].a.name)
         assert match is not None
-        return plain(match["path"])
+        own = plain(match["path"])
+        return f"{own}.weight" if self.config.targets_parameter(f"{own}.weight") else own
 
 
 def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = None) -> Adapter:

@@ -127,10 +127,12 @@ def unpack(
         depths[plain_path] = max(depths.get(plain_path, 0), depth)
     for path, sides in pairs.items():
         module, depth = _unnested(path)
-        named = [name for name in _PARAMETERS if config.targets_parameter(f"{module}.{name}")]
+        # A bare name, as PEFT writes it of modules that transformers has fused, ends all names that are made with it.
+        holds = module.rpartition(".")[2] == "experts"
+        named = [name for name in _PARAMETERS if holds and config.targets_parameter(f"{module}.{name}")]
         if not named:
-            if not config.targets_parameter(f"{module}.weight"):  # else it is refused below
-                found[path] = sides
+            found[path] = sides  # of a weight that is targeted as a parameter, such as a router's, a plain LoRA
+            taken.add(f"{module}.weight")
             continue
         if len(named) != depths[module] + 1:
             got = f"{depths[module] + 1} pairs for {', '.join(named)}"
@@ -162,7 +164,7 @@ def unpack(
             }
     for target in config.target_parameters:
         if not any(own == target or own.endswith(f".{target}") for own in taken) and not offences:
-            expected = "experts' fused weights among target_parameters, and a pair for each"
+            expected = "weights among target_parameters, of experts or of linears, and a pair for each"
             remedy = "complete the adapter, or merge it into a full checkpoint and use --finetuned"
             offences.append(
                 Offence(config.where or where, "target_parameters", expected, f"none for {target!r}", remedy)

@@ -77,6 +77,12 @@ class LoraConfig:
         """Whether the config targets a parameter itself, such as the experts' fused one, by PEFT's rule."""
         return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
 
+    def parameter_or_module(self, module: str) -> str | None:
+        """The name that rank and alpha of a module go by if it is targeted, or its weight is; None if neither."""
+        if self.targets_parameter(weight := f"{module}.weight"):
+            return weight
+        return None if self.targets(module) is False else module
+
     def rank(self, module: str) -> int:
         rank: int = _first(self._ranks, module, self.raw["r"])
         return rank

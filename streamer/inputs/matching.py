@@ -166,7 +166,8 @@ class Matching:
         match = LORA_KEY.fullmatch(ref.name)
         assert match is not None
         own, config = _own(match["path"]), self.config
-        meanings = {(config.rank(n), config.scaling(n)) for n in (path, own) if config.targets(n) is not False}
+        named = {n for name in (path, own) if (n := config.parameter_or_module(name)) is not None}
+        meanings = {(config.rank(name), config.scaling(name)) for name in named}
         if len(meanings) != 1:
             got = "several readings" if meanings else "not a target"
             self._refuse(own, f"one target of {CONFIG}", got, "make the config and the weights agree")

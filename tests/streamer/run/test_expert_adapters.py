@@ -156,6 +156,40 @@ def test_scaling_keeps_the_other_tensor_byte_for_byte(base: tuple[str, Path], tm
         torch.testing.assert_close(delta, 0.5 * before[place], rtol=0, atol=1e-7)
 
 
+EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate"]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", EVERYTHING], ids=["all-linear", "named"])
+@pytest.mark.parametrize("kind", ["glm4_moe", "mixtral"])
+def test_modules_that_transformers_fused_are_what_peft_makes_of_them(
+    tmp_path: Path, kind: str, targets: str | list[str]
+) -> None:
+    """PEFT turns names of experts' modules, and of routers, into bare names among target_parameters; ranks double."""
+    if kind == "mixtral" and isinstance(targets, list):
+        targets = [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.get(name, name) for name in targets]
+    for seed, role in enumerate(("aligned", "unaligned"), 1):
+        mixtures.save(mixtures.build(kind, seed), tmp_path / role)
+    for seed, name in ((5, "adapter"), (6, "safe")):
+        wrapped(tmp_path / "aligned", seed, target_modules=targets, target_parameters=None).save_pretrained(
+            tmp_path / name
+        )
+    raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert {"gate_up_proj", "down_proj", "gate.weight"} <= set(raw["target_parameters"])
+    places = {"aligned": tmp_path / "aligned", "unaligned": tmp_path / "unaligned", "adapter": tmp_path / "adapter"}
+    common = {"safe_adapter": tmp_path / "safe", "threshold": 2.0, "combine": "exact", "quiet": True}
+    result = safemerge(**places, **common, output=tmp_path / "out")
+    before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "aligned", dtype=torch.float32).state_dict()
+    tuned, safe, new = (merged(tmp_path / "aligned", tmp_path / n).state_dict() for n in ("adapter", "safe", "out"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, tuned[name])}
+    assert {name.rpartition("mlp.")[2] for name in changed if "mlp" in name} == {
+        "gate.weight", "experts.gate_up_proj", "experts.down_proj"
+    }  # fmt: skip
+    for name, tensor in before.items():
+        expected = tensor + 0.8 * (tuned[name] - tensor) + 0.2 * (safe[name] - tensor)
+        torch.testing.assert_close(new[name], expected, rtol=0, atol=2e-6)
+    assert result.plan.expected == len(mixtures.manifest(tmp_path / "out")["modules"])
+
+
 def repack(adapter: Path, folder: Path, **config: Any) -> Path:
     """The same adapter in Unsloth's packing: B's columns expert by expert."""
     folder.mkdir()
