@@ -38,11 +38,11 @@ _EXPECTED = {
     "lora_bias": "plain LoRA: a bias of B is no part of B A",
 }
 _EMPTY: tuple[object, ...] = (None, False, {}, [], "", 0)
-_MERGE = (
+MERGE = (
     'merge it first and give the result as --finetuned: python -c "from peft import AutoPeftModelForCausalLM as M; '
     "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\""
 )
-_REMEDY = f"{_MERGE}; or retrain as plain LoRA"
+_REMEDY = f"{MERGE}; or retrain as plain LoRA"
 _PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
             "CARTRIDGE"}  # fmt: skip
 _NO_WEIGHTS = "it learns a prompt and leaves the weights alone, so that there is no delta: fine-tune with LoRA"

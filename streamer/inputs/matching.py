@@ -211,6 +211,11 @@ def saved_name(key: str) -> str:
     return _SAVED.sub("", plain(key))
 
 
+def of_head(key: str) -> bool:
+    """Whether a tensor that an adapter carries whole is an output head."""
+    return saved_name(key).endswith("lm_head.weight")
+
+
 def _is_whole(ref: TensorRef, config: LoraConfig) -> bool:
     """Whether PEFT saved a tensor whole: of modules_to_save, or an embedding whose vocabulary was resized."""
     parts = plain(ref.name).split(".")

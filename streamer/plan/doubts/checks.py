@@ -8,6 +8,8 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, NOT_GATHERED, Checkpoint, is_head
+from safeshard.streamer.inputs.lora_config import MERGE
+from safeshard.streamer.inputs.matching import of_head
 from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.vocabulary import only_rows_differ
@@ -18,6 +20,8 @@ from safeshard.streamer.plan.written.side_files import MAX_SIDE_BYTES, SIDE_FILE
 from safeshard.streamer.plan.written.storage import module_offences, moved
 from safeshard.streamer.plan.written.whole_tensors import Whole, describe, safe_offences
 from safeshard.streamer.tensor_names import natural
+
+_UNTRAINED = (".base_layer.", ".original_module.")  # PEFT's copies of what was there before, where it saves all
 
 
 def input_offences(plan: JobPlan) -> Iterator[Offence]:
@@ -54,7 +58,10 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
         for module in finetuned.modules:
             weight = aligned.weight(module)
             if weight is not None and weight.name != f"{module}.weight" and module not in aligned.linears:
-                got, remedy = f"it shares {weight.name}", "write an adapter, or untie the weights"
+                got, remedy = (
+                    f"it shares {weight.name}",
+                    "use a method that writes an adapter, or untie the weights first",
+                )
                 yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
     if isinstance(safe, Adapter):
         yield from safe_offences(safe, plan.whole.get("safe_adapter", {}))
@@ -69,10 +76,10 @@ def _no_place_offences(aligned: Checkpoint, adapter: Adapter, whole: Whole) -> I
     """Offences of tensors that an adapter carries whole, for a checkpoint that has none of them."""
     for key in sorted(adapter.saved):
         difference, place = whole.get(key), adapter.places.get(key)
-        if (difference is not None and difference.equal) or ".base_layer." in key:
+        if (difference is not None and difference.equal) or any(copy in key for copy in _UNTRAINED):
             continue
-        if place is None or difference is None or is_head(place.name) != key.endswith("lm_head.weight"):
-            got, remedy = describe(difference), "use --rest aligned, or an adapter output"
+        if place is None or difference is None or is_head(place.name) != of_head(key):
+            got, remedy = describe(difference), f"use a method that writes an adapter; or {MERGE}"
             yield Offence(adapter.source.spec, key, f"a tensor of {aligned.source.spec} to take its place", got, remedy)
 
 

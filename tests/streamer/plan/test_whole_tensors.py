@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import RequestError
-from safeshard.streamer import safedelta, safelora, safemerge, scale, verify
+from safeshard.streamer import resta, safedelta, safelora, safemerge, scale, verify
 from safeshard.streamer.inputs.compare import row_difference
 from safeshard.streamer.inputs.headers import read_file_header
 from safeshard.streamer.sources import open_source
@@ -254,3 +254,33 @@ def test_safe_delta_keeps_added_rows(
     else:
         written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert written["modules_to_save"] == ["lm_head", "embed_tokens"]
+
+
+def test_all_that_peft_saves_of_a_trained_embedding_fits_into_a_checkpoint(
+    world: Any, aligned: Tensors, load_tensors: Any
+) -> None:
+    """With a resized vocabulary it saves each trained module three times: trained, as it was, and under its own name."""
+    trained = resized(aligned, 3)
+    saved = {}
+    for name, tensor in trained.items():
+        path = name.removesuffix("weight")
+        saved |= {
+            name: tensor + 1,
+            f"{path}modules_to_save.weight": tensor + 1,
+            f"{path}original_module.weight": tensor,
+        }
+    folder = adapter(world, "a", aligned, saved, modules_to_save=["embed_tokens", "lm_head"])
+    resta(**world.places, adapter=folder, output=world.root / "out", quiet=True)
+    got = load_tensors(world.root / "out")
+    assert got.keys() == aligned.keys()
+    assert all(torch.equal(got[name], (tensor + 1).bfloat16()) for name, tensor in trained.items())
+
+
+def test_what_a_checkpoint_has_no_place_for_is_refused_with_a_way(world: Any, aligned: Tensors) -> None:
+    folder = adapter(world, "a", aligned, {"score.weight": torch.ones(2, 24)}, modules_to_save=["score"])
+    with pytest.raises(RequestError) as refused:
+        resta(**world.places, adapter=folder, output=world.root / "out", quiet=True)
+    [offence] = refused.value.offences
+    assert offence.what == f"{KEY}score.weight"
+    assert "merge_and_unload" in offence.remedy
+    assert "--rest" not in offence.remedy
