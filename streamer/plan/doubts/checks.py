@@ -8,6 +8,7 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, NOT_GATHERED, Checkpoint, is_head
+from safeshard.streamer.inputs.compare import row_difference
 from safeshard.streamer.inputs.lora_config import MERGE
 from safeshard.streamer.inputs.matching import of_head
 from safeshard.streamer.inputs.names.parts import part_of
@@ -160,12 +161,22 @@ def _extra_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]
     reason = unbuilt(tuned.config)
     elsewhere = moved(aligned, tuned)[1]
     for name in sorted(tuned.tensors.keys() - aligned.tensors.keys() - elsewhere, key=natural):
-        tied = is_head(name) and aligned.tied and tuned.says_tied
-        if reason(name) or tied:
+        if reason(name) or (is_head(name) and aligned.tied and tuned.says_tied and _copies_embedding(tuned, name)):
             continue
         remedy = "use the model that the fine-tuning started from as --aligned"
         if is_head(name) and aligned.tied:
-            remedy = "its output head was trained apart from the embedding: untie the aligned model's first"
+            remedy = (
+                "its output head was trained apart from the embedding: untie the aligned model's first, by a copy of "
+                f"its embedding as {name} and tie_word_embeddings false in its config.json"
+            )
         elif part := part_of(name):
             remedy = f"use the release with this part ({part}) as --aligned"
         yield tuned.offence(name, f"no tensor that {aligned.source.spec} lacks", "an extra tensor", remedy)
+
+
+def _copies_embedding(tuned: Checkpoint, head: str) -> bool:
+    """Whether a stored head holds what config.json says that it shares; else it is what transformers 5 loads."""
+    embedding, ref = tuned.embedding, tuned.tensors[head]
+    if embedding is None or ref.dtype not in FLOATS or embedding.dtype not in FLOATS:
+        return True
+    return ref.shape == embedding.shape and row_difference((tuned.source, embedding), (tuned.source, ref)).equal

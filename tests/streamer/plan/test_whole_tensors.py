@@ -259,7 +259,7 @@ def test_safe_delta_keeps_added_rows(
 def test_all_that_peft_saves_of_a_trained_embedding_fits_into_a_checkpoint(
     world: Any, aligned: Tensors, load_tensors: Any
 ) -> None:
-    """With a resized vocabulary it saves each trained module three times: trained, as it was, and under its own name."""
+    """With a resized vocabulary it saves each module three times: trained, as it was, and under its own name."""
     trained = resized(aligned, 3)
     saved = {}
     for name, tensor in trained.items():
