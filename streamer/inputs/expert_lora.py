@@ -19,13 +19,13 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import ITEM_BITS, TensorRef
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.codecs import MAX_EXPERTS
-from safeshard.streamer.inputs.layouts import FAMILIES, WHOLE, Part, Stored, View, plain
+from safeshard.streamer.inputs.layouts import FAMILIES, GATE_UP, WHOLE, Part, Stored, View, plain
 from safeshard.streamer.inputs.lora_config import LoraConfig
 from safeshard.streamer.tensor_names import layer_of
 
 Packing = Literal["peft", "unsloth"]
 # Parameters of experts in the order that models define them, in which PEFT nests its wrappers, the first innermost.
-_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_PARAMETERS = (GATE_UP, "gate_proj", "up_proj", "down_proj")
 _LAYOUTS: dict[str, Packing] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}  # Unsloth's marker
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _SWAPS = (0, 19)  # the release of PEFT from which on a parameter is taken for E x out x in
@@ -94,6 +94,11 @@ def full_shape(ref: TensorRef, what: str, rank: int) -> tuple[int, int]:
 def is_expert(module: str) -> bool:
     """Whether a module is one expert's."""
     return _EXPERT.search(module) is not None
+
+
+def is_gate_up(module: str) -> bool:
+    """Whether a module is an expert's gate and up together."""
+    return is_expert(module) and module.endswith(f".{GATE_UP}")
 
 
 def packed_targets(modules: Iterable[str], base: Checkpoint) -> Iterator[str]:

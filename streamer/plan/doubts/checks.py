@@ -9,6 +9,7 @@ from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, NOT_GATHERED, Checkpoint, is_head
 from safeshard.streamer.inputs.compare import row_difference
+from safeshard.streamer.inputs.expert_lora import is_expert, is_gate_up
 from safeshard.streamer.inputs.lora_config import MERGE
 from safeshard.streamer.inputs.matching import of_head
 from safeshard.streamer.inputs.names.parts import part_of
@@ -66,11 +67,28 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
                 yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
     if isinstance(safe, Adapter):
         yield from safe_offences(safe, plan.whole.get("safe_adapter", {}))
+        if isinstance(finetuned, Adapter):
+            yield from _packing_offences(aligned, finetuned, safe)
     if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint and plan.job.rest_role == "finetuned":
         yield from _no_place_offences(aligned, finetuned, plan.whole.get("adapter", {}))
     yield from plan.job.check(finetuned, safe)
     if plan.job.writes_model:
         yield from _side_file_offences(plan)
+
+
+def _packing_offences(aligned: Checkpoint, tuned: Adapter, safe: Adapter) -> Iterator[Offence]:
+    """An offence where one adapter has a pair for an expert's gate and up together, and the other one for each."""
+    linear = aligned.modules.linear
+    theirs = {linear(name): name for name in tuned.modules if is_expert(name)}
+    for name in safe.modules:
+        if is_expert(name) and (other := theirs.get(linear(name))) and is_gate_up(name) != is_gate_up(other):
+            expected, apart = (
+                f"pairs of experts as {tuned.source.spec} has them: {other}",
+                safe if is_gate_up(other) else tuned,
+            )
+            remedy = f"load {apart.source.spec} with a current PEFT and transformers 5, and save it again"
+            yield Offence(safe.source.spec, name, expected, "others", remedy)
+            return
 
 
 def _no_place_offences(aligned: Checkpoint, adapter: Adapter, whole: Whole) -> Iterator[Offence]:

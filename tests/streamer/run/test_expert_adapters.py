@@ -319,6 +319,42 @@ def test_a_pair_an_expert_fits_onto_any_storage(tmp_path: Path, fused: bool) -> 
     assert all(torch.equal(after[n], t * (0.5 if "lora_B" in n else 1)) for n, t in before.items())
 
 
+def test_one_linear_has_one_safe_delta_whatever_two_adapters_call_it(tmp_path: Path) -> None:
+    """PEFT names Mixtral's experts as transformers 5 does, in one tensor; adapters from before as they are stored."""
+    for seed, role in enumerate(("aligned", "unaligned"), 1):
+        mixtures.save(mixtures.build("mixtral", seed), tmp_path / role)
+    for seed, name in ((5, "adapter"), (6, "safe")):
+        wrapped(tmp_path / "aligned", seed, target_parameters=["experts.down_proj"]).save_pretrained(tmp_path / name)
+    before = per_expert(tmp_path / "safe", tmp_path / "before")
+    tensors = load_file(before / "adapter_model.safetensors")
+    named = {n.replace(".mlp.", ".block_sparse_moe.").replace("down_proj", "w2"): t for n, t in tensors.items()}
+    save_file(named, before / "adapter_model.safetensors")
+    raw = json.loads((before / "adapter_config.json").read_text()) | {"target_modules": ["w2"]}
+    (before / "adapter_config.json").write_text(json.dumps(raw))
+    places = {"aligned": tmp_path / "aligned", "unaligned": tmp_path / "unaligned", "adapter": tmp_path / "adapter"}
+    for name in ("safe", "before"):
+        safemerge(**places, safe_adapter=tmp_path / name, threshold=2.0, output=tmp_path / f"out-{name}", quiet=True)
+    ours, theirs = (load_file(tmp_path / f"out-{n}" / "adapter_model.safetensors") for n in ("before", "safe"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("packed", ["adapter", "safe_adapter"])
+def test_a_pair_of_gate_and_up_does_not_go_with_one_for_each(tmp_path: Path, packed: str) -> None:
+    for seed, role in enumerate(("aligned", "unaligned"), 1):
+        mixtures.save(mixtures.build("qwen3_moe", seed), tmp_path / role)
+    for seed, name in ((5, "packed"), (6, "other")):
+        wrapped(tmp_path / "aligned", seed).save_pretrained(tmp_path / name)
+    apart = per_expert(tmp_path / "other", tmp_path / "apart")
+    places = {"adapter": apart, "safe_adapter": apart} | {packed: tmp_path / "packed"}
+    places |= {role: tmp_path / role for role in ("aligned", "unaligned")}
+    with pytest.raises(RequestError) as refused:
+        safemerge(**places, output=tmp_path / "out", quiet=True)
+    (offence,) = refused.value.offences
+    assert offence.where == str(places["safe_adapter"])
+    assert str(apart) in offence.remedy
+
+
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     mixtures.save(mixtures.build("qwen3_moe", 1), tmp_path / "aligned")
     wrapped(tmp_path / "aligned", 5).save_pretrained(tmp_path / "packed")
