@@ -59,7 +59,7 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
     if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint:
         for module in finetuned.modules:
             weight = aligned.weight(module)
-            if weight is not None and weight.name != f"{module}.weight" and module not in aligned.linears:
+            if weight is not None and aligned.tied and is_head(f"{module}.weight"):
                 got, remedy = (
                     f"it shares {weight.name}",
                     "use a method that writes an adapter, or untie the weights first",

@@ -219,6 +219,11 @@ def test_lora_on_embeddings_is_what_peft_computes(world: Any, load_tensors: Any,
     merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "merged").merge_and_unload()
     got = merged.state_dict()[EMBEDDING].double() - before[EMBEDDING].double()
     assert torch.allclose(got, 0.8 * delta + 0.2 * 0.5 * delta, atol=1e-5)
+    scale(**given, output=tmp_path / "whole", factor=0.5, output_format="checkpoint")
+    resta(**given, unaligned=tmp_path / "unaligned", output=tmp_path / "added", gamma=0.3)
+    for name, wanted in (("whole", 0.5 * delta), ("added", delta + 0.3 * v.T)):
+        got = load_tensors(tmp_path / name)[EMBEDDING].double() - before[EMBEDDING].double()
+        assert torch.allclose(got, wanted, atol=1e-5), name
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -190,6 +190,17 @@ def test_modules_that_transformers_fused_are_what_peft_makes_of_them(
     assert result.plan.expected == len(mixtures.manifest(tmp_path / "out")["modules"])
 
 
+def test_merged_into_a_checkpoint_it_is_what_peft_merges(base: tuple[str, Path], tmp_path: Path) -> None:
+    """An expert's gate and up are one pair, and two weights where they are stored apart."""
+    kind, root = base
+    wrapped(root / "aligned", 5, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    common = {"aligned": root / "aligned", "adapter": tmp_path / "adapter", "quiet": True}
+    scale(**common, factor=0.5, output_format="checkpoint", output=tmp_path / "out")
+    before, new = (mixtures.experts(mixtures.loaded(kind, folder)) for folder in (root / "aligned", tmp_path / "out"))
+    for place, delta in deltas(root / "aligned", tmp_path / "adapter").items():
+        torch.testing.assert_close(new[place].double() - before[place].double(), 0.5 * delta, rtol=0, atol=2e-6)
+
+
 def repack(adapter: Path, folder: Path, **config: Any) -> Path:
     """The same adapter in Unsloth's packing: B's columns expert by expert."""
     folder.mkdir()
