@@ -234,12 +234,18 @@ def shapes(pairs: Mapping[str, Sides]) -> dict[str, Shape]:
 
 
 def module_shapes(base: Checkpoint) -> dict[str, Shape]:
-    """Weight -> outputs x inputs of the checkpoint's modules, a head that shares the embedding's weight among them."""
+    """Weight -> outputs x inputs of the checkpoint's modules, a head that shares the embedding's weight among them.
+
+    What else stands outside of layers is there with its own shape: an adapter may carry it whole.
+    """
     shapes: dict[str, Shape] = {f"{module}.weight": stored.shape for module, stored in base.linears.items()}
     shapes |= {f"{module}.weight": shape for module, shape in base.modules.fused_shapes.items()}
     for name, ref in base.tensors.items():
         if name.endswith(".weight") and len(ref.shape) == 2:
             shapes.setdefault(name, ref.shape[::-1] if is_embedding(name.removesuffix(".weight")) else ref.shape)
+    for name, ref in base.tensors.items():
+        if layer_of(name) is None:
+            shapes.setdefault(name, ref.shape)
     if base.tied and base.embedding is not None:
         shapes.setdefault("lm_head.weight", base.embedding.shape)
     return shapes

@@ -289,3 +289,24 @@ def test_what_a_checkpoint_has_no_place_for_is_refused_with_a_way(world: Any, al
     assert offence.what == f"{KEY}score.weight"
     assert "merge_and_unload" in offence.remedy
     assert "--rest" not in offence.remedy
+
+
+def test_a_whole_projector_finds_its_place_under_other_names(world: Any, load_tensors: Any) -> None:
+    """Gemma 3, Mistral 3, InternVL: their norms, and weights that are no `.weight`, have other names in memory too."""
+    connector = {"norm.weight": (24,), "linear_1.bias": (24,), "linear_1.weight": (24, 24), "mm_weight": (24, 24)}
+    aligned = {f"language_model.{n}": t for n, t in world.llama().items()}
+    aligned |= {f"multi_modal_projector.{n}": torch.ones(shape).bfloat16() for n, shape in connector.items()}
+    pairs = {
+        n.replace("language_model.model.", "model.language_model."): t for n, t in world.pairs(aligned, 4, 1).items()
+    }
+    trained = {f"{KEY}model.multi_modal_projector.{n}": torch.full(shape, 3.0) for n, shape in connector.items()}
+    given = {
+        "aligned": world.checkpoint("aligned", aligned),
+        "adapter": world.adapter("a", aligned, tensors=pairs | trained, modules_to_save=["multi_modal_projector"]),
+    }
+    result = scale(**given, output=world.root / "adapter", factor=0.5, quiet=True)
+    assert all("nothing to compare" not in str(f.why) for f in result.manifest.fallbacks)
+    scale(**given, output=world.root / "out", factor=0.5, output_format="checkpoint", quiet=True)
+    got = load_tensors(world.root / "out")
+    assert got.keys() == aligned.keys()
+    assert all((got[f"multi_modal_projector.{n}"] == 3).all() for n in connector)
