@@ -87,7 +87,7 @@ def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = Non
         raise RequestError(offence)
     matching = Matching(f"{source.spec}/{WEIGHTS}", config, base)
     pairs, saved = matching.sort(header.tensors)
-    pairs, wrong = unpack(pairs, config, packing, matching.where)
+    pairs, wrong = unpack(pairs, config, packing, matching.where, base)
     matching.offences += wrong
     outside = {saved_name(key): ref.shape for key, ref in saved.items() if layer_of(key) is None}
     names = match_names(shapes(pairs) | outside, module_shapes(base), model_types(base))

@@ -118,9 +118,13 @@ def packed_targets(modules: Iterable[str], base: Checkpoint) -> Iterator[str]:
 
 
 def unpack(
-    pairs: Mapping[str, dict[str, TensorRef]], config: LoraConfig, packing: Packing | None, where: str
+    pairs: Mapping[str, dict[str, TensorRef]], config: LoraConfig, packing: Packing | None, where: str, base: Checkpoint
 ) -> tuple[dict[str, dict[str, TensorRef]], list[Offence]]:
-    """The pairs, those of fused parameters expert by expert under the names of modules; and what is wrong with them."""
+    """The pairs, those of fused parameters expert by expert under the names of modules; and what is wrong with them.
+
+    A target that is a parameter of experts, or a weight of `base`, has pairs; PEFT passes over others, as it does over
+    the routers that it targets of its own accord where a family calls them otherwise.
+    """
     if not config.target_parameters:
         return dict(pairs), []
     found: dict[str, dict[str, TensorRef]] = {}
@@ -168,7 +172,8 @@ def unpack(
                 "B": _of_columns(sides["B"], own, expert, count, rank, how == "unsloth"),
             }
     for target in config.target_parameters:
-        if not any(own == target or own.endswith(f".{target}") for own in taken) and not offences:
+        known = taken if target.rpartition(".")[2] != "weight" else base.tensors
+        if not _names(target, taken) and (known is taken or _names(target, known)) and not offences:
             expected = "weights among target_parameters, of experts or of linears, and a pair for each"
             remedy = "complete the adapter, or merge it into a full checkpoint and use --finetuned"
             offences.append(
@@ -194,6 +199,10 @@ def oriented(
     if turned and (not straight or in_by_out == swaps):
         return b.flipped(), a.flipped()
     return a, b
+
+
+def _names(target: str, names: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _unnested(path: str) -> tuple[str, int]:

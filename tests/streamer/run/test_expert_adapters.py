@@ -190,6 +190,24 @@ def test_modules_that_transformers_fused_are_what_peft_makes_of_them(
     assert result.plan.expected == len(mixtures.manifest(tmp_path / "out")["modules"])
 
 
+def test_a_target_that_no_weight_bears_is_passed_over(tmp_path: Path) -> None:
+    """PEFT targets `gate.weight` whatever a family calls its routers (Hunyuan); where there is one it is due."""
+    mixtures.save(mixtures.build("qwen3_moe", 1), tmp_path / "aligned")
+    wrapped(tmp_path / "aligned", 5, target_parameters=["experts.down_proj", "gate.weight"]).save_pretrained(
+        tmp_path / "adapter"
+    )
+    config, file = (tmp_path / "adapter" / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps(raw | {"target_parameters": [*raw["target_parameters"], "gate.wg.weight"]}))
+    common = {"aligned": tmp_path / "aligned", "adapter": tmp_path / "adapter", "factor": 0.5, "quiet": True}
+    scale(**common, output=tmp_path / "out")
+    save_file({name: t for name, t in load_file(file).items() if ".gate." not in name}, file)
+    with pytest.raises(RequestError) as refused:
+        scale(**common, output=tmp_path / "lost")
+    (offence,) = refused.value.offences
+    assert offence.got == "none for 'gate.weight'"
+
+
 def test_merged_into_a_checkpoint_it_is_what_peft_merges(base: tuple[str, Path], tmp_path: Path) -> None:
     """An expert's gate and up are one pair, and two weights where they are stored apart."""
     kind, root = base
