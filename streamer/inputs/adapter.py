@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.checkpoint import NOT_GATHERED, Checkpoint
-from safeshard.streamer.inputs.expert_lora import (
-    PackedRef,
-    Packing,
-    unpack,
-)
+from safeshard.streamer.inputs.expert_lora import PackedRef, Packing, is_gate_up, unpack
 from safeshard.streamer.inputs.headers import FileHeader, file_header, read_file_header
 from safeshard.streamer.inputs.lies_there import ADAPTER, instead_of_adapter
 from safeshard.streamer.inputs.lora_config import CONFIG, LoraConfig, read_config
@@ -61,12 +57,19 @@ class Adapter:
     places: Mapping[str, TensorRef] = field(default_factory=dict)
 
     def own_name(self, module: str) -> str:
-        """The name that PEFT's patterns in the adapter's config match a module by, without wrappers."""
+        """The name, without wrappers, that PEFT's patterns in the config match a module or a parameter by."""
         if isinstance(a := self.modules[module].a, PackedRef):
             return a.own
         match = LORA_KEY.fullmatch(self.modules[module].a.name)
         assert match is not None
-        return plain(match["path"])
+        own = plain(match["path"])
+        return f"{own}.weight" if self.config.targets_parameter(f"{own}.weight") else own
+
+    def named_as(self, other: Adapter, base: Checkpoint) -> Adapter:
+        """The same, each module called as `other` calls it: of one expert's linear there are several names."""
+        names = {base.modules.linear(name): name for name in other.modules if not is_gate_up(name)}
+        own = {name: name if is_gate_up(name) else names.get(base.modules.linear(name), name) for name in self.modules}
+        return replace(self, modules={own[name]: lora for name, lora in self.modules.items()})
 
 
 def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = None) -> Adapter:
@@ -84,7 +87,7 @@ def open_adapter(source: Source, base: Checkpoint, packing: Packing | None = Non
         raise RequestError(offence)
     matching = Matching(f"{source.spec}/{WEIGHTS}", config, base)
     pairs, saved = matching.sort(header.tensors)
-    pairs, wrong = unpack(pairs, config, packing, matching.where)
+    pairs, wrong = unpack(pairs, config, packing, matching.where, base)
     matching.offences += wrong
     outside = {saved_name(key): ref.shape for key, ref in saved.items() if layer_of(key) is None}
     names = match_names(shapes(pairs) | outside, module_shapes(base), model_types(base))

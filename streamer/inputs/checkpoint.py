@@ -30,7 +30,8 @@ NOT_GATHERED = (
     "stage3_gather_16bit_weights_on_model_save, or run DeepSpeed's zero_to_fp32.py"
 )
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|wte|embed_in|word_embeddings|tok_embeddings)\.weight")
-_EMBEDDINGS = re.compile(r"(.*\.)?(embed_(tokens|in|positions?)[^.]*|[^.]*_embeddings?|embeddings?|wte|wpe)")
+# That of patches is a linear of pixels.
+_EMBEDDINGS = re.compile(r"(.*\.)?(embed_(tokens|in|positions?)[^.]*|(?!patch_)[^.]*_embeddings?|embeddings?|wte|wpe)")
 
 
 class Checkpoint:

@@ -19,13 +19,13 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import ITEM_BITS, TensorRef
 from safeshard.streamer.inputs.checkpoint import Checkpoint
 from safeshard.streamer.inputs.codecs import MAX_EXPERTS
-from safeshard.streamer.inputs.layouts import FAMILIES, WHOLE, Part, Stored, View, plain
+from safeshard.streamer.inputs.layouts import FAMILIES, GATE_UP, WHOLE, Part, Stored, View, plain
 from safeshard.streamer.inputs.lora_config import LoraConfig
 from safeshard.streamer.tensor_names import layer_of
 
 Packing = Literal["peft", "unsloth"]
 # Parameters of experts in the order that models define them, in which PEFT nests its wrappers, the first innermost.
-_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+_PARAMETERS = (GATE_UP, "gate_proj", "up_proj", "down_proj")
 _LAYOUTS: dict[str, Packing] = {"rank_major": "peft", "grouped_by_expert": "unsloth"}  # Unsloth's marker
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 _SWAPS = (0, 19)  # the release of PEFT from which on a parameter is taken for E x out x in
@@ -96,6 +96,11 @@ def is_expert(module: str) -> bool:
     return _EXPERT.search(module) is not None
 
 
+def is_gate_up(module: str) -> bool:
+    """Whether a module is an expert's gate and up together."""
+    return is_expert(module) and module.endswith(f".{GATE_UP}")
+
+
 def packed_targets(modules: Iterable[str], base: Checkpoint) -> Iterator[str]:
     """The modules that a config targets, given those found of fused parameters: those of all layers and experts."""
     layers = {layer_of(name) for name in base.linears if is_expert(name)}
@@ -113,9 +118,13 @@ def packed_targets(modules: Iterable[str], base: Checkpoint) -> Iterator[str]:
 
 
 def unpack(
-    pairs: Mapping[str, dict[str, TensorRef]], config: LoraConfig, packing: Packing | None, where: str
+    pairs: Mapping[str, dict[str, TensorRef]], config: LoraConfig, packing: Packing | None, where: str, base: Checkpoint
 ) -> tuple[dict[str, dict[str, TensorRef]], list[Offence]]:
-    """The pairs, those of fused parameters expert by expert under the names of modules; and what is wrong with them."""
+    """The pairs, those of fused parameters expert by expert under the names of modules; and what is wrong with them.
+
+    A target that is a parameter of experts, or a weight of `base`, has pairs; PEFT passes over others, as it does over
+    the routers that it targets of its own accord where a family calls them otherwise.
+    """
     if not config.target_parameters:
         return dict(pairs), []
     found: dict[str, dict[str, TensorRef]] = {}
@@ -127,10 +136,12 @@ def unpack(
         depths[plain_path] = max(depths.get(plain_path, 0), depth)
     for path, sides in pairs.items():
         module, depth = _unnested(path)
-        named = [name for name in _PARAMETERS if config.targets_parameter(f"{module}.{name}")]
+        # A bare name, as PEFT writes it of modules that transformers has fused, ends all names that are made with it.
+        holds = module.rpartition(".")[2] == "experts"
+        named = [name for name in _PARAMETERS if holds and config.targets_parameter(f"{module}.{name}")]
         if not named:
-            if not config.targets_parameter(f"{module}.weight"):  # else it is refused below
-                found[path] = sides
+            found[path] = sides  # of a weight that is targeted as a parameter, such as a router's, a plain LoRA
+            taken.add(f"{module}.weight")
             continue
         if len(named) != depths[module] + 1:
             got = f"{depths[module] + 1} pairs for {', '.join(named)}"
@@ -161,8 +172,9 @@ def unpack(
                 "B": _of_columns(sides["B"], own, expert, count, rank, how == "unsloth"),
             }
     for target in config.target_parameters:
-        if not any(own == target or own.endswith(f".{target}") for own in taken) and not offences:
-            expected = "experts' fused weights among target_parameters, and a pair for each"
+        known = taken if target.rpartition(".")[2] != "weight" else base.tensors
+        if not _names(target, taken) and (known is taken or _names(target, known)) and not offences:
+            expected = "weights among target_parameters, of experts or of linears, and a pair for each"
             remedy = "complete the adapter, or merge it into a full checkpoint and use --finetuned"
             offences.append(
                 Offence(config.where or where, "target_parameters", expected, f"none for {target!r}", remedy)
@@ -187,6 +199,10 @@ def oriented(
     if turned and (not straight or in_by_out == swaps):
         return b.flipped(), a.flipped()
     return a, b
+
+
+def _names(target: str, names: Iterable[str]) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _unnested(path: str) -> tuple[str, int]:

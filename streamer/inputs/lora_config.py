@@ -38,11 +38,11 @@ _EXPECTED = {
     "lora_bias": "plain LoRA: a bias of B is no part of B A",
 }
 _EMPTY: tuple[object, ...] = (None, False, {}, [], "", 0)
-_MERGE = (
+MERGE = (
     'merge it first and give the result as --finetuned: python -c "from peft import AutoPeftModelForCausalLM as M; '
     "M.from_pretrained('ADAPTER').merge_and_unload().save_pretrained('MERGED')\""
 )
-_REMEDY = f"{_MERGE}; or retrain as plain LoRA"
+_REMEDY = f"{MERGE}; or retrain as plain LoRA"
 _PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT",
             "CARTRIDGE"}  # fmt: skip
 _NO_WEIGHTS = "it learns a prompt and leaves the weights alone, so that there is no delta: fine-tune with LoRA"
@@ -76,6 +76,12 @@ class LoraConfig:
     def targets_parameter(self, name: str) -> bool:
         """Whether the config targets a parameter itself, such as the experts' fused one, by PEFT's rule."""
         return any(name == target or name.endswith(f".{target}") for target in self.target_parameters)
+
+    def parameter_or_module(self, module: str) -> str | None:
+        """The name that rank and alpha of a module go by if it is targeted, or its weight is; None if neither."""
+        if self.targets_parameter(weight := f"{module}.weight"):
+            return weight
+        return None if self.targets(module) is False else module
 
     def rank(self, module: str) -> int:
         rank: int = _first(self._ranks, module, self.raw["r"])

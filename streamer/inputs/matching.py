@@ -166,7 +166,8 @@ class Matching:
         match = LORA_KEY.fullmatch(ref.name)
         assert match is not None
         own, config = _own(match["path"]), self.config
-        meanings = {(config.rank(n), config.scaling(n)) for n in (path, own) if config.targets(n) is not False}
+        named = {n for name in (path, own) if (n := config.parameter_or_module(name)) is not None}
+        meanings = {(config.rank(name), config.scaling(name)) for name in named}
         if len(meanings) != 1:
             got = "several readings" if meanings else "not a target"
             self._refuse(own, f"one target of {CONFIG}", got, "make the config and the weights agree")
@@ -210,6 +211,11 @@ def saved_name(key: str) -> str:
     return _SAVED.sub("", plain(key))
 
 
+def of_head(key: str) -> bool:
+    """Whether a tensor that an adapter carries whole is an output head."""
+    return saved_name(key).endswith("lm_head.weight")
+
+
 def _is_whole(ref: TensorRef, config: LoraConfig) -> bool:
     """Whether PEFT saved a tensor whole: of modules_to_save, or an embedding whose vocabulary was resized."""
     parts = plain(ref.name).split(".")
@@ -228,12 +234,18 @@ def shapes(pairs: Mapping[str, Sides]) -> dict[str, Shape]:
 
 
 def module_shapes(base: Checkpoint) -> dict[str, Shape]:
-    """Weight -> outputs x inputs of the checkpoint's modules, a head that shares the embedding's weight among them."""
+    """Weight -> outputs x inputs of the checkpoint's modules, a head that shares the embedding's weight among them.
+
+    What else stands outside of layers is there with its own shape: an adapter may carry it whole.
+    """
     shapes: dict[str, Shape] = {f"{module}.weight": stored.shape for module, stored in base.linears.items()}
     shapes |= {f"{module}.weight": shape for module, shape in base.modules.fused_shapes.items()}
     for name, ref in base.tensors.items():
         if name.endswith(".weight") and len(ref.shape) == 2:
             shapes.setdefault(name, ref.shape[::-1] if is_embedding(name.removesuffix(".weight")) else ref.shape)
+    for name, ref in base.tensors.items():
+        if layer_of(name) is None:
+            shapes.setdefault(name, ref.shape)
     if base.tied and base.embedding is not None:
         shapes.setdefault("lm_head.weight", base.embedding.shape)
     return shapes

@@ -110,6 +110,9 @@ class Planner:
                 inputs[role] = opened
         if inputs.keys() != job.inputs().keys():
             return None
+        tuned, safe, base = (inputs.get(role) for role in ("adapter", "safe_adapter", "aligned"))
+        if isinstance(tuned, Adapter) and isinstance(safe, Adapter) and isinstance(base, Checkpoint):
+            inputs["safe_adapter"] = safe.named_as(tuned, base)
         plan = JobPlan(job, inputs)
         for role, given in inputs.items():
             if isinstance(given, Adapter) and given.places:

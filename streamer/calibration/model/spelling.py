@@ -50,7 +50,11 @@ def spelling(folder: Path, needed: set[str], present: set[str], base: str, prefi
     fewest = min(map(len, missing.values()))
     best = [spelling for spelling, names in missing.items() if len(names) == fewest]
     if fewest:
-        names, remedy = sorted(missing[best[0]]), "use the checkpoint that belongs to this config.json"
+        names = sorted(missing[best[0]])
+        remedy = (
+            "use the checkpoint that belongs to this config.json; if it is that, it stores tensors under other names "
+            "than transformers', which calibration does not read: SafeMERGE, SafeLoRA and scale run no model"
+        )
         raise RequestError([Offence(str(folder), name, "a tensor", "none", remedy) for name in names])
     if len(best) > 1 and best[0] not in spellings:
         paths = " or ".join(repr(path) for _, path in sorted(best))

@@ -15,7 +15,7 @@ ROLES = ("gate_proj", "up_proj", "down_proj")
 # What an expert's linears are called where they are stored apart.
 SYNONYMS = {"gate_proj": ("gate_proj", "w1"), "up_proj": ("up_proj", "w3"), "down_proj": ("down_proj", "w2")}
 # Under which names the block that holds the experts goes, on disk and in memory.
-BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "mixer")
+BLOCKS = ("mlp", "block_sparse_moe", "feed_forward", "mixer", "ffn")
 _TAILS = {f"experts.{role}": role for role in (GATE_UP, *ROLES)}
 
 
@@ -29,6 +29,7 @@ class Family:
         tails: how the tensors' names end -> what they hold.
         memory_transposed: in transformers' model it is E x I x O too.
         says_transposed: and the model says so (`is_transposed`), which PEFT asks for.
+        saved_straight: releases are transposed, and transformers saves E x O x I; it reads both, by their sizes.
     """
 
     transposed: bool = False
@@ -36,6 +37,7 @@ class Family:
     tails: Mapping[str, str] = field(default_factory=lambda: _TAILS)
     memory_transposed: bool = False
     says_transposed: bool = False
+    saved_straight: bool = False
 
 
 _FUSED = Family()
@@ -53,7 +55,7 @@ FAMILIES: dict[str, Family] = {
         _FUSED,
     ),
     **dict.fromkeys(("granitemoe", "granitemoeshared", "granitemoehybrid"), _GRANITE),
-    **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), Family(transposed=True)),
+    **dict.fromkeys(("qwen3_vl_moe", "qwen3_vl_moe_text"), Family(transposed=True, saved_straight=True)),
     **dict.fromkeys(("llama4", "llama4_text"), Family(transposed=True, memory_transposed=True)),
     "gpt_oss": Family(transposed=True, interleaved=True, memory_transposed=True, says_transposed=True),
 }

@@ -51,6 +51,7 @@ class Modules:
         self._tensors, self._config, self._transposed = tensors, config, transposed
         self._interleaved = interleaved or {}
         self._type = model_type(config)
+        self._family = self._as_stored(FAMILIES.get(self._type))
         self.refused: dict[str, Refused] = {}
         self._found: dict[str, Stored | None] = {}  # a plan asks a dozen times for each of thousands
         self.encodings: dict[str, Encoding] = dict(self._encodings())
@@ -169,7 +170,8 @@ class Modules:
 
     def _seen(self, part: Part, half: int | None) -> Part:
         """An expert's matrix as O x I; of gate and up only one half."""
-        family = FAMILIES[self._type]
+        family = self._family
+        assert family is not None
         transposed = family.transposed and part.codec is None
         count = part.stored[1 if transposed else 0]
         if half is None:
@@ -196,8 +198,24 @@ class Modules:
             elif found is not None:
                 self.refused[module] = found
 
+    @property
+    def _hidden(self) -> int | None:
+        text = self._config.get("text_config")
+        hidden = {**self._config, **(text if isinstance(text, dict) else {})}.get("hidden_size")
+        return hidden if isinstance(hidden, int) else None
+
+    def _as_stored(self, family: Family | None) -> Family | None:
+        """The family, as this checkpoint is stored, where it may be in two ways: one that is not square shows which."""
+        if family is None or not family.saved_straight:
+            return family
+        for name, ref in self._tensors.items():
+            place = _place(name, family) if len(ref.shape) == 3 and ref.shape[1] != ref.shape[2] else None
+            if place is not None and ref.shape[1 if place[1] == "down_proj" else 2] == self._hidden:
+                return replace(family, transposed=False)
+        return family
+
     def _fused_tensors(self) -> Iterator[tuple[tuple[str, str], Encoding | TensorRef]]:
-        family = FAMILIES.get(self._type)
+        family = self._family
         stacks: dict[str, Encoding | TensorRef] = {
             name: ref
             for name, ref in self._tensors.items()
@@ -228,14 +246,12 @@ class Modules:
 
     def _contradiction(self, found: Encoding | TensorRef, role: str, family: Family) -> Refused | None:
         """Where the sizes that config.json gives cannot be those of the family's layout."""
-        text = self._config.get("text_config")
-        sizes = {**self._config, **(text if isinstance(text, dict) else {})}
-        hidden = sizes.get("hidden_size")
+        hidden = self._hidden
         transposed = family.transposed and isinstance(found, TensorRef)
         axis = (1 if transposed else 2) if role != "down_proj" else (2 if transposed else 1)
         name = found.name if isinstance(found, TensorRef) else found.refs["values"].name
         layout = "E x I x O" if transposed else "E x O x I"
-        if isinstance(hidden, int) and found.shape[axis] != hidden:
+        if hidden is not None and found.shape[axis] != hidden:
             got = f"{list(found.shape)}, which with hidden_size {hidden} is not {layout}, as {self._type} stores it"
             return Refused(name, got, _BY_SAVING)
         if found.shape[0] > MAX_EXPERTS:

@@ -8,6 +8,10 @@ from safeshard.manifests.errors import Offence
 from safeshard.manifests.safetensors_header import TensorRef
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import FLOATS, NOT_GATHERED, Checkpoint, is_head
+from safeshard.streamer.inputs.compare import row_difference
+from safeshard.streamer.inputs.expert_lora import is_expert, is_gate_up
+from safeshard.streamer.inputs.lora_config import MERGE
+from safeshard.streamer.inputs.matching import of_head
 from safeshard.streamer.inputs.names.parts import part_of
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.vocabulary import only_rows_differ
@@ -18,6 +22,8 @@ from safeshard.streamer.plan.written.side_files import MAX_SIDE_BYTES, SIDE_FILE
 from safeshard.streamer.plan.written.storage import module_offences, moved
 from safeshard.streamer.plan.written.whole_tensors import Whole, describe, safe_offences
 from safeshard.streamer.tensor_names import natural
+
+_UNTRAINED = (".base_layer.", ".original_module.")  # PEFT's copies of what was there before, where it saves all
 
 
 def input_offences(plan: JobPlan) -> Iterator[Offence]:
@@ -53,11 +59,16 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
     if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint:
         for module in finetuned.modules:
             weight = aligned.weight(module)
-            if weight is not None and weight.name != f"{module}.weight" and module not in aligned.linears:
-                got, remedy = f"it shares {weight.name}", "write an adapter, or untie the weights"
+            if weight is not None and aligned.tied and is_head(f"{module}.weight"):
+                got, remedy = (
+                    f"it shares {weight.name}",
+                    "use a method that writes an adapter, or untie the weights first",
+                )
                 yield Offence(finetuned.source.spec, module, "a weight of its own, to write it changed", got, remedy)
     if isinstance(safe, Adapter):
         yield from safe_offences(safe, plan.whole.get("safe_adapter", {}))
+        if isinstance(finetuned, Adapter):
+            yield from _packing_offences(aligned, finetuned, safe)
     if isinstance(finetuned, Adapter) and plan.job.writes_checkpoint and plan.job.rest_role == "finetuned":
         yield from _no_place_offences(aligned, finetuned, plan.whole.get("adapter", {}))
     yield from plan.job.check(finetuned, safe)
@@ -65,14 +76,29 @@ def input_offences(plan: JobPlan) -> Iterator[Offence]:
         yield from _side_file_offences(plan)
 
 
+def _packing_offences(aligned: Checkpoint, tuned: Adapter, safe: Adapter) -> Iterator[Offence]:
+    """An offence where one adapter has a pair for an expert's gate and up together, and the other one for each."""
+    linear = aligned.modules.linear
+    theirs = {linear(name): name for name in tuned.modules if is_expert(name)}
+    for name in safe.modules:
+        if is_expert(name) and (other := theirs.get(linear(name))) and is_gate_up(name) != is_gate_up(other):
+            expected, apart = (
+                f"pairs of experts as {tuned.source.spec} has them: {other}",
+                safe if is_gate_up(other) else tuned,
+            )
+            remedy = f"load {apart.source.spec} with a current PEFT and transformers 5, and save it again"
+            yield Offence(safe.source.spec, name, expected, "others", remedy)
+            return
+
+
 def _no_place_offences(aligned: Checkpoint, adapter: Adapter, whole: Whole) -> Iterator[Offence]:
     """Offences of tensors that an adapter carries whole, for a checkpoint that has none of them."""
     for key in sorted(adapter.saved):
         difference, place = whole.get(key), adapter.places.get(key)
-        if (difference is not None and difference.equal) or ".base_layer." in key:
+        if (difference is not None and difference.equal) or any(copy in key for copy in _UNTRAINED):
             continue
-        if place is None or difference is None or is_head(place.name) != key.endswith("lm_head.weight"):
-            got, remedy = describe(difference), "use --rest aligned, or an adapter output"
+        if place is None or difference is None or is_head(place.name) != of_head(key):
+            got, remedy = describe(difference), f"use a method that writes an adapter; or {MERGE}"
             yield Offence(adapter.source.spec, key, f"a tensor of {aligned.source.spec} to take its place", got, remedy)
 
 
@@ -153,12 +179,22 @@ def _extra_offences(aligned: Checkpoint, tuned: Checkpoint) -> Iterator[Offence]
     reason = unbuilt(tuned.config)
     elsewhere = moved(aligned, tuned)[1]
     for name in sorted(tuned.tensors.keys() - aligned.tensors.keys() - elsewhere, key=natural):
-        tied = is_head(name) and aligned.tied and tuned.says_tied
-        if reason(name) or tied:
+        if reason(name) or (is_head(name) and aligned.tied and tuned.says_tied and _copies_embedding(tuned, name)):
             continue
         remedy = "use the model that the fine-tuning started from as --aligned"
         if is_head(name) and aligned.tied:
-            remedy = "its output head was trained apart from the embedding: untie the aligned model's first"
+            remedy = (
+                "its output head was trained apart from the embedding: untie the aligned model's first, by a copy of "
+                f"its embedding as {name} and tie_word_embeddings false in its config.json"
+            )
         elif part := part_of(name):
             remedy = f"use the release with this part ({part}) as --aligned"
         yield tuned.offence(name, f"no tensor that {aligned.source.spec} lacks", "an extra tensor", remedy)
+
+
+def _copies_embedding(tuned: Checkpoint, head: str) -> bool:
+    """Whether a stored head holds what config.json says that it shares; else it is what transformers 5 loads."""
+    embedding, ref = tuned.embedding, tuned.tensors[head]
+    if embedding is None or ref.dtype not in FLOATS or embedding.dtype not in FLOATS:
+        return True
+    return ref.shape == embedding.shape and row_difference((tuned.source, embedding), (tuned.source, ref)).equal

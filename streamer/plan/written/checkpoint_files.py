@@ -9,6 +9,7 @@ from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.adapter import Adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint, is_head
 from safeshard.streamer.inputs.lies_there import SINGLE
+from safeshard.streamer.inputs.matching import of_head
 from safeshard.streamer.inputs.names.unbuilt import BUFFERS, unbuilt
 from safeshard.streamer.inputs.read import Read
 from safeshard.streamer.inputs.vocabulary import added_rows, only_rows_differ
@@ -98,7 +99,7 @@ def _from_adapter(plan: JobPlan, adapter: Adapter, name: str) -> Copy | None:
     """A tensor of a checkpoint that the adapter carries whole; with `--rest aligned`, what it adds to it."""
     aligned, whole = plan.aligned, plan.whole.get("adapter", {})
     key = next((key for key, place in adapter.places.items() if place.name == name and key in whole), None)
-    if key is None or is_head(name) != key.endswith("lm_head.weight"):
+    if key is None or is_head(name) != of_head(key):
         return None
     copy = Copy(name, adapter.source, adapter.saved[key])
     if plan.job.rest_role == "finetuned" or whole[key].equal:

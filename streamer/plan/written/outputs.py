@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from safeshard.manifests.schema import Fallback
 from safeshard.streamer.inputs.adapter import WEIGHTS, Adapter
-from safeshard.streamer.inputs.checkpoint import FLOATS, Checkpoint
+from safeshard.streamer.inputs.checkpoint import FLOATS, Checkpoint, is_embedding
 from safeshard.streamer.inputs.expert_lora import full_shape, output, whole_ref
 from safeshard.streamer.inputs.layouts import Stored, plain
 from safeshard.streamer.inputs.read import Read
@@ -107,10 +107,10 @@ def _weight_modules(plan: JobPlan) -> None:
 
 
 def _written(plan: JobPlan, module: str) -> Stored:
-    """Where in the output a module's weight goes."""
+    """Where in the output a module's weight goes: of an embedding, a linear of tokens, that is in x out."""
     stored = output_layout(plan).modules.find(module)
     assert stored is not None
-    return stored
+    return plain(stored.ref, transposed=True) if is_embedding(module) and stored.is_tensor else stored
 
 
 def _alike(stored: Stored, other: Stored | None) -> bool:

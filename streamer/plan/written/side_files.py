@@ -50,6 +50,7 @@ _WEIGHTS = {".safetensors", ".gguf", ".ggml", ".h5", ".keras", ".msgpack", ".onn
 _CODE = {".py", ".pyc", ".pyw", ".pyx", ".so", ".dll", ".dylib", ".exe", ".sh", ".bash", ".bat", ".cmd", ".ps1", ".js",
          ".mjs", ".ts", ".rb", ".pl", ".ipynb", ".whl", ".egg", ".jar", ".class", ".c", ".cc", ".cpp", ".cu", ".ptx",
          ".wasm"}  # fmt: skip
+_TEMPLATE_FOLDER = "additional_chat_templates"  # where transformers saves all but one, if a tokenizer has several
 _TRAINING = re.compile(r"trainer_state\.json|trainer_log\.jsonl|latest|events\.out\.tfevents.*|.*\.(log|tmp|part|lock)")
 
 
@@ -81,6 +82,12 @@ def plan_side_files(plan: JobPlan) -> None:
                 why = "the fine-tuned tokenizer has a chat template of its own"
             if why := why or _take(taken, source, name, size, licence):
                 left.setdefault(why, []).append(name)
+        if (
+            isinstance(source, LocalSource)
+            and (whole or opened is tuned)
+            and (source.folder / _TEMPLATE_FOLDER).is_dir()
+        ):
+            left["folders are not carried along: copy it yourself"] = [_TEMPLATE_FOLDER]
         left.pop(_UNSAID, None)
         plan.fallbacks += [
             Fallback(asked=f"the files of {source.spec}", done="left behind", why=why, subject=_few(names))

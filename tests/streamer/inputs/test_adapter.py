@@ -423,7 +423,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "layer_replication": {"layer_replication": [[0, 2], [1, 3]]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
-    "target_parameters": {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]},
 }
 
 
@@ -436,6 +435,42 @@ def test_variants_that_peft_writes_are_refused(tmp_path: Path, key: str) -> None
     config.write_text(json.dumps(json.loads(config.read_text()) | {key: None if key != "bias" else "none"}))
     if key not in ("alora_invocation_tokens", "init_lora_weights"):  # these leave no trace in the weights
         assert refused(tmp_path / "adapter", tmp_path / "base")
+
+
+def test_a_weight_that_is_targeted_as_a_parameter_is_that_of_its_module(tmp_path: Path) -> None:
+    """Ranks and alphas go by the parameter's name."""
+    model = trained(
+        qwen2(), tmp_path, target_modules=["v_proj"], target_parameters=["q_proj.weight"],
+        rank_pattern={r"layers\.1\.self_attn\.q_proj\.weight": 3}, alpha_pattern={r"0\.self_attn\.q_proj\.weight": 5},
+    )  # fmt: skip
+    before = {name: tensor.clone() for name, tensor in qwen2_weights(tmp_path).items()}
+    model.save_pretrained(tmp_path / "adapter")
+    adapter = opened(tmp_path / "adapter", tmp_path / "base")
+    held = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    after = model.merge_and_unload().state_dict()
+    queries = [name for name in adapter.modules if name.endswith("q_proj")]
+    assert [adapter.modules[name].rank for name in queries] == [2, 3, 2]
+    assert len(adapter.modules) == adapter.expected == 6
+    assert adapter.own_name(queries[0]) == f"{queries[0]}.weight"
+    for name, pair in adapter.modules.items():
+        delta = pair.scaling * held[pair.b.name] @ held[pair.a.name]
+        torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + delta, rtol=0, atol=1e-6)
+
+
+def qwen2_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "base/model.safetensors")
+
+
+def test_a_lora_on_the_embedding_of_patches_is_a_linear_of_pixels(world: Any) -> None:
+    """Siglip 2's, and so LFM2-VL's, which PEFT's "all-linear" targets."""
+    patches = "model.vision_tower.embeddings.patch_embedding"
+    tensors = world.llama() | {f"{patches}.weight": torch.randn(24, 30)}
+    base = world.checkpoint("base", tensors)
+    key = f"base_model.model.{patches}.lora"
+    pairs = {f"{key}_A.weight": torch.randn(4, 30), f"{key}_B.weight": torch.randn(24, 4)}
+    adapter = opened(world.adapter("adapter", tensors, tensors=pairs, target_modules=["patch_embedding"]), base)
+    [(name, pair)] = adapter.modules.items()
+    assert (name, pair.a.shape, pair.b.shape) == (patches, (4, 30), (24, 4))
 
 
 def test_a_lora_on_the_embedding_is_a_linear_of_tokens(tmp_path: Path) -> None:

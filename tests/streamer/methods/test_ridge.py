@@ -292,14 +292,15 @@ def test_an_interrupted_run_goes_on_with_the_penalty_it_found(llama: Any, monkey
     assert load(llama.root / "out").modules == load(llama.root / "whole").modules
 
 
-def test_modules_that_are_no_decoder_linears(llama: Any) -> None:
+@pytest.mark.parametrize("asked", [{"penalty": 0.3}, {"leak": 0.1}])
+def test_modules_that_are_no_decoder_linears(llama: Any, asked: dict[str, float]) -> None:
     folder = llama.make_adapter("with-head", target_modules=["q_proj", "lm_head"])
-    _, got = run(llama, "kept", adapter=folder, penalty=0.3)
+    _, got = run(llama, "kept", adapter=folder, **asked)
     tuned = load_file(folder / "adapter_model.safetensors")
     heads = [name for name in tuned if "lm_head" in name]
     assert heads
     assert all(torch.equal(got[name], tuned[name]) for name in heads)
-    result, got = run(llama, "reverted", adapter=folder, penalty=0.3, rest="aligned")
+    result, got = run(llama, "reverted", adapter=folder, **asked, rest="aligned")
     assert all((got[name] == 0).all() for name in heads if "lora_B" in name)
     [entry] = [m for m in manifest_of(result).modules if m.name == "lm_head"]
     assert (entry.decision, entry.leak) == ("reverted", None)

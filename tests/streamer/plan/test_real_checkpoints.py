@@ -228,6 +228,21 @@ def test_a_tied_model_of_a_larger_vocabulary_fills_a_stored_head(world: Any, loa
     assert (config["vocab_size"], config["tie_word_embeddings"]) == (34, False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_tied_head_that_is_stored_all_the_same_is_left_out(world: Any, load_tensors: Any, dtype: torch.dtype) -> None:
+    aligned = {n: t for n, t in world.llama().items() if n != HEAD}
+    tuned = moved(aligned, 2)
+    places = {
+        "aligned": world.checkpoint("aligned", aligned, tie_word_embeddings=True),
+        "finetuned": world.checkpoint(
+            "finetuned", tuned | {HEAD: tuned[EMBEDDING].to(dtype, copy=True)}, tie_word_embeddings=True
+        ),
+    }
+    result = scale(**places, output=world.root / "out", factor=0.5, quiet=True)
+    assert notes(result) == [("left out", HEAD)]
+    assert load_tensors(world.root / "out").keys() == aligned.keys()
+
+
 def tower(seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
     names = [f"vision_tower.encoder.layers.{i}.self_attn.q_proj.weight" for i in range(2)]

@@ -73,6 +73,13 @@ def test_auto_map_stays_and_its_code_is_said_to_be_missing(job: dict[str, Any]) 
     assert "copy it yourself where `auto_map` needs it" in left(result)["modeling_x.py"]
 
 
+def test_chat_templates_in_a_folder_are_said_to_be_missing(job: dict[str, Any]) -> None:
+    """transformers saves there all but one of several."""
+    (job["finetuned"] / "additional_chat_templates").mkdir()
+    put(job["finetuned"] / "additional_chat_templates", "tool_use.jinja")
+    assert "copy it" in left(scale(**job))["additional_chat_templates"]
+
+
 def test_an_adapter_takes_its_own_files_and_every_licence(world: Any) -> None:
     given = world.trio()
     put(given["aligned"], "LICENSE", "USE_POLICY.md", "tokenizer.json", "modeling_x.py")

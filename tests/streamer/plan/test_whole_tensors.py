@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safeshard.manifests.errors import RequestError
-from safeshard.streamer import safedelta, safelora, safemerge, scale, verify
+from safeshard.streamer import resta, safedelta, safelora, safemerge, scale, verify
 from safeshard.streamer.inputs.compare import row_difference
 from safeshard.streamer.inputs.headers import read_file_header
 from safeshard.streamer.sources import open_source
@@ -219,6 +219,11 @@ def test_lora_on_embeddings_is_what_peft_computes(world: Any, load_tensors: Any,
     merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "merged").merge_and_unload()
     got = merged.state_dict()[EMBEDDING].double() - before[EMBEDDING].double()
     assert torch.allclose(got, 0.8 * delta + 0.2 * 0.5 * delta, atol=1e-5)
+    scale(**given, output=tmp_path / "whole", factor=0.5, output_format="checkpoint")
+    resta(**given, unaligned=tmp_path / "unaligned", output=tmp_path / "added", gamma=0.3)
+    for name, wanted in (("whole", 0.5 * delta), ("added", delta + 0.3 * v.T)):
+        got = load_tensors(tmp_path / name)[EMBEDDING].double() - before[EMBEDDING].double()
+        assert torch.allclose(got, wanted, atol=1e-5), name
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -254,3 +259,54 @@ def test_safe_delta_keeps_added_rows(
     else:
         written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
         assert written["modules_to_save"] == ["lm_head", "embed_tokens"]
+
+
+def test_all_that_peft_saves_of_a_trained_embedding_fits_into_a_checkpoint(
+    world: Any, aligned: Tensors, load_tensors: Any
+) -> None:
+    """With a resized vocabulary it saves each module three times: trained, as it was, and under its own name."""
+    trained = resized(aligned, 3)
+    saved = {}
+    for name, tensor in trained.items():
+        path = name.removesuffix("weight")
+        saved |= {
+            name: tensor + 1,
+            f"{path}modules_to_save.weight": tensor + 1,
+            f"{path}original_module.weight": tensor,
+        }
+    folder = adapter(world, "a", aligned, saved, modules_to_save=["embed_tokens", "lm_head"])
+    resta(**world.places, adapter=folder, output=world.root / "out", quiet=True)
+    got = load_tensors(world.root / "out")
+    assert got.keys() == aligned.keys()
+    assert all(torch.equal(got[name], (tensor + 1).bfloat16()) for name, tensor in trained.items())
+
+
+def test_what_a_checkpoint_has_no_place_for_is_refused_with_a_way(world: Any, aligned: Tensors) -> None:
+    folder = adapter(world, "a", aligned, {"score.weight": torch.ones(2, 24)}, modules_to_save=["score"])
+    with pytest.raises(RequestError) as refused:
+        resta(**world.places, adapter=folder, output=world.root / "out", quiet=True)
+    [offence] = refused.value.offences
+    assert offence.what == f"{KEY}score.weight"
+    assert "merge_and_unload" in offence.remedy
+    assert "--rest" not in offence.remedy
+
+
+def test_a_whole_projector_finds_its_place_under_other_names(world: Any, load_tensors: Any) -> None:
+    """Gemma 3, Mistral 3, InternVL: their norms, and weights that are no `.weight`, have other names in memory too."""
+    connector = {"norm.weight": (24,), "linear_1.bias": (24,), "linear_1.weight": (24, 24), "mm_weight": (24, 24)}
+    aligned = {f"language_model.{n}": t for n, t in world.llama().items()}
+    aligned |= {f"multi_modal_projector.{n}": torch.ones(shape).bfloat16() for n, shape in connector.items()}
+    pairs = {
+        n.replace("language_model.model.", "model.language_model."): t for n, t in world.pairs(aligned, 4, 1).items()
+    }
+    trained = {f"{KEY}model.multi_modal_projector.{n}": torch.full(shape, 3.0) for n, shape in connector.items()}
+    given = {
+        "aligned": world.checkpoint("aligned", aligned),
+        "adapter": world.adapter("a", aligned, tensors=pairs | trained, modules_to_save=["multi_modal_projector"]),
+    }
+    result = scale(**given, output=world.root / "adapter", factor=0.5, quiet=True)
+    assert all("nothing to compare" not in str(f.why) for f in result.manifest.fallbacks)
+    scale(**given, output=world.root / "out", factor=0.5, output_format="checkpoint", quiet=True)
+    got = load_tensors(world.root / "out")
+    assert got.keys() == aligned.keys()
+    assert all((got[f"multi_modal_projector.{n}"] == 3).all() for n in connector)

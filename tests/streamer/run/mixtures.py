@@ -63,12 +63,12 @@ def build(kind: str, seed: int, **sizes: Any) -> nn.Module:
     return model.eval()
 
 
-def multimodal(seed: int) -> nn.Module:
+def multimodal(seed: int, **sizes: Any) -> nn.Module:
     """Qwen3-VL-MoE as a whole."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2], "mrope_interleaved": True}
     sees = {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 24,
             "patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
-    text = COMMON | QWEN | {"rope_parameters": rope}
+    text = COMMON | QWEN | {"rope_parameters": rope} | sizes
     config = transformers.Qwen3VLMoeConfig(text_config=text, vision_config=sees, tie_word_embeddings=False)
     torch.manual_seed(seed)
     model: nn.Module = transformers.Qwen3VLMoeForConditionalGeneration(config)

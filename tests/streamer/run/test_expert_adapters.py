@@ -156,6 +156,69 @@ def test_scaling_keeps_the_other_tensor_byte_for_byte(base: tuple[str, Path], tm
         torch.testing.assert_close(delta, 0.5 * before[place], rtol=0, atol=1e-7)
 
 
+EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "gate"]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", EVERYTHING], ids=["all-linear", "named"])
+@pytest.mark.parametrize("kind", ["glm4_moe", "mixtral"])
+def test_modules_that_transformers_fused_are_what_peft_makes_of_them(
+    tmp_path: Path, kind: str, targets: str | list[str]
+) -> None:
+    """PEFT turns names of experts' modules, and of routers, into bare names among target_parameters; ranks double."""
+    if kind == "mixtral" and isinstance(targets, list):
+        targets = [{"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.get(name, name) for name in targets]
+    for seed, role in enumerate(("aligned", "unaligned"), 1):
+        mixtures.save(mixtures.build(kind, seed), tmp_path / role)
+    for seed, name in ((5, "adapter"), (6, "safe")):
+        wrapped(tmp_path / "aligned", seed, target_modules=targets, target_parameters=None).save_pretrained(
+            tmp_path / name
+        )
+    raw = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert {"gate_up_proj", "down_proj", "gate.weight"} <= set(raw["target_parameters"])
+    places = {"aligned": tmp_path / "aligned", "unaligned": tmp_path / "unaligned", "adapter": tmp_path / "adapter"}
+    common = {"safe_adapter": tmp_path / "safe", "threshold": 2.0, "combine": "exact", "quiet": True}
+    result = safemerge(**places, **common, output=tmp_path / "out")
+    before = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "aligned", dtype=torch.float32).state_dict()
+    tuned, safe, new = (merged(tmp_path / "aligned", tmp_path / n).state_dict() for n in ("adapter", "safe", "out"))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, tuned[name])}
+    assert {name.rpartition("mlp.")[2] for name in changed if "mlp" in name} == {
+        "gate.weight", "experts.gate_up_proj", "experts.down_proj"
+    }  # fmt: skip
+    for name, tensor in before.items():
+        expected = tensor + 0.8 * (tuned[name] - tensor) + 0.2 * (safe[name] - tensor)
+        torch.testing.assert_close(new[name], expected, rtol=0, atol=2e-6)
+    assert result.plan.expected == len(mixtures.manifest(tmp_path / "out")["modules"])
+
+
+def test_a_target_that_no_weight_bears_is_passed_over(tmp_path: Path) -> None:
+    """PEFT targets `gate.weight` whatever a family calls its routers (Hunyuan); where there is one it is due."""
+    mixtures.save(mixtures.build("qwen3_moe", 1), tmp_path / "aligned")
+    wrapped(tmp_path / "aligned", 5, target_parameters=["experts.down_proj", "gate.weight"]).save_pretrained(
+        tmp_path / "adapter"
+    )
+    config, file = (tmp_path / "adapter" / f"adapter_{name}" for name in ("config.json", "model.safetensors"))
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps(raw | {"target_parameters": [*raw["target_parameters"], "gate.wg.weight"]}))
+    common = {"aligned": tmp_path / "aligned", "adapter": tmp_path / "adapter", "factor": 0.5, "quiet": True}
+    scale(**common, output=tmp_path / "out")
+    save_file({name: t for name, t in load_file(file).items() if ".gate." not in name}, file)
+    with pytest.raises(RequestError) as refused:
+        scale(**common, output=tmp_path / "lost")
+    (offence,) = refused.value.offences
+    assert offence.got == "none for 'gate.weight'"
+
+
+def test_merged_into_a_checkpoint_it_is_what_peft_merges(base: tuple[str, Path], tmp_path: Path) -> None:
+    """An expert's gate and up are one pair, and two weights where they are stored apart."""
+    kind, root = base
+    wrapped(root / "aligned", 5, target_modules=["q_proj"]).save_pretrained(tmp_path / "adapter")
+    common = {"aligned": root / "aligned", "adapter": tmp_path / "adapter", "quiet": True}
+    scale(**common, factor=0.5, output_format="checkpoint", output=tmp_path / "out")
+    before, new = (mixtures.experts(mixtures.loaded(kind, folder)) for folder in (root / "aligned", tmp_path / "out"))
+    for place, delta in deltas(root / "aligned", tmp_path / "adapter").items():
+        torch.testing.assert_close(new[place].double() - before[place].double(), 0.5 * delta, rtol=0, atol=2e-6)
+
+
 def repack(adapter: Path, folder: Path, **config: Any) -> Path:
     """The same adapter in Unsloth's packing: B's columns expert by expert."""
     folder.mkdir()
@@ -283,6 +346,42 @@ def test_a_pair_an_expert_fits_onto_any_storage(tmp_path: Path, fused: bool) -> 
     scale(aligned=tmp_path / "aligned", adapter=adapter, factor=0.5, output=tmp_path / "out", quiet=True)
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "out"))
     assert all(torch.equal(after[n], t * (0.5 if "lora_B" in n else 1)) for n, t in before.items())
+
+
+def test_one_linear_has_one_safe_delta_whatever_two_adapters_call_it(tmp_path: Path) -> None:
+    """PEFT names Mixtral's experts as transformers 5 does, in one tensor; adapters from before as they are stored."""
+    for seed, role in enumerate(("aligned", "unaligned"), 1):
+        mixtures.save(mixtures.build("mixtral", seed), tmp_path / role)
+    for seed, name in ((5, "adapter"), (6, "safe")):
+        wrapped(tmp_path / "aligned", seed, target_parameters=["experts.down_proj"]).save_pretrained(tmp_path / name)
+    before = per_expert(tmp_path / "safe", tmp_path / "before")
+    tensors = load_file(before / "adapter_model.safetensors")
+    named = {n.replace(".mlp.", ".block_sparse_moe.").replace("down_proj", "w2"): t for n, t in tensors.items()}
+    save_file(named, before / "adapter_model.safetensors")
+    raw = json.loads((before / "adapter_config.json").read_text()) | {"target_modules": ["w2"]}
+    (before / "adapter_config.json").write_text(json.dumps(raw))
+    places = {"aligned": tmp_path / "aligned", "unaligned": tmp_path / "unaligned", "adapter": tmp_path / "adapter"}
+    for name in ("safe", "before"):
+        safemerge(**places, safe_adapter=tmp_path / name, threshold=2.0, output=tmp_path / f"out-{name}", quiet=True)
+    ours, theirs = (load_file(tmp_path / f"out-{n}" / "adapter_model.safetensors") for n in ("before", "safe"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.mark.parametrize("packed", ["adapter", "safe_adapter"])
+def test_a_pair_of_gate_and_up_does_not_go_with_one_for_each(tmp_path: Path, packed: str) -> None:
+    for seed, role in enumerate(("aligned", "unaligned"), 1):
+        mixtures.save(mixtures.build("qwen3_moe", seed), tmp_path / role)
+    for seed, name in ((5, "packed"), (6, "other")):
+        wrapped(tmp_path / "aligned", seed).save_pretrained(tmp_path / name)
+    apart = per_expert(tmp_path / "other", tmp_path / "apart")
+    places = {"adapter": apart, "safe_adapter": apart} | {packed: tmp_path / "packed"}
+    places |= {role: tmp_path / role for role in ("aligned", "unaligned")}
+    with pytest.raises(RequestError) as refused:
+        safemerge(**places, output=tmp_path / "out", quiet=True)
+    (offence,) = refused.value.offences
+    assert offence.where == str(places["safe_adapter"])
+    assert str(apart) in offence.remedy
 
 
 def test_a_missing_expert_is_named(tmp_path: Path) -> None:

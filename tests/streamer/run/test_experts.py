@@ -8,6 +8,7 @@ from typing import Any
 import mixtures
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 
@@ -126,6 +127,32 @@ def test_release_and_fine_tune_may_be_stored_in_other_ways(tmp_path: Path, ours:
         assert mixed.read_bytes() == alike.read_bytes()
     names = load_file(tmp_path / "out-mixed/model.safetensors").keys()
     assert names == load_file(tmp_path / "aligned/model.safetensors").keys()
+
+
+@pytest.mark.parametrize("inner", [10, 12, 24])  # with 12 gate and up are square, with 24 down
+def test_what_transformers_saves_of_qwen3_vl_is_not_stored_as_its_releases(tmp_path: Path, inner: int) -> None:
+    """It leaves experts as they are in memory, and reads both."""
+    aligned, unaligned, tuned = (mixtures.multimodal(seed, moe_intermediate_size=inner) for seed in (1, 2, 3))
+    mixtures.save(aligned, tmp_path / "aligned")
+    mixtures.save(unaligned, tmp_path / "unaligned")
+    mixtures.save(tuned, tmp_path / "released")
+    tuned.save_pretrained(tmp_path / "saved")
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("released", "saved")]
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(stored[0][name], stored[1][name].transpose(1, 2))
+    common = {"aligned": tmp_path / "aligned", "unaligned": tmp_path / "unaligned", "threshold": 2, "quiet": True}
+    results = [safelora(**common, finetuned=tmp_path / n, output=tmp_path / f"out-{n}") for n in ("released", "saved")]
+    cosines = [{m.name: m.cosine for m in result.manifest.modules} for result in results]
+    assert cosines[0] == pytest.approx(cosines[1], abs=1e-6)
+    new, other = (load_file(tmp_path / f"out-{n}" / "model.safetensors") for n in ("released", "saved"))
+    assert new.keys() == other.keys()
+    for n, tensor in new.items():
+        torch.testing.assert_close(other[n], tensor, rtol=0, atol=1e-6)
+    scale(aligned=tmp_path / "saved", finetuned=tmp_path / "aligned", factor=0.5, output=tmp_path / "half", quiet=True)
+    halfway = mixtures.experts(transformers.Qwen3VLMoeForConditionalGeneration.from_pretrained(tmp_path / "half"))
+    ends = mixtures.experts(aligned), mixtures.experts(tuned)
+    for place, weight in halfway.items():
+        torch.testing.assert_close(weight, (ends[0][place] + ends[1][place]) / 2, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
