@@ -172,6 +172,23 @@ def test_lines_at_intervals_without_a_terminal(
     assert [duration(s) for s in (5, 75, 3725)] == ["0:05", "1:15", "1:02:05"]
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "model", "--output", "out", "--suite"], ["batch"], ["finish"], ["tune"], ["scale"], ["nonsense"],
+        ["report", "out", "--evaluation"], ["report", "out", "--output"], ["batch", "none.yaml", "--part"],
+        ["scale", "--factor"], ["batch", "none.yaml", "--parts"], ["inspect", "out", "--log-level"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_a_place_where_none_belongs_keeps_its_secrets(run: Any, argv: list[str], json_too: list[str]) -> None:
+    """Paths made of a URL have lost a slash; the parser of the command line repeats the words."""
+    status, out, err = run(*argv, "https://user:hunter2@host/x?token=hunter2", *json_too)
+    assert status == 2
+    assert "hunter2" not in out + err
+    assert "Traceback" not in err
+
+
 def test_log_level_stands_anywhere(run: Any, world: Any, trio: dict[str, Path]) -> None:
     out = world.root / "out"
     argv = ["safelora", *words(trio, *GATE), "--num-layers", "3", "--output", out, "--quiet"]
