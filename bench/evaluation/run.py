@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -25,6 +26,7 @@ from safeshard.manifests.evaluation import EvaluatedModel, Evaluation, Figure
 from safeshard.manifests.schema import load
 from safeshard.streamer.extras import require
 from safeshard.streamer.options import Folder, Options, Place, RunOptions, build
+from safeshard.streamer.plan.written.places import place_offences
 from safeshard.streamer.progress import Progress
 
 
@@ -43,8 +45,9 @@ class Evaluate(Options):
 
 
 def evaluate(
-    models: str | Sequence[str], *, prompts: Mapping[str, str] | str | None = None, suite: str | Path | Suite,
-    **options: Any,
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *,
+    prompts: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
+    suite: str | os.PathLike[str] | Suite, **options: Any,
 ) -> Evaluation:  # fmt: skip
     """Ask models the prompts of a suite and grade what they answer.
 
@@ -62,10 +65,11 @@ def evaluate(
         RunError: a model does not load, or answers failed. The same call goes on from there.
     """
     settings = build(Evaluate, {**options, "suite": suite.name if isinstance(suite, Suite) else str(suite)})
-    given = {"": prompts} if isinstance(prompts, str) else prompts or {}
+    files = {"": prompts} if isinstance(prompts, str | os.PathLike) else prompts or {}
     if not isinstance(suite, Suite):
-        suite = read_suite(suite, given, settings.grader_model)
-    named = [models] if isinstance(models, str) else list(models)
+        given = {part: os.fspath(file) for part, file in files.items()}
+        suite = read_suite(suite if isinstance(suite, str) else Path(suite), given, settings.grader_model)
+    named = [os.fspath(m) for m in ([models] if isinstance(models, str | os.PathLike) else models)]
     return Evaluating(dict(zip(display_names(named), named, strict=True)), suite, settings).run()
 
 
@@ -86,7 +90,7 @@ class Evaluating:
         self.engines = Engines(settings.engine, self.device, settings.batch_size)
         self.models = dict(models)
         self.failed = 0
-        offences = [*self._offences()]
+        offences = list(dict.fromkeys(self._offences()))
         self.prompts: dict[str, list[Prompt]] = {}
         try:
             self.prompts = dict(prompts) if prompts is not None else read_all(suite)
@@ -145,6 +149,9 @@ class Evaluating:
         if self.settings.aligned is not None:
             yield from self.engines.offences(self.settings.aligned, None)
         output = self.settings.output
+        if unusable := list(place_offences(output, ())):
+            yield from unusable
+            return
         filled = output.exists() and (not output.is_dir() or any(output.iterdir()))
         if filled and not (output / STORE).is_file():
             yield Offence("--output", str(output), "a new folder, or an evaluation's", "another one", "choose another")

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.disk import open_own
 
 FILE = "asked.jsonl"
+BEGIN = b'{"key": "'  # of each record
 
 
 class Store:
@@ -24,7 +26,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = (folder / FILE).open("a+b")
+        path = folder.resolve() / FILE
+        self._file: BinaryIO = os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -32,6 +35,12 @@ class Store:
             raise RequestError(
                 Offence("--output", str(folder), "a folder that no other run writes to", "one does", "wait for it")
             ) from None
+        if not BEGIN.startswith(begin := self._file.read(len(BEGIN))):
+            self._file.close()
+            got = f"one that begins with {begin!r}"
+            raise RequestError(
+                Offence(str(path), "", "a file of answers that safeshard wrote", got, "choose another folder")
+            )
         self._texts = self._read()
 
     def __enter__(self) -> Store:

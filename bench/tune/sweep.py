@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from safeshard.bench.evaluation.engines.open import Kind
@@ -66,6 +67,13 @@ class Sweep(Options):
     output: Folder
     engine: Kind = "transformers"
     batch_size: int = Field(default=16, gt=0)
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if not isinstance(value, dict | Other) and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise PydanticCustomError("share", "a share between 0 and 1, or {suite: another}")
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> Sweep:
