@@ -200,7 +200,7 @@ def _decide(
     module = modules.get(id(task))
     if module is None:
         module = _module(task, inputs, gate, cosine, given(job_run.job) if given is not None else "")
-    if job_run.measures:
+    if job_run.measures and job_run.has_factor(plan.name):  # else --rest decides now: lm_head waits for no strength
         job_run.measured(plan.name, [] if module.note else _measured(task, module, curves))
         return
     edit = task.job.edit(module)
