@@ -26,7 +26,6 @@ from safeshard.manifests.evaluation import EvaluatedModel, Evaluation, Figure
 from safeshard.manifests.schema import load
 from safeshard.streamer.extras import require
 from safeshard.streamer.options import Folder, Options, Place, RunOptions, build
-from safeshard.streamer.plan.written.places import place_offences
 from safeshard.streamer.progress import Progress
 
 
@@ -133,6 +132,8 @@ class Evaluating:
 
     def _offences(self) -> Iterator[Offence]:
         """What is wrong with models and output, before anything is loaded."""
+        from safeshard.streamer.plan.written.places import place_offences  # it needs torch
+
         if not self.models:
             yield Offence("evaluate", "", "a model", "none")
         for name, model in self.models.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.disk import open_own
+from safeshard.streamer.disk import clear_errors, open_own
 
 FILE = "asked.jsonl"
 BEGIN = b'{"key": "'  # of each record
@@ -26,7 +26,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder.resolve() / FILE
+        self._path = path = folder.resolve() / FILE
         self._file: BinaryIO = os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,11 +54,17 @@ class Store:
         return self._texts.get(key)
 
     def put(self, key: str, texts: Sequence[str]) -> None:
-        """Keep the texts of a batch, durably."""
+        """Keep the texts of a batch, durably.
+
+        Raises:
+            RunError: the disk is full, or cannot be written. What was kept before stays.
+        """
         self._texts[key] = list(texts)
-        self._file.write(json.dumps({"key": key, "texts": list(texts)}).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        left = memoryview(json.dumps({"key": key, "texts": list(texts)}).encode() + b"\n")
+        with clear_errors(self._path):
+            while left:  # nothing stays in a buffer, to fail once more when the file is closed
+                left = left[os.write(self._file.fileno(), left) :]
+            os.fsync(self._file.fileno())
 
     def _read(self) -> dict[str, list[str]]:
         """All whole records; the torn end of an interrupted run is cut off."""

@@ -21,7 +21,6 @@ from safeshard.manifests.evaluation import Evaluation, Figure, load_evaluation
 from safeshard.streamer.disk import replace_file
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.options import RunOptions, build
-from safeshard.streamer.plan.written.places import place_offences
 
 if TYPE_CHECKING:
     from safeshard.streamer.run.result import Result
@@ -52,6 +51,8 @@ class _Tuning:
     """One call of `tune`."""
 
     def __init__(self, sweep: Sweep, options: Mapping[str, Any]) -> None:
+        from safeshard.streamer.plan.written.places import place_offences  # it needs torch
+
         self.sweep, self.options, self.output = sweep, build(RunOptions, options), sweep.output
         self.settings, jobs = settings_of(sweep)
         self.jobs = {setting.folder: job for setting, job in zip(self.settings, jobs, strict=True)}

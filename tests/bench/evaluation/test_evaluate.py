@@ -204,6 +204,28 @@ def test_no_planted_link_is_followed(tmp_path: Path, models: list[str], ruled: R
     assert (tmp_path / "victim").read_text() == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has it")
+def test_a_full_disk_is_named(tmp_path: Path, models: list[str], ruled: Ruled, monkeypatch: pytest.MonkeyPatch) -> None:
+    ruled(rule)
+    written = os.write
+    full = os.open("/dev/full", os.O_WRONLY)
+
+    def torn(fd: int, data: Any) -> int:
+        """The disk takes ten bytes of the second record, then no more."""
+        count = written(fd, data[:10]) if calls == [1] else written(full, data) if len(calls) > 1 else written(fd, data)
+        calls.append(1)
+        return count
+
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", torn)
+        with pytest.raises(RunError, match=r"asked\.jsonl: the disk is full \(free some space"):
+            evaluate(models, suite=suite(), output=tmp_path / "out", batch_size=7, quiet=True)
+    os.close(full)
+    made = evaluate(models, suite=suite(), output=tmp_path / "out", batch_size=7, quiet=True)
+    assert made == evaluate(models, suite=suite(), output=tmp_path / "anew", batch_size=7, quiet=True)
+
+
 def test_no_pickle_is_opened(tmp_path: Path, tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not where other safetensors lie beside it, nor one of an adapter; no kernels are fetched."""
     opened: list[Any] = []
