@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safeshard.kernels.calibrated import grams
 from safeshard.kernels.calibrated.stacks import Operator, stacked
-from safeshard.manifests.errors import RequestError
+from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.schema import Manifest, load
 from safeshard.streamer import batch, calibrate, ridge, safedelta, verify
 from safeshard.streamer.cli.app import main
@@ -304,6 +304,16 @@ def test_modules_that_are_no_decoder_linears(llama: Any) -> None:
     assert all((got[name] == 0).all() for name in heads if "lora_B" in name)
     [entry] = [m for m in manifest_of(result).modules if m.name == "lm_head"]
     assert (entry.decision, entry.leak) == ("reverted", None)
+
+
+@pytest.mark.parametrize("given", [{"leak": 0.05}, {"penalty": 0.0}])
+def test_a_delta_whose_squares_overflow_is_named(llama: Any, given: dict[str, float]) -> None:
+    folder = llama.make_adapter("large")
+    pairs = load_file(folder / ADAPTER)
+    save_file({name: pair.float() * 1e15 for name, pair in pairs.items()}, folder / ADAPTER)
+    with pytest.raises(RunError, match=r"large: model\..*: the delta is too large for fp32"):
+        run(llama, "out", adapter=folder, **given)
+    assert not (llama.root / "out").exists()
 
 
 @pytest.mark.parametrize("rest", ["finetuned", "aligned"])
