@@ -140,6 +140,8 @@ class Evaluating:
             yield from self.engines.offences(model, self.settings.aligned)
             if self.settings.write_card and not (Path(model) / "manifest.json").is_file():
                 yield Offence("--write-card", name, "an output of safeshard", "no manifest.json")
+            elif self.settings.write_card:
+                yield from _unfit(Path(model))
             if not model.startswith(SCHEME) and any(part.harness for part in self.suite.parts):
                 require("lm_eval", "evaluate")
             elif any(part.harness for part in self.suite.parts):
@@ -216,6 +218,15 @@ class Evaluating:
         sealed = load(Path(model)).blake3 if (Path(model) / "manifest.json").is_file() else None
         base = self.settings.aligned if is_adapter(model) else None
         return EvaluatedModel(name=name, source=shown(model), base=base and shown(base), manifest_blake3=sealed)
+
+
+def _unfit(output: Path) -> Iterator[Offence]:
+    """What keeps figures from an output's card."""
+    for look in (load, card.read):
+        try:
+            look(output)
+        except RequestError as error:
+            yield from error.offences
 
 
 def read_all(suite: Suite) -> dict[str, list[Prompt]]:
