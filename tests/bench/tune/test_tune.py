@@ -153,6 +153,9 @@ def test_an_interrupted_tuning_goes_on(
     [
         ({"settings": []}, "give settings"), ({"settings": [{"method": "magic"}]}, "magic"),
         ({"settings": [{"method": "scale", "matrix": {"factor": [2.0, "x"]}}]}, "factor"),
+        ({"settings": [{"method": "scale", "factor": 0.5, "aligned": "x"}]}, "aligned: expected an option of the"),
+        ({"settings": [{"method": "scale", "matrix": {"output": ["x"]}}]}, "output: expected an option of the"),
+        ({"settings": [{"method": "scale", "factor": 0.5, "label": "x" * 300}]}, "File name too long"),
         ({"settings": [{"method": "scale", "factor": 0.5}, {"method": "scale", "factor": 0.5}]}, "each setting once"),
         ({"validation": 1.5}, "a share between"), ({"validation": "x"}, "validation: expected a share between"),
         ({"validation": float("nan")}, "validation: expected a share between"), ({"output": "x" * 300}, "a folder to"),
