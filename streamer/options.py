@@ -97,7 +97,7 @@ def local_path(option: str, value: str | os.PathLike[str]) -> Path:
 
 
 # Path("s3://b/x") has lost a slash. A single letter is no scheme.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z\d+.-]+)://|(hf|s3|gs|gcs|az|abfss?|r2|oss|https?|ftp|memory):/", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z\d+.-]+)://|(?!file:)[A-Za-z][A-Za-z\d+.-]+:/", re.IGNORECASE)
 _LOST_SLASH = re.compile(r"\b([A-Za-z][A-Za-z\d+.-]+):/(?=[^/\s])")
 REMOTE = "a local folder: write it there, then copy it (hf upload, aws s3 sync, gsutil rsync)"
 
