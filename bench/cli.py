@@ -21,7 +21,7 @@ from safeshard.bench.toy import experiment, table
 from safeshard.bench.toy import pictures as toy_pictures
 from safeshard.bench.toy.defences import WHOLE
 from safeshard.manifests.errors import Offence, RequestError
-from safeshard.streamer.cli.command import PATH, App
+from safeshard.streamer.cli.command import PATH, App, local_folder
 
 
 def _known_shape(name: str | None) -> str | None:
@@ -32,9 +32,15 @@ def _known_shape(name: str | None) -> str | None:
 
 app = App(no_args_is_help=True, help=__doc__)
 Folder = Annotated[
-    Path, typer.Option("--folder", metavar=PATH, help="where the models lie; they are made once and kept")
+    Path,
+    typer.Option(
+        "--folder", metavar=PATH, callback=local_folder, help="where the models lie; they are made once and kept"
+    ),
 ]
-Kept = Annotated[Path, typer.Option("--folder", metavar=PATH, help="where models and outputs go, and are kept")]
+Kept = Annotated[
+    Path,
+    typer.Option("--folder", metavar=PATH, callback=local_folder, help="where models and outputs go, and are kept"),
+]
 Shape = Annotated[str, typer.Option("--shape", help=" or ".join(models.SHAPES), callback=_known_shape)]
 KernelShape = Annotated[
     str | None,

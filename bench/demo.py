@@ -16,7 +16,7 @@ from safeshard.bench.tune.picture import pyplot
 from safeshard.bench.workers import import_libraries
 from safeshard.manifests.errors import Offence, RequestError, printable
 from safeshard.streamer.cli.app import main
-from safeshard.streamer.cli.command import PATH, App
+from safeshard.streamer.cli.command import PATH, App, local_folder
 
 MARKER = ".safeshard-demo"  # in a folder that the demo made, and may hence fill
 app = App(invoke_without_command=True, help=__doc__)
@@ -49,9 +49,10 @@ This is one seed, and seeds differ: the table over six of them, the hard ones to
 
 @app.callback()
 def demo(
-    folder: Annotated[Path, typer.Option(metavar=PATH, help="where models and outputs go, and are kept")] = Path(
-        "demo"
-    ),
+    folder: Annotated[
+        Path,
+        typer.Option(metavar=PATH, callback=local_folder, help="where models and outputs go, and are kept"),
+    ] = Path("demo"),
     seeds: Annotated[int, typer.Option(help="seeds 0 to N-1; the table shows means and ranges", min=1)] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="fewer settings, and no attack without a task")] = False,
     small: Annotated[

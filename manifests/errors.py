@@ -12,8 +12,9 @@ from itertools import islice
 MAX_LISTED = 20
 MAX_NAME = 120  # characters of a name among others
 MAX_PRINTED = 400
-_USERINFO = re.compile(r"(?<![\w+.-])([A-Za-z][A-Za-z\d+.-]*://)[^\s/?#'\"<>]*@(?=[^\s/?#])")
-_QUERY = re.compile(r"(?<![\w+.-])((?!file:)[A-Za-z][A-Za-z\d+.-]*://[^\s?#'\"<>]*)[?#][^\s'\"<>]*")
+_SCHEME = r"(?<![\w+.-])((?!file:)[A-Za-z](?:[A-Za-z\d+.-]*://|[A-Za-z\d+.-]+:/)"  # the last of a path, made of a URL
+_USERINFO = re.compile(_SCHEME + r")[^\s/?#'\"<>]*@(?=[^\s/?#])")
+_QUERY = re.compile(_SCHEME + r"[^\s?#'\"<>]*)[?#][^\s'\"<>]*")
 
 
 def printable(text: object, limit: int = MAX_PRINTED) -> str:
@@ -30,7 +31,7 @@ def printable(text: object, limit: int = MAX_PRINTED) -> str:
 
 def without_secrets(text: str) -> str:
     """`text` without the userinfo and the query of each URL in it: passwords, tokens and signatures are there."""
-    return _QUERY.sub(r"\1", _USERINFO.sub(r"\1", text)) if "://" in text else text
+    return _QUERY.sub(r"\1", _USERINFO.sub(r"\1", text)) if ":/" in text else text
 
 
 class SafeshardError(Exception):

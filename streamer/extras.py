@@ -34,10 +34,10 @@ def require(package: str, extra: str) -> Any:
         raise RequestError(Offence(package, "", "an installed package", str(error), remedy)) from error
 
 
-def require_transformers() -> Any:
+def require_transformers(extra: str = "calibration") -> Any:
     """Import and return `transformers`, which fetches no compiled kernels from the Hub, whatever a model may name.
 
     Where it is imported already, or the variable is set, that stays the user's decision.
     """
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    return require("transformers", "calibration")
+    return require("transformers", extra)

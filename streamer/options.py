@@ -49,8 +49,10 @@ def local(value: Any) -> Any:
 def output_place(value: Any) -> Any:
     """Where an output goes: a local path, expanded, or the URL of a place afar, as text."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(text, str) or not (match := _SCHEME.match(text)) or (match[1] or "").lower() == "file":
-        return Path(path) if isinstance(path := local(value), str) else path
+    if not isinstance(text, str):  # bytes of YAML would else become text, and as text a place afar
+        raise PydanticCustomError("path_type", EXPECTED["path_type"])
+    if not (match := _SCHEME.match(text)) or (match[1] or "").lower() == "file":
+        return Path(local(text))
     url = _LOST_SLASH.sub(r"\1://", text, count=1).rstrip("/")
     scheme, _, rest = url.partition("://")
     wanted = _REPOSITORY if scheme == "hf" else _PREFIX if scheme in ("s3", "gs", "az") else None
@@ -95,7 +97,7 @@ def local_path(option: str, value: str | os.PathLike[str]) -> Path:
 
 
 # Path("s3://b/x") has lost a slash. A single letter is no scheme.
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z\d+.-]+)://|(hf|s3|gs|gcs|az|abfss?|r2|oss|https?|ftp|memory):/", re.IGNORECASE)
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z\d+.-]+)://|(?!file:)[A-Za-z][A-Za-z\d+.-]+:/", re.IGNORECASE)
 _LOST_SLASH = re.compile(r"\b([A-Za-z][A-Za-z\d+.-]+):/(?=[^/\s])")
 REMOTE = "a local folder: write it there, then copy it (hf upload, aws s3 sync, gsutil rsync)"
 
@@ -119,6 +121,7 @@ EXPECTED = {  # by pydantic's type of error, where its own message does not go o
     "path_type": "a path",
     "string_too_short": "a place",  # no other text has a least length
     "too_long": "at most {max_length} values",
+    "too_short": "at least {min_length} of them",
 }
 
 

@@ -21,11 +21,13 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from safeshard.manifests.bounded import TooLargeError, read_regular, refuse_many
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.extras import require
 from safeshard.streamer.options import Folder, Options
 
 MAX_BYTES = 256 << 20
+LISTED = 10  # of records that are wrong; a file of another kind has thousands
 BUILT_IN = {"refusals": "refusals.jsonl", "borderline": "borderline.jsonl"}
 ASKED = ("prompt", "instruction", "question", "goal", "Goal", "Behavior", "behavior", "text", "dialogue")
 EXPECTED = ("target", "answer", "output", "completion", "response", "summary")
@@ -103,12 +105,18 @@ def read_prompts(source: Prompts, where: str, system: str | None = None) -> list
         records = _hub(source, where)
     else:
         records = _file(_path(source, where), where)
-    found, offences = [], []
-    for place, record in records[: source.limit]:
+    found: list[Prompt] = []
+    offences: list[Offence] = []
+    wrong = 0
+    for place, record in (taken := records[: source.limit]):
         try:
             found.append(_prompt(record, source, system))
         except ValueError as error:
-            offences.append(Offence(place, "", str(error), repr(record)[:80]))
+            wrong += 1
+            if len(offences) < LISTED:
+                offences.append(Offence(place, "", str(error), repr(record)[:80]))
+    if wrong > len(offences):
+        offences.append(Offence(where, source.source, "prompts", f"{wrong} of {len(taken)} records that are none"))
     if offences:
         raise RequestError(offences)
     if not found:
@@ -134,9 +142,10 @@ def _file(path: Path, where: str) -> list[tuple[str, Any]]:
     try:
         if not path.is_file():
             raise FileNotFoundError(2, "no such file" if not path.exists() else "not a regular file")
-        if path.stat().st_size > MAX_BYTES:
-            raise RequestError(Offence(str(path), "", f"at most {MAX_BYTES} bytes", f"{path.stat().st_size}"))
-        text = path.read_text(encoding="utf-8-sig")
+        data = read_regular(path, MAX_BYTES)
+        text = data.decode("utf-8-sig")
+    except TooLargeError as error:
+        raise RequestError(Offence(str(path), "", f"at most {MAX_BYTES} bytes", str(error.args[1]))) from None
     except OSError as error:
         raise RequestError(Offence(where, "prompts", f"a readable file {path}", error.strerror or str(error))) from None
     except UnicodeDecodeError as error:
@@ -145,6 +154,7 @@ def _file(path: Path, where: str) -> list[tuple[str, Any]]:
         if path.suffix == ".csv":
             return [(f"{path}:{line}", record) for line, record in _csv(text)]
         if path.suffix in (".json", ".jsonl"):
+            refuse_many(data)
             return [(f"{path}:{line}", record) for line, record in _json(text)]
     except (ValueError, RecursionError, csv.Error) as error:
         raise RequestError(Offence(str(path), "", f"valid {path.suffix[1:].upper()}", str(error))) from None
@@ -184,6 +194,15 @@ def _hub(source: Prompts, where: str) -> list[tuple[str, Any]]:
 
 
 def _prompt(record: Any, source: Prompts, system: str | None) -> Prompt:
+    prompt = _read(record, source, system)
+    try:
+        "".join([*(text for turn in prompt.messages for text in turn), prompt.target]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("text without lone surrogates") from None
+    return prompt
+
+
+def _read(record: Any, source: Prompts, system: str | None) -> Prompt:
     if not isinstance(record, Mapping):
         raise ValueError("a record of named fields")
     first: tuple[Message, ...] = (("system", system),) if system else ()

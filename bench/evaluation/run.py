@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -43,8 +44,9 @@ class Evaluate(Options):
 
 
 def evaluate(
-    models: str | Sequence[str], *, prompts: Mapping[str, str] | str | None = None, suite: str | Path | Suite,
-    **options: Any,
+    models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], *,
+    prompts: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str] | None = None,
+    suite: str | os.PathLike[str] | Suite, **options: Any,
 ) -> Evaluation:  # fmt: skip
     """Ask models the prompts of a suite and grade what they answer.
 
@@ -62,10 +64,11 @@ def evaluate(
         RunError: a model does not load, or answers failed. The same call goes on from there.
     """
     settings = build(Evaluate, {**options, "suite": suite.name if isinstance(suite, Suite) else str(suite)})
-    given = {"": prompts} if isinstance(prompts, str) else prompts or {}
+    files = {"": prompts} if isinstance(prompts, str | os.PathLike) else prompts or {}
     if not isinstance(suite, Suite):
-        suite = read_suite(suite, given, settings.grader_model)
-    named = [models] if isinstance(models, str) else list(models)
+        given = {part: os.fspath(file) for part, file in files.items()}
+        suite = read_suite(suite if isinstance(suite, str) else Path(suite), given, settings.grader_model)
+    named = [os.fspath(m) for m in ([models] if isinstance(models, str | os.PathLike) else models)]
     return Evaluating(dict(zip(display_names(named), named, strict=True)), suite, settings).run()
 
 
@@ -86,7 +89,7 @@ class Evaluating:
         self.engines = Engines(settings.engine, self.device, settings.batch_size)
         self.models = dict(models)
         self.failed = 0
-        offences = [*self._offences()]
+        offences = list(dict.fromkeys(self._offences()))
         self.prompts: dict[str, list[Prompt]] = {}
         try:
             self.prompts = dict(prompts) if prompts is not None else read_all(suite)
@@ -129,12 +132,16 @@ class Evaluating:
 
     def _offences(self) -> Iterator[Offence]:
         """What is wrong with models and output, before anything is loaded."""
+        from safeshard.streamer.plan.written.places import place_offences  # it needs torch
+
         if not self.models:
             yield Offence("evaluate", "", "a model", "none")
         for name, model in self.models.items():
             yield from self.engines.offences(model, self.settings.aligned)
             if self.settings.write_card and not (Path(model) / "manifest.json").is_file():
                 yield Offence("--write-card", name, "an output of safeshard", "no manifest.json")
+            elif self.settings.write_card:
+                yield from _unfit(Path(model))
             if not model.startswith(SCHEME) and any(part.harness for part in self.suite.parts):
                 require("lm_eval", "evaluate")
             elif any(part.harness for part in self.suite.parts):
@@ -145,6 +152,9 @@ class Evaluating:
         if self.settings.aligned is not None:
             yield from self.engines.offences(self.settings.aligned, None)
         output = self.settings.output
+        if unusable := list(place_offences(output, ())):
+            yield from unusable
+            return
         filled = output.exists() and (not output.is_dir() or any(output.iterdir()))
         if filled and not (output / STORE).is_file():
             yield Offence("--output", str(output), "a new folder, or an evaluation's", "another one", "choose another")
@@ -208,6 +218,15 @@ class Evaluating:
         sealed = load(Path(model)).blake3 if (Path(model) / "manifest.json").is_file() else None
         base = self.settings.aligned if is_adapter(model) else None
         return EvaluatedModel(name=name, source=shown(model), base=base and shown(base), manifest_blake3=sealed)
+
+
+def _unfit(output: Path) -> Iterator[Offence]:
+    """What keeps figures from an output's card."""
+    for look in (load, card.read):
+        try:
+            look(output)
+        except RequestError as error:
+            yield from error.offences
 
 
 def read_all(suite: Suite) -> dict[str, list[Prompt]]:

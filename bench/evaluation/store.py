@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safeshard.manifests.errors import Offence, RequestError
+from safeshard.streamer.disk import clear_errors, open_own
 
 FILE = "asked.jsonl"
+BEGIN = b'{"key": "'  # of each record
 
 
 class Store:
@@ -24,7 +26,8 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = (folder / FILE).open("a+b")
+        self._path = path = folder.resolve() / FILE
+        self._file: BinaryIO = os.fdopen(open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "r+b")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -32,6 +35,12 @@ class Store:
             raise RequestError(
                 Offence("--output", str(folder), "a folder that no other run writes to", "one does", "wait for it")
             ) from None
+        if not BEGIN.startswith(begin := self._file.read(len(BEGIN))):
+            self._file.close()
+            got = f"one that begins with {begin!r}"
+            raise RequestError(
+                Offence(str(path), "", "a file of answers that safeshard wrote", got, "choose another folder")
+            )
         self._texts = self._read()
 
     def __enter__(self) -> Store:
@@ -45,11 +54,17 @@ class Store:
         return self._texts.get(key)
 
     def put(self, key: str, texts: Sequence[str]) -> None:
-        """Keep the texts of a batch, durably."""
+        """Keep the texts of a batch, durably.
+
+        Raises:
+            RunError: the disk is full, or cannot be written. What was kept before stays.
+        """
         self._texts[key] = list(texts)
-        self._file.write(json.dumps({"key": key, "texts": list(texts)}).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        left = memoryview(json.dumps({"key": key, "texts": list(texts)}).encode() + b"\n")
+        with clear_errors(self._path):
+            while left:  # nothing stays in a buffer, to fail once more when the file is closed
+                left = left[os.write(self._file.fileno(), left) :]
+            os.fsync(self._file.fileno())
 
     def _read(self) -> dict[str, list[str]]:
         """All whole records; the torn end of an interrupted run is cut off."""

@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from safeshard.bench.evaluation.graders import AnyGrader
@@ -38,13 +38,28 @@ from safeshard.streamer.options import Finite, Folder, Options, build
 from safeshard.streamer.plan.request.yaml_file import read_yaml
 
 BUILT_IN = Path(__file__).parent / "suites"
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]{0,63}$")]
+LEAST_TEMPERATURE = 0.001  # below some 1e-38 scores overflow, long before that the draw is greedy
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", value):
+        raise PydanticCustomError("name", "a name of at most 64 letters, digits, dots, hyphens and underscores")
+    return value
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise PydanticCustomError("temperature", f"0, which is greedy, or at least {LEAST_TEMPERATURE}")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
 
 
 class Sampling(Options):
     """How answers are drawn."""
 
-    temperature: Finite = Field(default=0.0, ge=0, description="0 is greedy")
+    temperature: Annotated[Finite, AfterValidator(_temperature)] = Field(default=0.0, ge=0, description="0 is greedy")
     top_k: int | None = Field(default=None, gt=0)
     top_p: Finite | None = Field(default=None, gt=0, le=1)
     max_tokens: int = Field(default=512, gt=0, description="of an answer")

@@ -15,6 +15,7 @@ from safeshard.bench.tune import picture
 from safeshard.bench.tune.report import ALIGNED, TUNED, Tuned
 from safeshard.bench.tune.rule import Choice, Point, decide
 from safeshard.bench.tune.sweep import SETTINGS, Other, Setting, Sweep, read_sweep, settings_of, split
+from safeshard.manifests.bounded import read_regular
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.manifests.evaluation import Evaluation, Figure, load_evaluation
 from safeshard.streamer.disk import replace_file
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from safeshard.streamer.run.result import Result
 
 DEFENDED, JOBS, RESULT = "defended", "jobs.yaml", "tune.json"
+MAX_JOBS_BYTES = 64 << 20
 FREE = 0.8  # of the room on the disk that outputs to choose from may take
 
 
@@ -49,6 +51,8 @@ class _Tuning:
     """One call of `tune`."""
 
     def __init__(self, sweep: Sweep, options: Mapping[str, Any]) -> None:
+        from safeshard.streamer.plan.written.places import place_offences  # it needs torch
+
         self.sweep, self.options, self.output = sweep, build(RunOptions, options), sweep.output
         self.settings, jobs = settings_of(sweep)
         self.jobs = {setting.folder: job for setting, job in zip(self.settings, jobs, strict=True)}
@@ -60,8 +64,10 @@ class _Tuning:
             self.validation, self.test = split(read_all(self.suite), sweep.validation)
         self.given = {ALIGNED: sweep.aligned, TUNED: sweep.tuned}
         offences = list(dict.fromkeys(o for suite in (self.suite, self.trial) for o in _lacking(suite)))
-        filled = self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
-        if filled and not (self.output / JOBS).is_file():
+        unusable = list(place_offences(self.output, ()))
+        offences += unusable
+        filled = not unusable and self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir()))
+        if filled and not _is_tuning(self.output):
             offences.append(
                 Offence("output", str(self.output), "a new folder, or a tuning's", "another", "choose another")
             )
@@ -154,6 +160,15 @@ class _Tuning:
              "batch_size": sweep.batch_size, "device": self.options.device, "quiet": self.options.quiet},
         )  # fmt: skip
         return Evaluating(models, suite, settings, prompts)
+
+
+def _is_tuning(folder: Path) -> bool:
+    """Whether a folder is a tuning's: its jobs file, which will be replaced, is one that `tune` wrote."""
+    try:
+        jobs = json.loads(read_regular(folder / JOBS, MAX_JOBS_BYTES))["jobs"]
+        return bool(jobs) and all(Path(job["output"]).parent.name == SETTINGS for job in jobs)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def _lacking(suite: Suite) -> list[Offence]:

@@ -22,13 +22,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from safeshard.bench.evaluation.engines.open import Kind
@@ -42,6 +43,7 @@ from safeshard.streamer.plan.request.yaml_file import read_yaml
 
 FACTORS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 SETTINGS = "settings"  # the folder of the outputs to choose from
+_OF_THE_SWEEP = {"aligned", "adapter", "finetuned", "output", "push"}  # else settings could not be compared
 
 
 class Other(Options):
@@ -66,6 +68,13 @@ class Sweep(Options):
     output: Folder
     engine: Kind = "transformers"
     batch_size: int = Field(default=16, gt=0)
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        if not isinstance(value, dict | Other) and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise PydanticCustomError("share", "a share between 0 and 1, or {suite: another}")
+        return value
 
     @model_validator(mode="after")
     def _whole(self) -> Sweep:
@@ -137,6 +146,8 @@ def _defaults(sweep: Sweep) -> dict[str, Any]:
 def _expand(sweep: Sweep, name: str, entry: Mapping[str, Any]) -> Iterator[Setting]:
     matrix = entry.get("matrix", {})
     method, label = str(entry.get("method")), str(entry.get("label", entry.get("method")))
+    if common := sorted(_OF_THE_SWEEP & {*entry, *(matrix if isinstance(matrix, dict) else ())}):
+        raise RequestError([Offence(name, key, "an option of the method", "one of the whole sweep") for key in common])
     own = {key: value for key, value in entry.items() if key not in ("matrix", "label")}
     if not isinstance(matrix, dict) or not all(isinstance(values, list) and values for values in matrix.values()):
         raise RequestError(Offence(name, method, "matrix: lists of values by option", repr(matrix)[:80]))

@@ -11,6 +11,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 
+from safeshard.manifests.errors import without_secrets
 from safeshard.streamer import loading
 from safeshard.streamer.cli import jobs, written  # noqa: F401  # they add their commands
 from safeshard.streamer.cli.process import fail_json, guarded
@@ -48,16 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str], as_json: bool) -> None:
     """Run the command; where stdout is for JSON, a wrong command line becomes JSON too."""
-    if not as_json:
-        app(args=arguments, prog_name="safeshard")
-        return
     try:
         status = app(args=arguments, prog_name="safeshard", standalone_mode=False)
     except Exception as error:
         if not hasattr(error, "format_message"):  # of the parser's own errors, which typer keeps to itself
             raise
+        error.message = without_secrets(error.message)  # type: ignore[attr-defined]  # words that were typed, as they were
         error.show()  # type: ignore[attr-defined]
-        fail_json(error.format_message(), 2, "usage")
+        if as_json:
+            fail_json(error.format_message(), 2, "usage")
         sys.exit(2)
     sys.exit(status or 0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -12,11 +13,17 @@ from typer.core import TyperCommand, TyperGroup
 
 from safeshard.manifests.errors import Offence, RequestError
 from safeshard.streamer.methods import METHODS
+from safeshard.streamer.options import local_path
 
 F = TypeVar("F", bound=Callable[..., Any])
 PLACE, PATH = "PLACE", "PATH"  # the metavars of options that name a model or data, or what to write
 PLOT = "[FILE.svg|FILE.png]"  # the metavar of an option that draws into a file, or on the terminal without one
 ON_TERMINAL = "-"
+
+
+def local_folder(value: Path) -> Path:
+    """A callback for a folder of this machine: a URL would become one called `s3:`."""
+    return local_path("--folder", value)
 
 
 class App(typer.Typer):

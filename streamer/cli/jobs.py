@@ -28,7 +28,8 @@ def _method_command(method: str) -> None:
         _done([getattr(api, method)(**options)], options, json)
 
     model = METHODS[method]
-    details = f"{(model.__doc__ or '').strip().splitlines()[0]} {model.paper}"
+    first, _, _ = (model.__doc__ or "").strip().partition("\n")  # none under python -OO
+    details = f"{first} {model.paper}"
     app.command(method, help=help_of(getattr(api, method), details))(takes(model, RunOptions)(command))
 
 

@@ -58,4 +58,4 @@ def say(text: str, as_json: bool) -> None:
 
 def help_of(function: Callable[..., Any], *paragraphs: str) -> str:
     """The first line of a public function, for the list of commands, and what follows where one is asked about."""
-    return "\n\n".join([(function.__doc__ or "").splitlines()[0], *paragraphs])
+    return "\n\n".join([(function.__doc__ or "").partition("\n")[0], *paragraphs])

@@ -172,7 +172,7 @@ class JobPlan:
     finished: Manifest | None = None  # of an output that an interrupted batch has completed already
     has_journal: bool = False  # whether an interrupted run left its journal where the output is to be
     part: Part | None = None  # what it is restricted to: a share of the modules and copies
-    shared: int = 0  # of how many modules that is a share
+    shared: int = 0  # of how many modules that is a share; where a strength follows from measuring, of those measured
 
     def sources(self) -> list[Source]:
         """Everything that is read from."""

@@ -125,4 +125,5 @@ def _kept(plan: JobPlan, part: Part, modules: Collection[str], copies: Collectio
     names = {name for module in kept.values() for name in module.outputs} | {copy.name for copy in taken}
     tables = {f.name: [(n, r.dtype, r.shape) for n, r in f.tensors.items() if n in names] for f in plan.files}
     files = [output_file(name, tensors) for name, tensors in tables.items() if tensors]
-    return replace(plan, modules=kept, copies=taken, files=files, side_files=[], part=part, shared=len(plan.modules))
+    measured = [name for name in plan.modules if plan.job.target_leak is None or JobRun(plan).has_factor(name)]
+    return replace(plan, modules=kept, copies=taken, files=files, side_files=[], part=part, shared=len(measured))

@@ -104,7 +104,7 @@ def test_an_output_that_no_path_can_hold(output: str) -> None:
         scale(aligned="a", adapter="b", factor=0.5, output=output)
 
 
-@pytest.mark.parametrize("name", ["x" * 250, "x/" * 3000])
+@pytest.mark.parametrize("name", ["x" * 250, "x/" * 3000, "new/" + "x" * 250, "x" * 300 + "/out"])
 def test_an_output_with_too_long_a_name(world: Any, name: str) -> None:
     given = world.trio()
     with pytest.raises(RequestError, match="a folder to write, got File name too long"):

@@ -238,7 +238,9 @@ def test_patterns_have_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(pattern.fullmatch("aaa") for _ in range(10))
 
 
-@pytest.mark.parametrize("place", ["s3://bucket/x", "hf://me/x", "gs://b/x", "https://user:secret@host/x", "S3://b/x"])
+@pytest.mark.parametrize(
+    "place", ["s3://bucket/x", "hf://me/x", "gs://b/x", "https://user:secret@host/x", "S3://b/x", "sftp://h/x"]
+)
 def test_a_place_afar_for_what_stays_here_is_refused(world: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors, tables and pages go to this machine's disk, given as text or as a path; no folder `s3:` comes of it."""
     monkeypatch.chdir(world.root)

@@ -16,6 +16,7 @@ from safeshard.bench.evaluation.suite import Sampling
 from safeshard.manifests.errors import Offence
 
 Kind = Literal["transformers", "vllm"]
+WEIGHTS = "adapter_model.safetensors"
 
 
 class Engines:
@@ -64,6 +65,8 @@ class Engines:
         elif is_adapter(model):
             if aligned is None:
                 yield Offence(model, ADAPTER, "the model that the adapter is for", "none", "--aligned MODEL")
+            if not (folder / WEIGHTS).is_file():  # PEFT would open a pickle
+                yield Offence(model, "", WEIGHTS, "none")
         elif not (folder / "config.json").is_file():
             yield Offence(model, "", f"config.json or {ADAPTER}", "neither")
         elif not any(folder.glob("*.safetensors")):

@@ -17,7 +17,7 @@ from safeshard.bench.evaluation.engines.base import Answer
 from safeshard.bench.evaluation.prompts import Message
 from safeshard.bench.evaluation.suite import Sampling
 from safeshard.manifests.errors import RunError, printable
-from safeshard.streamer.extras import require
+from safeshard.streamer.extras import require, require_transformers
 
 ADAPTER = "adapter_config.json"
 
@@ -35,7 +35,7 @@ class Loader:
         Raises:
             RunError: it does not load.
         """
-        transformers = require("transformers", "evaluate")
+        transformers = require_transformers("evaluate")
         transformers.utils.logging.disable_progress_bar()  # there is one bar, over answers
         transformers.utils.logging.set_verbosity_error()
         adapter = aligned if (Path(model) / ADAPTER).is_file() else None
@@ -55,8 +55,9 @@ class Loader:
             gc.collect()
             name, _, revision = place.removeprefix("hf://").partition("@")
             self._base = transformers.AutoModelForCausalLM.from_pretrained(
-                name, revision=revision or None, dtype="auto", attn_implementation="sdpa", trust_remote_code=False
-            ).to(self.device)
+                name, revision=revision or None, dtype="auto", attn_implementation="sdpa", trust_remote_code=False,
+                use_safetensors=True,
+            ).to(self.device)  # fmt: skip
             self._place = place
         return self._base
 
@@ -122,7 +123,7 @@ def _tokenizer(transformers: Any, model: str, adapter_on: str | None) -> Any:
 
 
 def _settings(own: Any, tokenizer: Any, sampling: Sampling) -> Any:
-    transformers = require("transformers", "evaluate")
+    transformers = require_transformers("evaluate")
     drawn = {
         "do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k or 0,
         "top_p": sampling.top_p or 1.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -126,6 +127,9 @@ def place_offences(output: Path, inputs: Iterable[str]) -> Iterator[Offence]:
         got = "" if os.access(parent, os.W_OK | os.X_OK) else f"no right to write to {parent}"
         if not parent.is_dir():
             got = f"{parent} is a file"
+        longest = max(len(os.fsencode(name)) for name in staging_of(path).relative_to(parent).parts)
+        if parent.is_dir() and longest > os.pathconf(parent, "PC_NAME_MAX"):
+            got = os.strerror(errno.ENAMETOOLONG)  # below a folder that is yet to be made the system does not say so
     except OSError as error:  # too long, not permitted
         got = error.strerror or "none"
     if got:

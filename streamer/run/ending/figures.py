@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +18,7 @@ from safeshard.streamer.tensor_names import by_layer
 SUFFIXES = (".svg", ".png", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 BINS = 24
+FARTHEST = 1e9  # cosines, shares and leaks are far from it
 
 
 def check_plot(file: Path, overwrite: bool) -> None:
@@ -30,9 +31,9 @@ def draw_values(models: Mapping[str, Mapping[str, float | None]], name: str, fil
     """Draw values of modules by model: how they are distributed, and by layer, medians joined, ranges shaded."""
     figure = require("matplotlib.figure", "report").Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    every = [value for values in models.values() for value in values.values() if value is not None]
-    bounds = (min(every), max(every)) if every else None
-    for n, (model, values) in enumerate(models.items()):
+    shown = {model: _drawable(values) for model, values in models.items()}
+    bounds = _bounds([value for values in shown.values() for value in values.values() if value is not None])
+    for n, (model, values) in enumerate(shown.items()):
         known = [value for value in values.values() if value is not None]
         layers = {int(k): sorted(v) for k, v in by_layer(values).items() if k != "other"}
         style = {"color": COLOURS[n % len(COLOURS)], "label": _plain(model)}
@@ -49,6 +50,20 @@ def draw_values(models: Mapping[str, Mapping[str, float | None]], name: str, fil
     if len(models) > 1:
         right.legend(fontsize=8)
     write_figure(figure, file)
+
+
+def _drawable(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Values held within what any axis shows: a manifest of others may say 1e308."""
+    return {name: None if value is None else min(max(value, -FARTHEST), FARTHEST) for name, value in values.items()}
+
+
+def _bounds(values: Sequence[float]) -> tuple[float, float] | None:
+    """The range to count in; wide enough to have bins where values differ by their last digits alone."""
+    if not values:
+        return None
+    low, high = min(values), max(values)
+    least = 1e-6 * max(1.0, abs(low), abs(high))
+    return (low, high) if high - low > least else (low - least, high + least)
 
 
 def _plain(name: str) -> str:

@@ -18,6 +18,7 @@ from safeshard.kernels.calibrated.factor import Factor
 from safeshard.kernels.calibrated.grams import Grams
 from safeshard.kernels.gate import Gate, dense_gate, lora_gate
 from safeshard.kernels.merge import Sum
+from safeshard.manifests.errors import RunError
 from safeshard.manifests.schema import Fallback, ModuleEntry
 from safeshard.streamer.clock import Clock
 from safeshard.streamer.device import Arrivals, memory_errors, relieved
@@ -25,6 +26,7 @@ from safeshard.streamer.inputs.codecs.base import Encoded
 from safeshard.streamer.inputs.read import Read, Step
 from safeshard.streamer.methods.base import Edit, Job, Lora, Module
 from safeshard.streamer.methods.shared.served import merged, served
+from safeshard.streamer.plan.job_plan import ModulePlan
 from safeshard.streamer.run.flow.effects import effect
 from safeshard.streamer.run.flow.on_device import Inputs
 from safeshard.streamer.run.flow.strips import compute_strips
@@ -200,8 +202,10 @@ def _decide(
     module = modules.get(id(task))
     if module is None:
         module = _module(task, inputs, gate, cosine, given(job_run.job) if given is not None else "")
-    if job_run.measures and job_run.has_factor(plan.name):  # --rest decides on all others, whatever the strength
-        job_run.measured(plan.name, [] if module.note else _measured(task, module, curves))
+    if job_run.measures and job_run.has_factor(plan.name):  # else --rest decides now: lm_head waits for no strength
+        curve = [] if module.note else _measured(task, module, curves)
+        _refuse_overflow(plan, curve)
+        job_run.measured(plan.name, curve)
         return
     edit = task.job.edit(module)
     if "weight" in plan.writes and "weight" not in edit.tensors:
@@ -220,10 +224,22 @@ def _decide(
         together.measure(left, decide)
 
     def decide(products: Sequence[float]) -> None:
+        _refuse_overflow(plan, [value for value in fields.values() if isinstance(value, float)])
         entry = ModuleEntry(name=plan.name, decision=edit.decision, effect=effect(*products), **fields)
         job_run.decide(plan.name, entry.model_dump(mode="json", exclude_none=True))
 
     together.write(edit, write)
+
+
+def _refuse_overflow(plan: ModulePlan, values: Sequence[float]) -> None:
+    """Refuse a module whose numbers, finite as they are, have squares that fp32 cannot hold: nothing is known of it.
+
+    Raises:
+        RunError: some of `values`, which were measured or decided, is none.
+    """
+    if not all(map(math.isfinite, values)):
+        problem = f"{plan.finetuned.source.spec}: {plan.name}: the delta is too large for fp32: what it does overflows"
+        raise RunError(problem, "mend the fine-tuned model, then run again")
 
 
 def _measured(task: ModuleTask, module: Module, curves: dict[Hashable, list[float]]) -> list[float]:

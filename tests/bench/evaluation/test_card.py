@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from huggingface_hub import ModelCard
 
 from safeshard import streamer
 from safeshard.bench.evaluation import evaluate
 from safeshard.bench.evaluation.suite import Suite
-from safeshard.manifests import load
+from safeshard.manifests import RequestError, load
 
 SUITE = Suite.model_validate(
     {
@@ -51,3 +52,31 @@ def test_the_card_of_an_output(tmp_path: Path, tiny: dict[str, str]) -> None:
     evaluate(str(out), write_card=True, **request)
     assert (out / "README.md").read_text() == text
     assert streamer.verify(out) == []
+
+
+def spoil(card: Path, content: bytes | None) -> None:
+    card.unlink()
+    if content is None:
+        card.symlink_to("/dev/zero")
+    elif content:
+        card.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", None, b"\xff\xfe", b"---\na: [\n---\nx", b"---\n- 1\n---\nx", b"---\nmodel-index: 3\n---\nx"],
+)
+def test_a_card_that_takes_no_figures_is_refused_before_any_work(
+    tmp_path: Path, tiny: dict[str, str], content: bytes | None
+) -> None:
+    """Missing, a link, no text, or a front matter that the Hub's library cannot read."""
+    out = tmp_path / "defended"
+    streamer.scale(aligned=tiny["aligned"], adapter=tiny["adapter"], output=out, factor=0.5, quiet=True)
+    spoil(out / "README.md", content)
+    with pytest.raises(RequestError, match=r"README\.md: expected a model card to write figures into"):
+        evaluate(str(out), suite=SUITE, aligned=tiny["aligned"], output=tmp_path / "results", write_card=True)
+    assert not (tmp_path / "results").exists()
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"manifest\.json") as refused:
+        evaluate(str(out), suite=SUITE, aligned=tiny["aligned"], output=tmp_path / "results", write_card=True)
+    assert "README.md" in str(refused.value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,99 @@ def test_models_and_outputs_that_are_none(tmp_path: Path, models: list[str]) -> 
     with pytest.raises(RequestError, match="8 without"):
         evaluate(models, suite=bare, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_places_may_be_paths(tmp_path: Path, models: list[str], ruled: Ruled) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "question 1", "target": "7"}\n')
+    ruled(rule)
+    request: dict[str, Any] = {"suite": "utility", "quiet": True}
+    text = evaluate(models, prompts=str(tmp_path / "prompts.jsonl"), output=str(tmp_path / "a"), **request)
+    paths = [Path(model) for model in models]
+    assert evaluate(paths, prompts=tmp_path / "prompts.jsonl", output=tmp_path / "b", **request) == text
+    alone = evaluate(paths[0], prompts={"": tmp_path / "prompts.jsonl"}, output=tmp_path / "c", **request)
+    assert [figure.model for figure in alone.figures] == ["good"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path, models: list[str]) -> None:
+    (tmp_path / "file").touch()
+    for name in ("x" * 300, "file/out"):
+        with pytest.raises(RequestError, match=r"--output: .*a folder to write"):
+            evaluate(models, suite=suite(), output=tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["my own notes\n", '{"key": 3}\n', '{"keys": "', "[]"])
+def test_a_file_of_answers_that_is_not_ours_is_left_alone(
+    tmp_path: Path, models: list[str], ruled: Ruled, text: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "asked.jsonl").write_text(text)
+    ruled(rule)
+    with pytest.raises(RequestError, match=r"asked\.jsonl: expected a file of answers that safeshard wrote"):
+        evaluate(models, suite=suite(), output=tmp_path / "out", quiet=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["asked.jsonl"]
+    assert (tmp_path / "out" / "asked.jsonl").read_text() == text
+
+
+@pytest.mark.parametrize("torn", ["", '{"ke', '{"key": "12", "te'])
+def test_the_torn_beginning_of_answers_is_ours(tmp_path: Path, models: list[str], ruled: Ruled, torn: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "asked.jsonl").write_text(torn)
+    (tmp_path / "link").symlink_to("out")  # as to a larger disk
+    ruled(rule)
+    made = evaluate(models, suite=suite(), output=tmp_path / "link", quiet=True)
+    assert load_evaluation(tmp_path / "out") == made
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_no_planted_link_is_followed(tmp_path: Path, models: list[str], ruled: Ruled, link: Any) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "victim").write_text("")
+    link(tmp_path / "out" / "asked.jsonl", tmp_path / "victim")
+    ruled(rule)
+    with pytest.raises(RequestError, match="a file of safeshard's own"):
+        evaluate(models, suite=suite(), output=tmp_path / "out", quiet=True)
+    assert (tmp_path / "victim").read_text() == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has it")
+def test_a_full_disk_is_named(tmp_path: Path, models: list[str], ruled: Ruled, monkeypatch: pytest.MonkeyPatch) -> None:
+    ruled(rule)
+    written = os.write
+    full = os.open("/dev/full", os.O_WRONLY)
+
+    def torn(fd: int, data: Any) -> int:
+        """The disk takes ten bytes of the second record, then no more."""
+        count = written(fd, data[:10]) if calls == [1] else written(full, data) if len(calls) > 1 else written(fd, data)
+        calls.append(1)
+        return count
+
+    calls: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", torn)
+        with pytest.raises(RunError, match=r"asked\.jsonl: the disk is full \(free some space"):
+            evaluate(models, suite=suite(), output=tmp_path / "out", batch_size=7, quiet=True)
+    os.close(full)
+    made = evaluate(models, suite=suite(), output=tmp_path / "out", batch_size=7, quiet=True)
+    assert made == evaluate(models, suite=suite(), output=tmp_path / "anew", batch_size=7, quiet=True)
+
+
+def test_no_pickle_is_opened(tmp_path: Path, tiny: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where other safetensors lie beside it, nor one of an adapter; no kernels are fetched."""
+    opened: list[Any] = []
+    monkeypatch.setattr(torch, "load", lambda *args, **_: opened.append(args))
+    monkeypatch.delenv("USE_HUB_KERNELS", raising=False)
+    checkpoint, adapter = tmp_path / "checkpoint", tmp_path / "adapter"
+    shutil.copytree(tiny["aligned"], checkpoint)
+    (checkpoint / "model.safetensors").rename(checkpoint / "other.safetensors")
+    (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
+    shutil.copytree(tiny["adapter"], adapter)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(RunError, match=r"no file named model\.safetensors"):
+        evaluate(str(checkpoint), suite=suite(), output=tmp_path / "out", quiet=True)
+    with pytest.raises(RequestError, match=r"expected adapter_model\.safetensors, got none"):
+        evaluate(str(adapter), suite=suite(), output=tmp_path / "out", aligned=tiny["aligned"], quiet=True)
+    assert opened == []
+    assert os.environ["USE_HUB_KERNELS"] == "NO"
 
 
 def test_a_model_that_does_not_load(tmp_path: Path, models: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,9 @@ def test_the_published_suite_is_the_published_one(tmp_path: Path) -> None:
         ({"name": "s", "parts": [HARMLESS | {"sampling": {"temperature": -1}}]}, "temperature"),
         ({"name": "s", "parts": [{k: v for k, v in HARMLESS.items() if k != "grader"}]}, "needs a grader"),
         ({"name": "s", "parts": [HARMLESS | {"harness": {"tasks": ["x"]}}]}, "either prompts or harness"),
-        ({"name": "../s", "parts": [HARMLESS]}, "name"),
+        ({"name": "../s", "parts": [HARMLESS]}, "name: expected a name of at most 64 letters"),
+        ({"name": "s", "parts": [HARMLESS | {"sampling": {"temperature": 1e-300}}]}, "0, which is greedy, or at least"),
+        ({"name": "s", "parts": [HARMLESS | {"grader": {"name": "keywords", "strings": []}}]}, "at least 1 of them"),
     ],
 )
 def test_bad_suites(tmp_path: Path, suite: object, expected: str) -> None:
@@ -138,7 +140,9 @@ def test_prompt_files(
         ("a.jsonl", '{"messages": [{"role": "assistant", "content": "A"}]}', "end with a question"),
         ("a.jsonl", '{"prompt": "Q", "choices": ["x"]}', "choices"),
         ("a.jsonl", '{"prompt": "Q", "choices": ["x", "y"], "answer": 2}', "among the choices"),
-        ("a.jsonl", "[" * 100_000, "valid JSONL"),
+        ("a.jsonl", "[" * 100_000, "valid JSONL"), ("a.jsonl", '{"prompt": "\\ud800"}', "without lone surrogates"),
+        ("a.jsonl", '{"prompt": "Q", "target": {"\\udfff": 1}}', "without lone surrogates"),
+        ("a.json", "[" + "[]," * 3_000_000 + "[]]", "more than 3000000 values"),
     ],
 )  # fmt: skip
 def test_bad_prompt_files(tmp_path: Path, name: str, text: str, expected: str) -> None:
@@ -152,6 +156,14 @@ def test_every_bad_record_is_named(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as refused:
         _read(tmp_path / "a.jsonl")
     assert [offence.where.rpartition(":")[2] for offence in refused.value.offences] == ["1", "3"]
+
+
+def test_of_many_bad_records_the_first_are_named_and_all_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n" * 50_000 + '{"prompt": "Q?"}\n')
+    with pytest.raises(RequestError) as refused:
+        _read(tmp_path / "a.jsonl")
+    assert len(refused.value.offences) == 11
+    assert "50000 of 50001 records" in str(refused.value)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -153,8 +153,13 @@ def test_an_interrupted_tuning_goes_on(
     [
         ({"settings": []}, "give settings"), ({"settings": [{"method": "magic"}]}, "magic"),
         ({"settings": [{"method": "scale", "matrix": {"factor": [2.0, "x"]}}]}, "factor"),
+        ({"settings": [{"method": "scale", "factor": 0.5, "aligned": "x"}]}, "aligned: expected an option of the"),
+        ({"settings": [{"method": "scale", "matrix": {"output": ["x"]}}]}, "output: expected an option of the"),
+        ({"settings": [{"method": "scale", "factor": 0.5, "label": "x" * 300}]}, "File name too long"),
         ({"settings": [{"method": "scale", "factor": 0.5}, {"method": "scale", "factor": 0.5}]}, "each setting once"),
-        ({"validation": 1.5}, "a share between"), ({"validation": 0.001}, "enough for validation and test"),
+        ({"validation": 1.5}, "a share between"), ({"validation": "x"}, "validation: expected a share between"),
+        ({"validation": float("nan")}, "validation: expected a share between"), ({"output": "x" * 300}, "a folder to"),
+        ({"validation": 0.001}, "enough for validation and test"),
         ({"adapter": None}, "either adapter or finetuned"), ({"suite": "over-refusal"}, "measures attack_success"),
         ({"aligned": "./nowhere"}, "no such folder"), ({"colour": "red"}, "colour"), ({"margin": -1}, "margin"),
     ],
@@ -197,6 +202,25 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, sweep: dict[str, Any])
     with pytest.raises(RequestError, match="a tuning's"):
         tune(write(tmp_path, sweep), quiet=True)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "jobs",
+    [
+        "# my own jobs\njobs: []\n", '{"jobs": []}', '{"jobs": [{"method": "scale", "output": "elsewhere"}]}', "[", "3",
+        '{"jobs": [3]}', '{"jobs": [{"output": 3}]}',
+    ],
+)  # fmt: skip
+def test_a_jobs_file_of_others_is_not_replaced(tmp_path: Path, sweep: dict[str, Any], jobs: str) -> None:
+    """Its name alone makes no tuning of a folder: its README.md would be replaced as well."""
+    (tmp_path / "out").mkdir()
+    for name, text in {"jobs.yaml": jobs, "README.md": "precious"}.items():
+        (tmp_path / "out" / name).write_text(text)
+    with pytest.raises(RequestError, match="a tuning's"):
+        tune(write(tmp_path, sweep), quiet=True)
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {
+        "jobs.yaml": jobs, "README.md": "precious"
+    }  # fmt: skip
 
 
 def test_the_split_does_not_depend_on_the_order() -> None:

@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +172,44 @@ def test_lines_at_intervals_without_a_terminal(
         bar.done("x", 1)
     assert capsys.readouterr().err == ""
     assert [duration(s) for s in (5, 75, 3725)] == ["0:05", "1:15", "1:02:05"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["evaluate", "model", "--output", "out", "--suite"], ["batch"], ["finish"], ["tune"], ["scale"], ["nonsense"],
+        ["report", "out", "--evaluation"], ["report", "out", "--output"], ["batch", "none.yaml", "--part"],
+        ["scale", "--factor"], ["batch", "none.yaml", "--parts"], ["inspect", "out", "--log-level"],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("json_too", [[], ["--json"]])
+def test_a_place_where_none_belongs_keeps_its_secrets(run: Any, argv: list[str], json_too: list[str]) -> None:
+    """Paths made of a URL have lost a slash; the parser of the command line repeats the words."""
+    status, out, err = run(*argv, "https://user:hunter2@host/x?token=hunter2", *json_too)
+    assert status == 2
+    assert "hunter2" not in out + err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("argv", [["demo", "--small"], ["demo"], ["bench", "toy"], ["bench", "make-models"]])
+def test_models_of_measurements_are_made_on_this_machine(
+    run: Any, argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No folder `s3:` comes of it."""
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*argv, "--folder", "s3://key:hunter2@bucket/x")
+    assert status == 2
+    assert "--folder: expected a local folder: write it there, then copy it" in err
+    assert "hunter2" not in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_documentation_may_be_stripped(tmp_path: Path) -> None:
+    """As `python -OO` does, and PYTHONOPTIMIZE=2."""
+    command = [sys.executable, "-OO", "-m", "safeshard", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_log_level_stands_anywhere(run: Any, world: Any, trio: dict[str, Path]) -> None:

@@ -334,7 +334,9 @@ def test_a_stop_put_off_until_the_command_has_ended_is_none(monkeypatch: pytest.
 
     monkeypatch.setattr(cli, "app", lambda **_: [Signalled()].clear())
     before = signal.getsignal(signal.SIGALRM)
-    cli.main(["inspect"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["inspect"])
+    assert not ended.value.code
     time.sleep(0.05)
     assert reached
     assert signal.getsignal(signal.SIGALRM) is before

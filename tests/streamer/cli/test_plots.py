@@ -72,6 +72,19 @@ def test_a_name_is_no_formula(tmp_path: Path) -> None:
     assert {r"$\frac{", "a$b$", r"\x1b[2J"} <= texts
 
 
+@pytest.mark.parametrize(
+    "values", [(0.5, 0.5 + 1e-16), (0.5, 0.5), (1.0, 1.0 + 2e-16), (0.0, 5e-324), (1e308,), (-1e308, 1e308), ()]
+)
+def test_values_too_close_to_each_other_or_too_far(tmp_path: Path, values: tuple[float, ...]) -> None:
+    """As outputs have them whose modules all keep the same share, but for the last digit."""
+    draw_values({"m": dict(zip(map(name_of, range(2)), values, strict=False))}, "x", tmp_path / "a.svg")
+    assert (tmp_path / "a.svg").stat().st_size > 5000
+
+
+def name_of(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn.q_proj"
+
+
 def test_what_it_refuses(world: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = {"aligned": "none", "unaligned": "none", "adapter": "none"}
     with pytest.raises(RequestError, match=r"--plot.*a \.svg or \.png or \.pdf file, got \.jpg"):

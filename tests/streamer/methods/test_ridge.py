@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safeshard.kernels.calibrated import grams
 from safeshard.kernels.calibrated.stacks import Operator, stacked
-from safeshard.manifests.errors import RequestError
+from safeshard.manifests.errors import RequestError, RunError
 from safeshard.manifests.schema import Manifest, load
 from safeshard.streamer import batch, calibrate, ridge, safedelta, verify
 from safeshard.streamer.cli.app import main
@@ -23,6 +23,7 @@ from safeshard.streamer.methods.ridge import Ridge
 from safeshard.streamer.methods.safedelta import SafeDelta
 from safeshard.streamer.run.result import Result
 
+ADAPTER = "adapter_model.safetensors"
 KINDS = ("llama", "qwen2", "phi3", "gpt2")
 CALIBRATION = ("calibration", "samples", "dtype")
 
@@ -304,6 +305,43 @@ def test_modules_that_are_no_decoder_linears(llama: Any, asked: dict[str, float]
     assert all((got[name] == 0).all() for name in heads if "lora_B" in name)
     [entry] = [m for m in manifest_of(result).modules if m.name == "lm_head"]
     assert (entry.decision, entry.leak) == ("reverted", None)
+
+
+@pytest.mark.parametrize("given", [{"leak": 0.05}, {"penalty": 0.0}])
+def test_a_delta_whose_squares_overflow_is_named(llama: Any, given: dict[str, float]) -> None:
+    folder = llama.make_adapter("large")
+    pairs = load_file(folder / ADAPTER)
+    save_file({name: pair.float() * 1e15 for name, pair in pairs.items()}, folder / ADAPTER)
+    with pytest.raises(RunError, match=r"large: model\..*: the delta is too large for fp32"):
+        run(llama, "out", adapter=folder, **given)
+    assert not (llama.root / "out").exists()
+
+
+@pytest.mark.parametrize("rest", ["finetuned", "aligned"])
+@pytest.mark.parametrize("method", [ridge, safedelta])
+def test_a_leak_is_of_decoder_linears_whatever_else_an_adapter_has(llama: Any, method: Any, rest: str) -> None:
+    """A head that --rest decides about waits for no strength, and changes none."""
+    folder = llama.make_adapter("with-head", target_modules=["q_proj", "lm_head"])
+    config, pairs = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / ADAPTER)
+    (llama.root / "without").mkdir()
+    (llama.root / "without/adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj"]}))
+    save_file({k: v for k, v in pairs.items() if "lm_head" not in k}, llama.root / "without" / ADAPTER)
+    for name in ("with-head", "without"):
+        method(**options(llama, f"out-{name}", adapter=llama.root / name, leak=0.05, rest=rest))
+    got, alone = (load_file(llama.root / f"out-{name}" / ADAPTER) for name in ("with-head", "without"))
+    assert all(torch.equal(got[name], alone[name]) for name in alone)
+    decisions = {m.name: m.decision for m in load(llama.root / "out-with-head").modules}
+    assert decisions["lm_head"] == {"finetuned": "kept", "aligned": "reverted"}[rest]
+    method(**options(llama, "head", adapter=only_head(llama, pairs, config), leak=0.05, rest=rest))
+    assert [m.name for m in load(llama.root / "head").modules] == ["lm_head"]
+
+
+def only_head(llama: Any, pairs: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    folder: Path = llama.root / "only-head"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["lm_head"]}))
+    save_file({name: pair for name, pair in pairs.items() if "lm_head" in name}, folder / ADAPTER)
+    return folder
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

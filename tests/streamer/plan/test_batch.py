@@ -90,6 +90,8 @@ jobs:
         ("jobs: [{method: scale, aligned: a, adapter: x, output: o, factor: many}]", "factor"),
         ("jobs: [{method: scale, aligned: a, adapter: x, factor: 1}]", "output"),
         ("jobs: [{method: scale, aligned: a, adapter: x, factor: 1, output: 'o-{seed}'}]", "{seed}"),
+        ("jobs: [{method: scale, aligned: a, adapter: x, factor: 1, output: 3}]", "output: expected a path, got 3"),
+        ("jobs: [{method: scale, aligned: a, adapter: x, factor: 1, output: !!binary aGk=}]", "output: expected"),
         ("jobs: [{method: scale, matrix: {factor: 1}}]", "matrix"),
         ("jobs: [{method: scale, matrix: {factor: []}}]", "matrix"),
         ("jobs: [{method: scale, matrix: null}]", "matrix"),

@@ -492,6 +492,17 @@ def test_calibrated_jobs_with_saved_factors(calibrated: Cluster) -> None:
     calibrated.compare()
 
 
+def test_a_leak_in_parts_with_a_head_that_has_none(calibrated: Cluster, llama: Any) -> None:
+    """One part has nothing to measure."""
+    folder = llama.make_adapter("with-head", target_modules=["q_proj", "lm_head"])
+    jobs = [{"method": "ridge", "leak": 0.05, "output": "ridge"}]
+    cluster = Cluster(calibrated.root.parent, jobs, **(calibrated.defaults | {"adapter": folder}))
+    for part in Part.all(3):
+        cluster.part(str(part))
+    cluster.finish()
+    cluster.compare()
+
+
 def test_calibration_data_is_for_one_machine(llama: Any, tmp_path: Path) -> None:
     job = {"method": "ridge", "adapter": str(llama.adapter), "output": str(tmp_path / "out")}
     job |= {"aligned": str(llama.root / "aligned"), "calibration": str(llama.data)}

@@ -138,6 +138,7 @@ class TestSecrets:
         ("at https://u:p@ss@h:1/x?y, and s3://a@b/c", "at https://h:1/x and s3://b/c"),
         ("hf://org/name@main/sub", "hf://org/name@main/sub"), ("file:///a#b?c", "file:///a#b?c"),
         ("a@b", "a@b"), ("what? no://", "what? no://"), ("HTTPS://U:P@H/", "HTTPS://H/"),
+        ("https:/u:p@h/x?y", "https:/h/x"), ("s3:/k:s@b/x", "s3:/b/x"), ("C:/a@b?c", "C:/a@b?c"), ("file:/a@b?c",) * 2,
     ],
 )  # fmt: skip
 def test_what_is_left_out(text: str, shown: str) -> None:
