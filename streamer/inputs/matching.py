@@ -15,6 +15,7 @@ from safeshard.streamer.inputs.layouts.rotary import PAIRED
 from safeshard.streamer.inputs.lora_config import CONFIG, LoraConfig
 from safeshard.streamer.inputs.misfit import Pair, another_base, another_rank
 from safeshard.streamer.inputs.names.apply import order_offence
+from safeshard.streamer.inputs.names.conversions import WRAPPER
 from safeshard.streamer.inputs.names.exchange import Names, Shape
 from safeshard.streamer.inputs.names.parts import stack_of
 from safeshard.streamer.inputs.names.unbuilt import unbuilt
@@ -26,10 +27,8 @@ LORA_KEY = re.compile(
 )
 Sides = Mapping[str, TensorRef]
 _SAVED = re.compile(r"\.(?:base_layer|modules_to_save)(?:\.[^.]+)?(?=\.(?:weight|bias)$)")
-# What torch.compile, FSDP, activation checkpointing and (before everything else) data parallelism add to names.
-_WRAPPER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-_WRAPPERS = re.compile(rf"^module\.|(?:^|(?<=\.)){_WRAPPER}")
-_PEFT_PREFIX = re.compile(rf"^(?:module\.)?(?:{_WRAPPER})*base_model\.(?:{_WRAPPER})*model\.")
+_WRAPPERS = re.compile(rf"^module\.|(?:^|(?<=\.)){WRAPPER}")
+_PEFT_PREFIX = re.compile(rf"^(?:module\.)?(?:{WRAPPER})*base_model\.(?:{WRAPPER})*model\.")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +26,9 @@ Pairs = tuple[tuple[str, str], ...]
 OWN = "mistral"  # the family of what Mistral and Meta publish beside, or instead of, transformers' layout
 OWN_LAYER = re.compile(r"layers\.\d{1,9}\.attention\.w[qk]\.weight")
 OWN_EMBEDDING = "tok_embeddings.weight"
+
+# What torch.compile, FSDP and activation checkpointing add to names, wherever a module was wrapped.
+WRAPPER = r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 _KIMI: Pairs = (
     (r"self_attn\.f_a_proj\.", "self_attn.forget_gate.f_a_proj."),
@@ -106,7 +109,10 @@ class Conversion:
 
 def conversions(model_types: Iterable[str], names: Iterable[str]) -> Iterable[Conversion]:
     """The conversions that may explain the names of models of these types."""
-    kinds = dict.fromkeys(model_types)
+    names, kinds = list(names), dict.fromkeys(model_types)
+    wrapped = re.compile(rf"(?:^|(?<=\.)){WRAPPER}")
+    if any(map(wrapped.search, names)):
+        yield Conversion("a wrapper", partial(wrapped.sub, ""), str)  # which names had one, nobody knows
     if any(name == OWN_EMBEDDING or OWN_LAYER.fullmatch(name) for name in names):
         kinds = {OWN: None} | kinds
     if "llama" in kinds:

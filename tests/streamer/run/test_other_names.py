@@ -194,6 +194,26 @@ def test_one_name_inside_of_layers_may_differ(models: Models, tmp_path: Path) ->
     assert any("'self_attn.gate_proj' read as 'self_attn.g_proj'" in note for note in notes(tmp_path / "out"))
 
 
+def test_wrappers_stand_in_names_of_full_fine_tunes(models: Models, tmp_path: Path) -> None:
+    """As FSDP with activation checkpointing leaves them: around the model, and around each layer."""
+
+    def wrapped(tensors: Tensors) -> Tensors:
+        layers = re.compile(r"(layers\.\d+\.)")
+        inside = r"\1_fsdp_wrapped_module._checkpoint_wrapped_module."
+        return {f"_fsdp_wrapped_module.{layers.sub(inside, name)}": tensor for name, tensor in tensors.items()}
+
+    aligned, unaligned = models.write("chat"), models.write("base", wrapped)
+    outputs = []
+    for change in (None, wrapped):
+        out = tmp_path / f"out-{change is None}"
+        tuned, safe = (models.write(role, change) for role in ("tuned", "safe"))
+        safemerge(aligned=aligned, unaligned=unaligned, finetuned=tuned, safe=safe, threshold=0.9, output=out)
+        outputs.append(written(out))
+    assert outputs[0].keys() == outputs[1].keys() == models.tensors["chat"].keys()
+    assert all(torch.equal(outputs[1][name], tensor) for name, tensor in outputs[0].items())
+    assert any("a wrapper's names" in note for note in notes(tmp_path / "out-False"))
+
+
 def test_two_tensors_that_read_alike_are_refused_with_both_readings(models: Models, tmp_path: Path) -> None:
     def own(tensors: Tensors) -> Tensors:
         twice = {n.replace("model.layers", "transformer.h"): t.clone() for n, t in tensors.items() if "up_proj" in n}
