@@ -7,6 +7,7 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
+from copy import copy
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -14,18 +15,29 @@ from importlib.util import find_spec
 from safeshard.manifests.errors import without_secrets
 from safeshard.streamer import loading
 from safeshard.streamer.cli import jobs, written  # noqa: F401  # they add their commands
+from safeshard.streamer.cli.command import App
 from safeshard.streamer.cli.process import fail_json, guarded
 from safeshard.streamer.cli.root import app
 from safeshard.streamer.methods import METHODS
 
 
-def _mount(argv: Sequence[str]) -> None:
-    """Add the command groups that other packages register (bench, demo): loaded where one is asked for, else listed."""
+def _with(argv: Sequence[str]) -> App:
+    """The application with the command that is asked for, or with all where it is none of them.
+
+    To make them all takes longer than many a command. Groups that other packages register (bench, demo) are loaded
+    where one is asked for, else listed.
+    """
+    asked = copy(app)
+    asked.registered_commands = [each for each in app.registered_commands if argv and each.name == argv[0]]
+    if asked.registered_commands:
+        return asked
+    asked.registered_commands, asked.registered_groups = [*app.registered_commands], [*app.registered_groups]
     for entry in entry_points(group="safeshard.commands"):
         if argv and argv[0] == entry.name:
-            app.add_typer(entry.load(), name=entry.name)
+            asked.add_typer(entry.load(), name=entry.name)
         elif not argv or argv[0] == "--help":
-            app.command(entry.name, help=_first_line(entry.module))(lambda: None)
+            asked.command(entry.name, help=_first_line(entry.module))(lambda: None)
+    return asked
 
 
 def _first_line(module: str) -> str:
@@ -40,17 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     level, words = _apart(list(sys.argv[1:] if argv is None else argv))
     as_json = "--json" in words
 
-    def work() -> None:
-        _mount(words)
-        _run(level + words, as_json)
-
-    guarded(work, as_json=as_json, after_a_stop=_how_to_resume(words))
+    guarded(lambda: _run(_with(words), level + words, as_json), as_json=as_json, after_a_stop=_how_to_resume(words))
 
 
-def _run(arguments: list[str], as_json: bool) -> None:
+def _run(commands: App, arguments: list[str], as_json: bool) -> None:
     """Run the command; where stdout is for JSON, a wrong command line becomes JSON too."""
     try:
-        status = app(args=arguments, prog_name="safeshard", standalone_mode=False)
+        status = commands(args=arguments, prog_name="safeshard", standalone_mode=False)
     except Exception as error:
         if not hasattr(error, "format_message"):  # of the parser's own errors, which typer keeps to itself
             raise

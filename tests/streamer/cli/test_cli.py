@@ -332,7 +332,7 @@ def test_a_stop_put_off_until_the_command_has_ended_is_none(monkeypatch: pytest.
             reached.append(True)
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(cli, "app", lambda **_: [Signalled()].clear())
+    monkeypatch.setattr(cli, "_with", lambda _: lambda **_: [Signalled()].clear())
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(SystemExit) as ended:
         cli.main(["inspect"])
@@ -351,7 +351,7 @@ def test_a_stop_that_a_library_swallowed_is_what_ended_the_command(
             signal.raise_signal(signal.SIGINT)
         raise error
 
-    monkeypatch.setattr(cli, "app", swallows)
+    monkeypatch.setattr(cli, "_with", lambda _: swallows)
     for _ in range(2):
         status, _, err = run(capsys, "ridge")
         assert status == 1
@@ -370,7 +370,7 @@ def test_a_stop_that_a_finalizer_drops_comes_again(
         for _ in range(1000):
             time.sleep(0.01)
 
-    monkeypatch.setattr(cli, "app", work)
+    monkeypatch.setattr(cli, "_with", lambda _: work)
     hook = sys.unraisablehook
     with pytest.raises(SystemExit) as ended:
         cli.main(["scale"])
@@ -396,7 +396,7 @@ def test_a_stop_that_takes_its_time_is_explained(
                     break
 
     monkeypatch.setattr(process, "PATIENCE", 0.01)
-    monkeypatch.setattr(cli, "app", work)
+    monkeypatch.setattr(cli, "_with", lambda _: work)
     before = signal.getsignal(signal.SIGALRM)
     with pytest.raises(SystemExit):
         cli.main(["scale"])
