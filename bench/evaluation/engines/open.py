@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,7 @@ from safeshard.manifests.errors import Offence
 
 Kind = Literal["transformers", "vllm"]
 WEIGHTS = "adapter_model.safetensors"
+HUB_NAME = re.compile(r"(hf://)?[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 class Engines:
@@ -57,7 +59,7 @@ class Engines:
         if model.startswith(SCHEME) or not (folder.exists() or model.startswith((".", "/", "~"))):
             if model.startswith(SCHEME) and model.count("/") < 3:
                 yield Offence(model, "", f"{SCHEME}PROVIDER/MODEL", "another form")
-            elif not model.startswith(SCHEME) and model.removeprefix("hf://").count("/") != 1:
+            elif not model.startswith(SCHEME) and not HUB_NAME.fullmatch(model):
                 yield Offence(model, "", "a folder, org/name of the Hub, or inspect://PROVIDER/MODEL", "none of these")
             return
         if not folder.is_dir():

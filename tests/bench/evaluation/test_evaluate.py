@@ -134,9 +134,12 @@ def test_models_and_outputs_that_are_none(tmp_path: Path, models: list[str]) -> 
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("precious")
     bad = [str(tmp_path / name) for name in ("none", "empty", "pickled", "lora")]
+    bad += ["inspect://mockllm", "hf://me:secret@org/name"]
     with pytest.raises(RequestError) as refused:
-        evaluate([*models, *bad, "inspect://mockllm"], suite=suite(), output=tmp_path / "taken", quiet=True)
+        evaluate([*models, *bad], suite=suite(), output=tmp_path / "taken", quiet=True)
     text = str(refused.value)
+    assert "none of these" in text
+    assert "secret" not in text
     for expected in ("no such folder", "neither", "got none (--aligned MODEL)", "safetensors files", "PROVIDER/MODEL",
                      "an evaluation's"):  # fmt: skip
         assert expected in text
