@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from safeshard.kernels.backend import Backend, blocks, launch, resolve, upload
+from safeshard.kernels.ground.philox import philox_words
 from safeshard.kernels.lang import tl, triton
-from safeshard.kernels.philox import philox_words
 
 # torch: counters (four entries each) worked on at a time; their temporaries stay in cache.
 COUNTERS = 1 << 14

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import safeshard.kernels.first_calls  # noqa: F401
+import safeshard.kernels.ground.first_calls  # noqa: F401
 
 # Columns of a full delta that are taken to fp64 at a time.
 DENSE_COLUMNS = 1024

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import safeshard.kernels.first_calls  # noqa: F401
-from safeshard.kernels.scratch import scratch
+import safeshard.kernels.ground.first_calls  # noqa: F401
+from safeshard.kernels.ground.scratch import scratch
 
 Kind = Literal["e4m3", "e2m1"]
 E2M1_COLUMNS = 32  # that share a scale

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import safeshard.kernels.first_calls  # noqa: F401
+import safeshard.kernels.ground.first_calls  # noqa: F401
 
 # Mean squares of numbers that fp32 holds together with their squares, with room on both sides.
 LEAST, MOST = 1e-30, 1e30

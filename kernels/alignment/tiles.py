@@ -16,7 +16,7 @@ from torch import Tensor
 
 from safeshard.kernels.alignment.coded import Coded, Weight, decoded
 from safeshard.kernels.alignment.stacks import Stack, column_width, row_widths, stacked, strip_widths, turned
-from safeshard.kernels.scratch import scratch
+from safeshard.kernels.ground.scratch import scratch
 
 # fp32 elements of a tile of rows (2 MiB, which stays in a core's L2 cache) and its fewest rows, below which the
 # products are too thin.

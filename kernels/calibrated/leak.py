@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import torch
 
-import safeshard.kernels.first_calls  # noqa: F401
+import safeshard.kernels.ground.first_calls  # noqa: F401
 from safeshard.kernels.calibrated.factor import Factor
 
 PROBES = 128  # random mixtures of the rows of a full delta that has more than twice as many

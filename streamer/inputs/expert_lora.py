@@ -171,15 +171,19 @@ def unpack(
                 "A": _rows(sides["A"], own, expert, count, rank),
                 "B": _of_columns(sides["B"], own, expert, count, rank, how == "unsloth"),
             }
+    if not offences:
+        offences += _untaken(config, taken, where, base)
+    return found, offences
+
+
+def _untaken(config: LoraConfig, taken: set[str], where: str, base: Checkpoint) -> Iterator[Offence]:
+    """Offences of targets that no pair is of; not of weights that the model lacks, which PEFT passed over too."""
     for target in config.target_parameters:
-        known = taken if target.rpartition(".")[2] != "weight" else base.tensors
-        if not _names(target, taken) and (known is taken or _names(target, known)) and not offences:
+        passed_over = target.rpartition(".")[2] == "weight" and not _names(target, base.tensors)
+        if not passed_over and not _names(target, taken):
             expected = "weights among target_parameters, of experts or of linears, and a pair for each"
             remedy = "complete the adapter, or merge it into a full checkpoint and use --finetuned"
-            offences.append(
-                Offence(config.where or where, "target_parameters", expected, f"none for {target!r}", remedy)
-            )
-    return found, offences
+            yield Offence(config.where or where, "target_parameters", expected, f"none for {target!r}", remedy)
 
 
 def oriented(

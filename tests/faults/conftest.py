@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +12,6 @@ import pytest
 import torch
 from harness import NONE, SCALE, SEED, Scenario, Server, counts
 from part_commands import Parts
-
-MEMORY = Path("/dev/shm")
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -26,14 +23,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def faults_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """In memory where possible: what matters is the order of calls, not the disk."""
-    folder = tmp_path_factory.mktemp("faults")
-    if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 1 << 26:
-        folder = MEMORY / f"safeshard-faults-{os.getpid()}"
-        folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
+def faults_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
 
 
 @pytest.fixture(scope="session")

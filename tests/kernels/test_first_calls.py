@@ -12,7 +12,7 @@ import pytest
 
 import safeshard.kernels
 import safeshard.streamer
-from safeshard.kernels import first_calls
+from safeshard.kernels.ground import first_calls
 
 NAMES = {function.__name__ for function in first_calls.FUNCTIONS}
 RECORDED = """
@@ -44,7 +44,7 @@ def users() -> Iterator[tuple[str, str]]:
 def test_who_calls_one_imports_their_first_calls() -> None:
     found = dict(users())
     assert "kernels/alignment/cosine.py" in found
-    assert [path for path, text in found.items() if "kernels.first_calls" not in text and "FUNCTIONS" not in text] == []
+    assert [path for path, text in found.items() if "ground.first_calls" not in text and "FUNCTIONS" not in text] == []
 
 
 @pytest.mark.parametrize("module", ["safeshard.kernels.gate", "safeshard.streamer.calibration.model.running"])

@@ -11,8 +11,8 @@ from peft.utils.merge_utils import task_arithmetic
 from torch import Tensor
 
 from safeshard.kernels.backend import Backend
+from safeshard.kernels.ground.philox import philox_words
 from safeshard.kernels.merge import COUNTERS, dare_linear, linear
-from safeshard.kernels.philox import philox_words
 from safeshard.kernels.projection import WEIGHT_DTYPES
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 60))

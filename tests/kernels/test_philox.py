@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safeshard.kernels.philox import philox_words
+from safeshard.kernels.ground.philox import philox_words
 
 CPU = torch.device("cpu")
 ONES = 0xFFFFFFFF

@@ -8,7 +8,7 @@ import torch
 
 from safeshard.kernels.alignment import tiles
 from safeshard.kernels.alignment.coded import Coded
-from safeshard.kernels.scratch import MOST_BYTES, scratch
+from safeshard.kernels.ground.scratch import MOST_BYTES, scratch
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-import safeshard.kernels.first_calls  # noqa: F401
+import safeshard.kernels.ground.first_calls  # noqa: F401
 from safeshard.streamer.calibration.model.ahead import Load
 from safeshard.streamer.calibration.model.skeleton import Skeleton
 from safeshard.streamer.device import memory_errors, own_stream, wait

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-import safeshard.kernels.first_calls  # noqa: F401
+import safeshard.kernels.ground.first_calls  # noqa: F401
 from safeshard.kernels.alignment.coded import Coded
 from safeshard.streamer.inputs.codecs.base import Stored, block_max, expand
 from safeshard.streamer.inputs.codecs.nibbles import pack, unpack

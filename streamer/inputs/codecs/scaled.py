@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import safeshard.kernels.first_calls  # noqa: F401
+import safeshard.kernels.ground.first_calls  # noqa: F401
 from safeshard.kernels.alignment.coded import Coded, widen_e4m3
 from safeshard.streamer.inputs.codecs.base import TILE, Stored, block_max, expand, storable
 

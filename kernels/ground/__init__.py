@@ -1,0 +1,1 @@
+"""What operations stand on: random bits, memory that is kept, first calls made ahead."""
