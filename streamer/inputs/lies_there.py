@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from safeshard.manifests.errors import Offence
 from safeshard.streamer.sources import LocalSource, Source
 
 INDEX = "model.safetensors.index.json"
@@ -47,6 +49,12 @@ def shard_sets(names: list[str]) -> dict[tuple[str, int], dict[int, str]]:
 def pickle_in(names: list[str]) -> str | None:
     """A file that holds a model's weights as a pickle; not what a Trainer keeps beside them."""
     return next((n for n in names if PurePosixPath(n).suffix in _PICKLES and not _STATE.fullmatch(n)), None)
+
+
+def of_a_safe_one(offence: Offence) -> Offence:
+    """The offence of a safe model or adapter, which has options of its own."""
+    remedy = re.sub(r"--finetuned\b", "--safe", re.sub(r"--adapter\b", "--safe-adapter", offence.remedy))
+    return replace(offence, remedy=remedy)
 
 
 def instead_of_checkpoint(source: Source) -> tuple[str, str]:

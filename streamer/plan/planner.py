@@ -22,6 +22,7 @@ from safeshard.streamer.inputs.adapter import Adapter, open_adapter
 from safeshard.streamer.inputs.checkpoint import Checkpoint, open_checkpoint
 from safeshard.streamer.inputs.compare import same_tensors
 from safeshard.streamer.inputs.expert_lora import Packing
+from safeshard.streamer.inputs.lies_there import of_a_safe_one
 from safeshard.streamer.inputs.names.apply import in_names_of
 from safeshard.streamer.methods.base import Job
 from safeshard.streamer.methods.shared.calibrated import CalibratedJob
@@ -93,7 +94,7 @@ class Planner:
     def _plan(self, job: Job) -> JobPlan | None:
         inputs: dict[str, Checkpoint | Adapter] = {}
         for role, spec in job.inputs().items():
-            base = inputs.get("aligned")
+            base, before = inputs.get("aligned"), len(self.offences)
             opened: Checkpoint | Adapter | None = None
             if not role.endswith("adapter"):
                 opened = self._open((spec,), partial(self._checkpoint, spec))
@@ -106,6 +107,8 @@ class Planner:
                 opened = self._open(key, partial(self._adapter, spec, base, packing))
             else:
                 continue
+            if role.startswith("safe"):
+                self.offences[before:] = map(of_a_safe_one, self.offences[before:])
             if opened is not None:
                 inputs[role] = opened
         if inputs.keys() != job.inputs().keys():

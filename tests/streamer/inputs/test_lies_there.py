@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from safeshard.manifests import RequestError
 from safeshard.manifests.errors import Offence
-from safeshard.streamer import scale
+from safeshard.streamer import safemerge, scale
 from safeshard.streamer.inputs.checkpoint import open_checkpoint
 from safeshard.streamer.inputs.lies_there import INDEX
 from safeshard.streamer.sources import open_source
@@ -66,6 +66,17 @@ def test_each_kind_given_as_the_other(world: Any, base: Path) -> None:
     adapter, full = world.adapter("a", world.llama(1)), world.checkpoint("f", world.llama(1, seed=2))
     assert refused(base, finetuned=adapter).remedy == f"give it as an adapter: --adapter {adapter}"
     assert refused(base, adapter=full).remedy == f"give it as --finetuned {full}"
+
+
+def test_a_safe_one_is_named_by_its_own_option(world: Any, base: Path) -> None:
+    adapter, full = world.adapter("a", world.llama(1)), world.checkpoint("f", world.llama(1, seed=2))
+    gate = {"aligned": base, "unaligned": world.checkpoint("u", world.llama(1, seed=3)), "output": base.parent / "out"}
+    with pytest.raises(RequestError) as error:
+        safemerge(**gate, finetuned=full, safe=adapter, quiet=True)
+    assert [o.remedy for o in error.value.offences] == [f"give it as an adapter: --safe-adapter {adapter}"]
+    with pytest.raises(RequestError) as error:
+        safemerge(**gate, adapter=adapter, safe_adapter=full, quiet=True)
+    assert [o.remedy for o in error.value.offences] == [f"give it as --safe {full}"]
 
 
 def test_a_merged_model_that_keeps_its_adapter_config(world: Any, base: Path) -> None:
